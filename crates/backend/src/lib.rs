@@ -1,1 +1,28 @@
-//! placeholder
+//! The device interface: what a model needs from hardware, as about fifteen coarse, fused operations.
+//!
+//! [`Backend`] is static (generic code is compiled per backend), works on the caller's buffers and only enqueues, so
+//! that a CUDA backend can record the very same calls as a graph. [`reference::RefBackend`] is the slow, readable
+//! definition of each operation; [`conformance`] holds every other backend against it.
+//!
+//! Invariants every implementation keeps (the batch cannot be seen in the bytes):
+//! * a row of any result depends on that row's tokens and absolute positions only, never on how many other rows share
+//!   the step, on chunk boundaries, on block ids, or on the number of threads;
+//! * a GEMM adds along K in one order for every M; attention cuts keys at fixed absolute positions and merges in index
+//!   order;
+//! * nothing is allocated after start.
+//!
+//! Reading order: [`step_input`], [`ops`], [`backend`], [`reference`], [`conformance`].
+#![forbid(unsafe_code)]
+
+pub mod backend;
+pub mod conformance;
+pub mod ops;
+pub mod reference;
+pub mod step_input;
+
+pub use backend::{Backend, BackendError};
+pub use ops::{
+    Activation, AddNorm, Attention, AttnShape, Embed, GraphKey, KvLayerShape, KvLayout, Linear, LinearPart,
+    LinearSource, Logits, Mlp, MlpShape, RopeAndCache, RopeTable,
+};
+pub use step_input::{LogitKind, LogitRow, SeqState, StepInput};

@@ -1,0 +1,223 @@
+//! Arguments of the operations, as structs: a new field does not touch the callers of other operations.
+//!
+//! Buffers are row-major `[rows, cols]`; a step uses the first `T` rows (or, for logits, one row per [`crate::LogitRow`]).
+
+use quire_core::{DType, QuantFormat, Shard, TensorView};
+
+use crate::Backend;
+
+/// Part of a fused linear layer: its rows follow those of the previous part.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearPart<'a> {
+    /// `[out_features, in_features]`.
+    pub weight: TensorView<'a>,
+    /// `[out_features]`.
+    pub bias: Option<TensorView<'a>>,
+}
+
+/// A linear layer as it comes from the checkpoint. Parts are concatenated along the output: q, k and v become one GEMM.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearSource<'a> {
+    /// For messages.
+    pub name: &'a str,
+    /// At least one; all with the same `in_features`.
+    pub parts: &'a [LinearPart<'a>],
+    /// How to store it.
+    pub quant: QuantFormat,
+    /// Which rows or columns belong to this rank. [`Shard::WHOLE`] today.
+    pub shard: Shard,
+}
+
+/// Rotary embedding of one kind of layer (RoFormer, arXiv 2104.09864), half-split layout: dimension `i` is paired with
+/// `i + rotary_dim / 2`. Interleaved checkpoints are permuted at load.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeTable {
+    /// `[rotary_dim / 2]` inverse frequencies in radians per position, scaling already applied.
+    pub inv_freq: Vec<f32>,
+    /// Multiplies sine and cosine (YaRN's attention factor; 1 otherwise).
+    pub attention_factor: f32,
+    /// Positions that can occur: `max_model_len`.
+    pub max_positions: u32,
+}
+
+/// Heads of one attention layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttnShape {
+    /// Query heads.
+    pub num_heads: u32,
+    /// Key/value heads; divides `num_heads`. Query head `h` reads KV head `h / (num_heads / num_kv_heads)`.
+    pub num_kv_heads: u32,
+    /// Elements of one head.
+    pub head_dim: u32,
+}
+
+impl AttnShape {
+    /// Columns of the query part of a `qkv` row, and of the attention output.
+    pub const fn q_size(&self) -> usize {
+        self.num_heads as usize * self.head_dim as usize
+    }
+
+    /// Columns of the key part (and of the value part) of a `qkv` row.
+    pub const fn kv_size(&self) -> usize {
+        self.num_kv_heads as usize * self.head_dim as usize
+    }
+
+    /// Columns of a `qkv` row: query, key, value.
+    pub const fn qkv_size(&self) -> usize {
+        self.q_size() + 2 * self.kv_size()
+    }
+}
+
+/// K and V of one layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvLayerShape {
+    /// Key/value heads.
+    pub num_kv_heads: u32,
+    /// Elements of one head.
+    pub head_dim: u32,
+}
+
+/// The paged cache of one KV group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvLayout {
+    /// Blocks in the pool.
+    pub num_blocks: u32,
+    /// Tokens in a block.
+    pub block_size: u32,
+    /// One entry per layer of the group.
+    pub layers: Vec<KvLayerShape>,
+    /// Element type.
+    pub dtype: DType,
+}
+
+impl KvLayout {
+    /// Bytes of one block over all layers, K and V.
+    pub fn block_bytes(&self) -> usize {
+        let per_token: usize =
+            self.layers.iter().map(|l| 2 * l.num_kv_heads as usize * l.head_dim as usize).sum();
+        per_token * self.block_size as usize * self.dtype.size()
+    }
+}
+
+/// Names a shape of step whose launches can be captured once and replayed. Whatever varies within a key lives in device
+/// memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GraphKey(pub u32);
+
+/// `out[t] = table[token_ids[t]]`.
+pub struct Embed<'a, B: Backend> {
+    /// `[vocab, hidden]`; the same weight may serve as the output head.
+    pub table: &'a B::Weight,
+    /// `[T, hidden]`.
+    pub out: &'a mut B::Buf,
+}
+
+/// `residual += delta` (if any), then `out = residual / rms(residual) * weight` (RMSNorm, arXiv 1910.07467).
+pub struct AddNorm<'a, B: Backend> {
+    /// `[T, hidden]`, updated in place.
+    pub residual: &'a mut B::Buf,
+    /// `[T, hidden]` to add first.
+    pub delta: Option<&'a B::Buf>,
+    /// `[hidden]`.
+    pub weight: &'a B::Norm,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// `[T, hidden]`.
+    pub out: &'a mut B::Buf,
+}
+
+/// `out = x · weightᵀ + bias`.
+pub struct Linear<'a, B: Backend> {
+    /// `[T, in_features]`.
+    pub x: &'a B::Buf,
+    /// With its bias, if it has one.
+    pub weight: &'a B::Weight,
+    /// `[T, out_features]`.
+    pub out: &'a mut B::Buf,
+}
+
+/// Per-head RMSNorm of q and k (if any), rotation of q and k by their positions, and k, v into the cache.
+pub struct RopeAndCache<'a, B: Backend> {
+    /// `[T, qkv_size]`; the query and key parts are updated in place.
+    pub qkv: &'a mut B::Buf,
+    /// Its heads.
+    pub shape: AttnShape,
+    /// `([head_dim], [head_dim])` weights for q and k, applied before the rotation.
+    pub qk_norm: Option<(&'a B::Norm, &'a B::Norm)>,
+    /// For `qk_norm`.
+    pub eps: f32,
+    /// Sine and cosine; `None` for layers without positions (NoPE).
+    pub rope: Option<&'a B::Rope>,
+    /// The cache, written at `slot_mapping`.
+    pub kv: &'a mut B::Kv,
+    /// Layer within the cache.
+    pub layer: usize,
+}
+
+/// Causal attention of every row over its sequence's cache: position `p` sees `max(0, p + 1 - window)..=p`.
+pub struct Attention<'a, B: Backend> {
+    /// `[T, qkv_size]`; only the query part is read.
+    pub qkv: &'a B::Buf,
+    /// Its heads.
+    pub shape: AttnShape,
+    /// Multiplies the scores; usually `head_dim^-0.5`.
+    pub scale: f32,
+    /// Sliding window in tokens, the current one included.
+    pub window: Option<u32>,
+    /// The cache.
+    pub kv: &'a B::Kv,
+    /// Layer within the cache.
+    pub layer: usize,
+    /// `[T, q_size]`.
+    pub out: &'a mut B::Buf,
+}
+
+/// Nonlinearity of a feed-forward layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// `0.5 x (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))`.
+    GeluTanh,
+    /// `0.5 x (1 + erf(x / √2))`.
+    Gelu,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+/// Whether a feed-forward layer has a gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MlpShape {
+    /// `down(act(gate(x)) * up(x))`; `up` holds gate's rows, then up's: `[2 * intermediate, hidden]`.
+    Gated,
+    /// `down(act(up(x)))`; `up` is `[intermediate, hidden]`.
+    Plain,
+}
+
+/// A feed-forward layer.
+pub struct Mlp<'a, B: Backend> {
+    /// `[T, hidden]`.
+    pub x: &'a B::Buf,
+    /// Gate.
+    pub shape: MlpShape,
+    /// First layer, see [`MlpShape`].
+    pub up: &'a B::Weight,
+    /// `[hidden, intermediate]`.
+    pub down: &'a B::Weight,
+    /// Nonlinearity.
+    pub activation: Activation,
+    /// `[T, up's out_features]` to work in.
+    pub scratch: &'a mut B::Buf,
+    /// `[T, hidden]`.
+    pub out: &'a mut B::Buf,
+}
+
+/// Gathers the step's logit rows of `x` and applies the output head.
+pub struct Logits<'a, B: Backend> {
+    /// `[T, hidden]`, after the final norm.
+    pub x: &'a B::Buf,
+    /// `[vocab, hidden]`.
+    pub head: &'a B::Weight,
+    /// `[logit_rows, vocab]`.
+    pub out: &'a mut B::Buf,
+}

@@ -1,0 +1,1 @@
+//! The slow, readable definition of every operation.
