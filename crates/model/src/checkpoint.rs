@@ -1,0 +1,272 @@
+//! A model ready to be loaded: its spec, its sampling defaults, and its weights by what they are for.
+
+use std::path::Path;
+
+use quire_core::DType;
+use safetensors::Dtype;
+
+use crate::arch;
+use crate::check;
+use crate::dummy;
+use crate::error::{ModelError, Result};
+use crate::generation::GenerationConfig;
+use crate::spec::{Head, ModelSpec};
+use crate::store::{Store, Stored, read_json};
+use crate::tensor::Tensor;
+use crate::weights::{GlobalTensor, LayerTensor, WeightNames};
+
+/// A checkpoint whose config and tensors are known to fit one another.
+///
+/// Everything is checked when it is opened; weights are read only when they are asked for.
+#[derive(Debug)]
+pub struct Checkpoint {
+    spec: ModelSpec,
+    generation_config: GenerationConfig,
+    names: &'static WeightNames,
+    weights: Weights,
+    ignored: Vec<String>,
+}
+
+#[derive(Debug)]
+enum Weights {
+    Stored(Store),
+    Dummy { seed: u64 },
+}
+
+/// A line of the list of tensors.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Its name in the checkpoint.
+    pub name: String,
+    /// Element type as the file names it, e.g. `BF16`.
+    pub dtype: String,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// Size of its data.
+    pub bytes: u64,
+    /// The file that holds it; `dummy` for random weights.
+    pub file: String,
+}
+
+impl Checkpoint {
+    /// Opens a directory in Hugging Face layout: `config.json`, `model.safetensors` or shards with
+    /// `model.safetensors.index.json`, and `generation_config.json` if there is one. Files are mapped, not read.
+    ///
+    /// # Errors
+    /// Something is missing, damaged, inconsistent or not supported; the message says what and where.
+    pub fn open(path: &Path) -> Result<Self> {
+        let (spec, generation_config) = read_configs(path)?;
+        Self::assemble(spec, generation_config, Store::open(path)?)
+    }
+
+    /// A checkpoint that is part of the program: the texts of its two configs, and a safetensors file.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn from_static(
+        config_json: &str,
+        generation_config_json: Option<&str>,
+        safetensors: &'static [u8],
+    ) -> Result<Self> {
+        let spec = ModelSpec::from_config_json(config_json)?;
+        let generation_config =
+            generation_config_json.map(GenerationConfig::parse).transpose()?.unwrap_or_default();
+        Self::assemble(spec, generation_config, Store::from_static(safetensors)?)
+    }
+
+    /// Random weights of the shape in a directory's `config.json`; weight files are not looked at.
+    ///
+    /// # Errors
+    /// The config is missing, wrong or not supported.
+    pub fn open_dummy(path: &Path, seed: u64) -> Result<Self> {
+        let (spec, generation_config) = read_configs(path)?;
+        Ok(Self { generation_config, ..Self::dummy(spec, seed) })
+    }
+
+    /// Random weights of a given shape, stored as `spec.dtype`. Each tensor is made when it is asked for, and is
+    /// the same each time.
+    pub fn dummy(spec: ModelSpec, seed: u64) -> Self {
+        Self {
+            names: arch::weight_names(&spec.architecture),
+            spec,
+            generation_config: GenerationConfig::default(),
+            weights: Weights::Dummy { seed },
+            ignored: Vec::new(),
+        }
+    }
+
+    fn assemble(mut spec: ModelSpec, generation_config: GenerationConfig, store: Store) -> Result<Self> {
+        let names = arch::weight_names(&spec.architecture);
+        let ignored = check::check(&spec, names, &store)?;
+        spec.dtype = dtype(&embedding(&spec, names, &store)?)?;
+        // Both files list ids that end a generation, and neither list is always the full one.
+        for &id in &generation_config.eos_token_ids {
+            if !spec.eos_token_ids.contains(&id) {
+                spec.eos_token_ids.push(id);
+            }
+        }
+        Ok(Self { spec, generation_config, names, weights: Weights::Stored(store), ignored })
+    }
+
+    /// What the model is.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The sampling its authors recommend.
+    pub fn generation_config(&self) -> &GenerationConfig {
+        &self.generation_config
+    }
+
+    /// Names of stored tensors that the model does not use. Harmless leftovers of training, but worth a warning.
+    pub fn ignored_tensors(&self) -> &[String] {
+        &self.ignored
+    }
+
+    /// All tensors, ordered by name.
+    pub fn tensors(&self) -> Vec<TensorInfo> {
+        match &self.weights {
+            Weights::Stored(store) => store.iter().map(info).collect(),
+            Weights::Dummy { .. } => self.dummy_infos(),
+        }
+    }
+
+    /// A tensor outside the layers. `LmHead` of a tied head is the embedding table.
+    ///
+    /// # Errors
+    /// None for the tensors of [`ModelSpec::global_tensors`], and `LmHead`.
+    pub fn global_tensor(&self, tensor: GlobalTensor) -> Result<Tensor<'_>> {
+        let tensor = match (tensor, self.spec.head) {
+            (GlobalTensor::LmHead, Head::Tied) => GlobalTensor::Embed,
+            (tensor, _) => tensor,
+        };
+        match &self.weights {
+            Weights::Stored(store) if tensor == GlobalTensor::Embed => {
+                borrow(embedding(&self.spec, self.names, store)?)
+            }
+            Weights::Stored(store) => borrow(find(store, (self.names.global)(tensor))?),
+            Weights::Dummy { seed } => {
+                let tensors = self.spec.global_tensors();
+                let shape = tensors.into_iter().find(|(kind, _)| *kind == tensor).map(|(_, shape)| shape);
+                let shape = shape.ok_or_else(|| missing((self.names.global)(tensor)))?;
+                Ok(dummy::tensor(*seed, (self.names.global)(tensor), shape, self.spec.dtype))
+            }
+        }
+    }
+
+    /// A tensor of one layer.
+    ///
+    /// # Errors
+    /// The model has no such tensor: only those of [`ModelSpec::layer_tensors`] exist.
+    ///
+    /// # Panics
+    /// If there is no such layer.
+    pub fn layer_tensor(&self, layer: usize, tensor: LayerTensor) -> Result<Tensor<'_>> {
+        let name = self.names.layer_name(layer, tensor);
+        let tensors = self.spec.layer_tensors(layer);
+        let shape = tensors.into_iter().find(|(kind, _)| *kind == tensor).map(|(_, shape)| shape);
+        let shape = shape.ok_or_else(|| missing(&name))?;
+        match &self.weights {
+            Weights::Stored(store) => borrow(find(store, &name)?),
+            Weights::Dummy { seed } => Ok(dummy::tensor(*seed, &name, shape, self.spec.dtype)),
+        }
+    }
+
+    fn dummy_infos(&self) -> Vec<TensorInfo> {
+        let global = self.spec.global_tensors().into_iter();
+        let mut named: Vec<_> =
+            global.map(|(tensor, shape)| ((self.names.global)(tensor).to_owned(), shape)).collect();
+        for layer in 0..self.spec.layers.len() {
+            let tensors = self.spec.layer_tensors(layer).into_iter();
+            named.extend(tensors.map(|(tensor, shape)| (self.names.layer_name(layer, tensor), shape)));
+        }
+        named.sort();
+        let info = |(name, shape): (String, Vec<usize>)| TensorInfo {
+            name,
+            dtype: self.spec.dtype.name().to_uppercase(),
+            bytes: shape.iter().map(|&dim| dim as u64).product::<u64>() * self.spec.dtype.size() as u64,
+            shape,
+            file: "dummy".to_owned(),
+        };
+        named.into_iter().map(info).collect()
+    }
+}
+
+/// `config.json` and `generation_config.json` of a directory.
+fn read_configs(path: &Path) -> Result<(ModelSpec, GenerationConfig)> {
+    refuse_files(path)?;
+    let config = path.join("config.json");
+    if !config.is_file() {
+        let detail = "holds no config.json; a directory in Hugging Face layout is needed".to_owned();
+        return Err(ModelError::NotACheckpoint { path: path.to_owned(), detail });
+    }
+    let spec = ModelSpec::from_config_json(&read_json(&config)?)?;
+    let generation = path.join("generation_config.json");
+    let generation = match generation.is_file() {
+        true => GenerationConfig::parse(&read_json(&generation)?)?,
+        false => GenerationConfig::default(),
+    };
+    Ok((spec, generation))
+}
+
+/// A checkpoint is a directory; says what to do with a file.
+fn refuse_files(path: &Path) -> Result<()> {
+    let metadata = path.metadata().map_err(|error| ModelError::io(path, error))?;
+    if metadata.is_dir() {
+        return Ok(());
+    }
+    let detail = match path.extension().and_then(|extension| extension.to_str()) {
+        Some("gguf") => "GGUF is not supported yet; use the safetensors checkpoint of this model",
+        Some("bin" | "pt" | "pth") => {
+            "PyTorch pickles are refused; convert the model to a safetensors directory"
+        }
+        _ => "is a file; pass the directory that holds config.json and the safetensors files",
+    };
+    Err(ModelError::NotACheckpoint { path: path.to_owned(), detail: detail.to_owned() })
+}
+
+/// The embedding table. A tied model may store it under the head's name only.
+fn embedding<'a>(spec: &ModelSpec, names: &WeightNames, store: &'a Store) -> Result<Stored<'a>> {
+    let own = (names.global)(GlobalTensor::Embed);
+    match store.get(own) {
+        None if spec.head == Head::Tied => {
+            store.get((names.global)(GlobalTensor::LmHead)).ok_or_else(|| missing(own))
+        }
+        stored => stored.ok_or_else(|| missing(own)),
+    }
+}
+
+fn find<'a>(store: &'a Store, name: &str) -> Result<Stored<'a>> {
+    store.get(name).ok_or_else(|| missing(name))
+}
+
+fn missing(name: &str) -> ModelError {
+    ModelError::Mismatch(format!("the model has no tensor `{name}`"))
+}
+
+fn borrow(stored: Stored<'_>) -> Result<Tensor<'_>> {
+    Ok(Tensor { dtype: dtype(&stored)?, shape: stored.shape.into(), data: stored.data.into() })
+}
+
+/// The element type, if it is one that weights may have.
+pub(crate) fn dtype(stored: &Stored) -> Result<DType> {
+    match stored.dtype {
+        Dtype::F32 => Ok(DType::F32),
+        Dtype::F16 => Ok(DType::F16),
+        Dtype::BF16 => Ok(DType::BF16),
+        other => Err(ModelError::Unsupported(format!(
+            "{}: tensor `{}` has dtype {other:?}; supported are F32, F16, BF16",
+            stored.file, stored.name
+        ))),
+    }
+}
+
+fn info(stored: Stored<'_>) -> TensorInfo {
+    TensorInfo {
+        name: stored.name.to_owned(),
+        dtype: format!("{:?}", stored.dtype),
+        shape: stored.shape.to_vec(),
+        bytes: stored.data.len() as u64,
+        file: stored.file.to_owned(),
+    }
+}
