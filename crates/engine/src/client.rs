@@ -1,0 +1,285 @@
+//! The async side of the engine: submit a request, read its tokens, end it early.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use quire_core::{
+    BlockHasher, CacheSalt, FinishReason, Limits, Micros, Request, RequestError, RequestId, SamplingParams,
+    TenantId, TokenId,
+};
+use tokio::sync::Notify;
+
+use crate::dispatch::{Mailbox, Registry, SeqDelta};
+use crate::snapshot::{EngineSnapshot, SharedSnapshot};
+
+/// What a caller asks of an engine; ids and times are added by [`EngineClient::submit`].
+#[derive(Clone, Debug)]
+pub struct RequestSpec {
+    /// Prompt token ids.
+    pub prompt: Arc<[TokenId]>,
+    /// How to sample; `stop_token_ids` holds the model's end-of-sequence ids unless they are to be ignored.
+    pub params: Arc<SamplingParams>,
+    /// Who asks.
+    pub tenant: TenantId,
+    /// Higher runs first; 0 is normal.
+    pub priority: i8,
+    /// Namespace of the prefix cache; `None` neither reads nor fills it.
+    pub cache_salt: Option<CacheSalt>,
+    /// Time from now after which the answer is worthless.
+    pub timeout: Option<Duration>,
+}
+
+/// Where an engine is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum EngineState {
+    /// Takes requests.
+    Ready = 0,
+    /// Finishes what it has, takes nothing new.
+    Draining = 1,
+    /// The device failed or the thread ended; nothing more comes.
+    Dead = 2,
+}
+
+impl EngineState {
+    const fn from_u8(value: u8) -> Self {
+        match value {
+            0 => Self::Ready,
+            1 => Self::Draining,
+            _ => Self::Dead,
+        }
+    }
+}
+
+/// What travels to the engine thread. The queue is bounded by admission: at most `capacity` requests are live, each
+/// sends one `Add`, one `Finish` per continuation and one when its handle is dropped.
+pub(crate) enum Command {
+    Add(Request),
+    Finish { id: RequestId, index: Option<u32>, reason: FinishReason },
+    AbortAll { reason: FinishReason },
+    Stop,
+}
+
+/// State that client, dispatcher and engine thread share.
+pub(crate) struct Shared {
+    pub(crate) limits: Limits,
+    pub(crate) hasher: BlockHasher,
+    pub(crate) registry: Registry,
+    pub(crate) snapshot: SharedSnapshot,
+    /// Live continuations: accepted and not finished.
+    pub(crate) live: AtomicU32,
+    pub(crate) idle: Notify,
+    state: AtomicU8,
+    epoch: Instant,
+    next_id: AtomicU64,
+}
+
+impl Shared {
+    pub(crate) fn new(limits: Limits, hasher: BlockHasher) -> Self {
+        Self {
+            limits,
+            hasher,
+            registry: Registry::default(),
+            snapshot: SharedSnapshot::default(),
+            live: AtomicU32::new(0),
+            idle: Notify::new(),
+            state: AtomicU8::new(EngineState::Ready as u8),
+            epoch: Instant::now(),
+            next_id: AtomicU64::new(1),
+        }
+    }
+
+    pub(crate) fn now(&self) -> Micros {
+        Micros(self.epoch.elapsed().as_micros() as u64)
+    }
+
+    pub(crate) fn state(&self) -> EngineState {
+        EngineState::from_u8(self.state.load(Ordering::Acquire))
+    }
+
+    /// Moves forward only: a dead engine never becomes ready again.
+    pub(crate) fn advance_state(&self, state: EngineState) {
+        self.state.fetch_max(state as u8, Ordering::AcqRel);
+    }
+
+    /// Gives back the places of `n` ended continuations.
+    pub(crate) fn release(&self, n: u32) {
+        if self.live.fetch_sub(n, Ordering::AcqRel) == n {
+            self.idle.notify_waiters();
+        }
+    }
+}
+
+/// A handle to one engine; cheap to clone.
+#[derive(Clone)]
+pub struct EngineClient {
+    shared: Arc<Shared>,
+    inbox: Sender<Command>,
+}
+
+impl EngineClient {
+    pub(crate) fn new(shared: Arc<Shared>, inbox: Sender<Command>) -> Self {
+        Self { shared, inbox }
+    }
+
+    /// The bounds requests are checked against.
+    pub fn limits(&self) -> &Limits {
+        &self.shared.limits
+    }
+
+    /// The hasher of the prefix cache, for salts.
+    pub fn hasher(&self) -> &BlockHasher {
+        &self.shared.hasher
+    }
+
+    /// Where the engine is in its life.
+    pub fn state(&self) -> EngineState {
+        self.shared.state()
+    }
+
+    /// Queue lengths, KV usage and the like as of the last step.
+    pub fn snapshot(&self) -> EngineSnapshot {
+        self.shared.snapshot.load()
+    }
+
+    /// Microseconds since the engine started: the clock of every [`quire_core::Usage`].
+    pub fn now(&self) -> Micros {
+        self.shared.now()
+    }
+
+    /// Checks the request, takes a place in the bounded queue and sends it to the engine. Hashes the prompt's blocks, so
+    /// call it off the I/O threads when prompts are long (a 16k-token prompt takes about a tenth of a millisecond).
+    ///
+    /// # Errors
+    /// Invalid or too long, [`RequestError::Overloaded`] when the queue is full, [`RequestError::Unavailable`] when the
+    /// engine drains or is dead.
+    pub fn submit(&self, spec: RequestSpec) -> Result<RequestHandle, RequestError> {
+        match self.state() {
+            EngineState::Ready => {}
+            EngineState::Draining => return Err(RequestError::Unavailable { state: "draining" }),
+            EngineState::Dead => return Err(RequestError::Unavailable { state: "dead" }),
+        }
+        let shared = &self.shared;
+        let now = shared.now();
+        let n = spec.params.n;
+        let salt = spec.cache_salt.unwrap_or_default();
+        let mut request = Request {
+            id: RequestId(shared.next_id.fetch_add(1, Ordering::Relaxed)),
+            block_hashes: Arc::from([]),
+            prompt: spec.prompt,
+            salt,
+            params: spec.params,
+            tenant: spec.tenant,
+            priority: spec.priority,
+            arrival: now,
+            deadline: spec.timeout.map(|timeout| Micros(now.0.saturating_add(timeout.as_micros() as u64))),
+        };
+        request.validate(&shared.limits)?;
+        self.admit(n)?;
+        if spec.cache_salt.is_some() {
+            request.block_hashes = shared.hasher.chain(salt, &request.prompt).into();
+        }
+        let id = request.id;
+        let mailbox = Arc::new(Mailbox::new(n));
+        shared.registry.insert(id, Arc::clone(&mailbox));
+        let handle = RequestHandle { id, mailbox, inbox: self.inbox.clone(), unfinished: n };
+        let sent = self.inbox.send(Command::Add(request)).is_ok();
+        // The engine marks itself dead before it empties its inbox for the last time, so a request sent while it was
+        // alive is always ended by it; one sent later may never be seen.
+        if !sent || self.state() == EngineState::Dead {
+            shared.registry.remove(id);
+            return Err(RequestError::Unavailable { state: "dead" });
+        }
+        Ok(handle)
+    }
+
+    /// Takes `n` places among `max_num_seqs` running and `max_queued_requests` waiting ones.
+    fn admit(&self, n: u32) -> Result<(), RequestError> {
+        let limits = &self.shared.limits;
+        let capacity = limits.max_num_seqs.saturating_add(limits.max_queued_requests);
+        let taken = self.shared.live.fetch_update(Ordering::AcqRel, Ordering::Acquire, |live| {
+            live.checked_add(n).filter(|&total| total <= capacity)
+        });
+        let Err(live) = taken else { return Ok(()) };
+        let snapshot = self.snapshot();
+        Err(RequestError::Overloaded {
+            queued: live.saturating_sub(limits.max_num_seqs),
+            limit: limits.max_queued_requests,
+            retry_after: snapshot.estimated_wait(live.saturating_sub(limits.max_num_seqs)),
+        })
+    }
+
+    /// Refuses new requests from now on; running ones go on.
+    pub fn drain(&self) {
+        self.shared.advance_state(EngineState::Draining);
+    }
+
+    /// Resolves once no request is live.
+    pub async fn idle(&self) {
+        loop {
+            let notified = self.shared.idle.notified();
+            tokio::pin!(notified);
+            notified.as_mut().enable();
+            if self.shared.live.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    /// Ends every live request with `reason`; their streams get a final event.
+    pub fn abort_all(&self, reason: FinishReason) {
+        // A dead engine has ended them already.
+        let _ = self.inbox.send(Command::AbortAll { reason });
+    }
+
+    /// Asks the engine thread to end. Live requests are ended with [`FinishReason::Abort`].
+    pub fn stop(&self) {
+        let _ = self.inbox.send(Command::Stop);
+    }
+}
+
+/// One request in flight. Dropping it cancels what is unfinished.
+pub struct RequestHandle {
+    id: RequestId,
+    mailbox: Arc<Mailbox>,
+    inbox: Sender<Command>,
+    unfinished: u32,
+}
+
+impl RequestHandle {
+    /// The engine's id of the request.
+    pub fn id(&self) -> RequestId {
+        self.id
+    }
+
+    /// The next piece of any continuation; `None` once all have ended. Pieces of one continuation come in order; what
+    /// several steps produced while nobody read comes as one piece.
+    pub async fn next(&mut self) -> Option<SeqDelta> {
+        if self.unfinished == 0 {
+            return None;
+        }
+        let delta = poll_fn(|cx| self.mailbox.poll_pop(cx)).await;
+        if delta.finished.is_some() {
+            self.unfinished -= 1;
+        }
+        Some(delta)
+    }
+
+    /// Ends one continuation, for example because a stop string matched. Its final piece still comes.
+    pub fn finish(&self, index: u32, reason: FinishReason) {
+        // A dead engine has ended it already.
+        let _ = self.inbox.send(Command::Finish { id: self.id, index: Some(index), reason });
+    }
+}
+
+impl Drop for RequestHandle {
+    fn drop(&mut self) {
+        if self.unfinished > 0 {
+            let _ = self.inbox.send(Command::Finish { id: self.id, index: None, reason: FinishReason::Abort });
+        }
+    }
+}

@@ -1,0 +1,347 @@
+"""End-to-end checks of the release binary with clients this project did not write.
+
+    python tests/e2e/run.py target/release/quire
+
+Needs: openai, grpcio, grpcio-tools, grpcio-health-checking, grpcio-reflection. Serves the embedded model on free
+loopback ports, runs every check, prints one line each, and ends with 'N passed, N failed'.
+"""
+
+import concurrent.futures
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.request
+
+import openai
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CHECKS = []
+
+
+def check(function):
+    CHECKS.append(function)
+    return function
+
+
+class Server:
+    """One `quire serve` process; knows its URLs once it has printed them."""
+
+    def __init__(self, binary, *args):
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            [binary, "serve", "--port", "0", "--grpc-port", "0", *args],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.lines, self.http, self.grpc = [], None, None
+        self.up = threading.Event()
+        threading.Thread(target=self.read, daemon=True).start()
+        if not self.up.wait(60):
+            self.process.kill()
+            raise RuntimeError("no URLs within 60 s:\n" + "".join(self.lines))
+        self.wait_ready()
+
+    def read(self):
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if found := re.search(r"(http://127\.0\.0\.1:\d+)", line):
+                self.http = self.http or found.group(1)
+            if found := re.search(r"grpc://(127\.0\.0\.1:\d+)", line):
+                self.grpc = found.group(1)
+            if self.http and self.grpc:
+                self.up.set()
+        self.up.set()
+
+    def wait_ready(self):
+        while time.monotonic() - self.started < 60:
+            try:
+                if get(self.http + "/health/ready")[0] == 200:
+                    self.seconds_to_ready = time.monotonic() - self.started
+                    return
+            except OSError:
+                pass
+            time.sleep(0.01)
+        raise RuntimeError("not ready within 60 s:\n" + "".join(self.lines))
+
+    def client(self):
+        return openai.OpenAI(base_url=self.http + "/v1", api_key="none", max_retries=0)
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+def get(url, headers=None):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=10) as response:
+            return response.status, response.read().decode(), response.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(), error.headers
+
+
+def post(url, body, headers=None):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json", **(headers or {})})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.read().decode(), response.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(), error.headers
+
+
+def messages(text):
+    return [{"role": "user", "content": text}]
+
+
+@check
+def ready_in_under_a_second(server):
+    assert server.seconds_to_ready < 1.0, f"{server.seconds_to_ready:.2f} s"
+    print(f"    ready after {server.seconds_to_ready:.2f} s")
+
+
+@check
+def models_are_listed(server):
+    listed = [model.id for model in server.client().models.list()]
+    assert listed == ["quire-demo"], listed
+    assert server.client().models.retrieve("quire-demo").id == "quire-demo"
+
+
+@check
+def chat_answers_coherently(server):
+    answer = server.client().chat.completions.create(
+        model="quire-demo", messages=messages("What is Quire?"), temperature=0, max_tokens=80)
+    text = answer.choices[0].message.content
+    print("    " + text)
+    assert "Quire" in text and answer.choices[0].finish_reason == "stop"
+    assert answer.usage.prompt_tokens > 0 and answer.usage.total_tokens == (
+        answer.usage.prompt_tokens + answer.usage.completion_tokens)
+
+
+@check
+def chat_streams_the_same_text(server):
+    client = server.client()
+    ask = dict(model="quire-demo", messages=messages("Tell me a short story about a fox."), temperature=0, max_tokens=96)
+    whole = client.chat.completions.create(**ask)
+    pieces, usage, finish = [], None, None
+    for chunk in client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        if chunk.choices:
+            pieces.append(chunk.choices[0].delta.content or "")
+            finish = chunk.choices[0].finish_reason or finish
+        usage = chunk.usage or usage
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert len(pieces) > 3, "it must stream, not arrive at once"
+    assert finish == whole.choices[0].finish_reason and usage.completion_tokens == whole.usage.completion_tokens
+
+
+@check
+def completions_report_logprobs(server):
+    answer = server.client().completions.create(
+        model="quire-demo", prompt="Hello", max_tokens=5, temperature=0, logprobs=3, echo=True)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs.token_logprobs[0] is None and all(value <= 0 for value in logprobs.token_logprobs[1:])
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset)
+    assert "".join(logprobs.tokens) == answer.choices[0].text and answer.choices[0].text.startswith("Hello")
+    generated = logprobs.top_logprobs[-1]
+    assert len(generated) >= 3 and max(generated.values()) == logprobs.token_logprobs[-1]
+
+
+@check
+def n_choices_and_seeds(server):
+    ask = dict(model="quire-demo", prompt="Once upon a time", max_tokens=12, temperature=1.0, seed=7, n=3)
+    first, second = (server.client().completions.create(**ask) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in second.choices], "a seed replays"
+    assert len(set(texts)) > 1, "choices differ"
+
+
+@check
+def stop_strings_cut_the_text(server):
+    whole = server.client().completions.create(model="quire-demo", prompt="Count: one two", max_tokens=24, temperature=0)
+    words = whole.choices[0].text.split()
+    stop = words[len(words) // 2]
+    cut = server.client().completions.create(
+        model="quire-demo", prompt="Count: one two", max_tokens=24, temperature=0, stop=[stop])
+    assert cut.choices[0].finish_reason == "stop" and cut.choices[0].text == whole.choices[0].text.split(stop)[0]
+
+
+@check
+def errors_name_the_field(server):
+    client = server.client()
+    for kwargs, field in [
+        (dict(temperature=-1), "temperature"), (dict(top_p=2), "top_p"), (dict(n=0), "n"),
+        (dict(max_tokens=0), "max_tokens"), (dict(logit_bias={"999999": 1}), "logit_bias"),
+        (dict(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
+    ]:
+        try:
+            client.chat.completions.create(model="quire-demo", messages=messages("hi"), **kwargs)
+            raise AssertionError(f"{kwargs} was accepted")
+        except openai.BadRequestError as error:
+            assert field in str(error.param) or field in error.message, (kwargs, error.message)
+    try:
+        client.chat.completions.create(model="no-such-model", messages=messages("hi"))
+        raise AssertionError("an unknown model was accepted")
+    except openai.NotFoundError as error:
+        assert error.code == "model_not_found", error
+    status, body, _ = post(server.http + "/v1/completions", b'{"model": "quire-demo", "prompt": "x" * 3}')
+    assert status == 400 and json.loads(body)["error"]["type"] == "invalid_request_error"
+    status, _, _ = post(server.http + "/v1/completions", {"model": "quire-demo", "prompt": "x " * 5_000_000})
+    assert status == 413, status
+    assert get(server.http + "/health/ready")[0] == 200, "the server keeps serving"
+
+
+@check
+def thirty_two_streams_interleave(server):
+    client = server.client()
+    arrivals, barrier = [], threading.Barrier(32)
+
+    def stream(number):
+        barrier.wait()
+        text = ""
+        for chunk in client.chat.completions.create(
+                model="quire-demo", messages=messages(f"Tell me a short story about {number} birds."),
+                temperature=0, max_tokens=48, stream=True, extra_body={"ignore_eos": True}):
+            if chunk.choices and chunk.choices[0].delta.content:
+                arrivals.append((time.monotonic(), number))
+                text += chunk.choices[0].delta.content
+        return text
+
+    begin = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        texts = list(pool.map(stream, range(32)))
+    seconds = time.monotonic() - begin
+    arrivals.sort()
+    firsts = {}
+    lasts = {}
+    for at, number in arrivals:
+        firsts.setdefault(number, at)
+        lasts[number] = at
+    overlapping = sum(max(firsts.values()) < lasts[number] for number in lasts)
+    switches = sum(a[1] != b[1] for a, b in zip(arrivals, arrivals[1:]))
+    print(f"    {len(arrivals)} chunks in {seconds:.2f} s, {switches} switches between streams, {overlapping} of 32 overlap")
+    assert all(texts) and overlapping >= 24 and switches > len(arrivals) / 4
+    alone = client.chat.completions.create(
+        model="quire-demo", messages=messages("Tell me a short story about 5 birds."), temperature=0, max_tokens=48,
+        extra_body={"ignore_eos": True})
+    assert alone.choices[0].message.content == texts[5], "the same bytes, alone or among 32"
+
+
+@check
+def deadlines_and_request_ids(server):
+    status, _, headers = post(
+        server.http + "/v1/completions", {"model": "quire-demo", "prompt": "Hi", "max_tokens": 2, "temperature": 0},
+        {"x-request-id": "check-1"})
+    assert status == 200 and headers["x-request-id"] == "check-1"
+    status, body, _ = post(
+        server.http + "/v1/completions",
+        {"model": "quire-demo", "prompt": "Hi", "max_tokens": 1500, "ignore_eos": True}, {"x-request-timeout-ms": "5"})
+    assert status == 504, (status, body)
+
+
+@check
+def metrics_have_both_names(server):
+    page = get(server.http + "/metrics")[1]
+    for name in ["quire_requests_running", "quire_kv_cache_usage_ratio", "vllm:num_requests_running",
+                 "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:time_to_first_token_seconds_bucket",
+                 "vllm:generation_tokens_total", "quire_build_info"]:
+        assert re.search(rf"^{re.escape(name)}[ {{]", page, re.M), f"{name} is missing"
+    assert " summary" not in page
+    total = sum(float(value) for value in re.findall(r"^quire_generation_tokens_total\{[^}]*\} (\S+)$", page, re.M))
+    assert total > 100, total
+
+
+def load_proto(folder):
+    from grpc_tools import protoc
+    root = os.path.join(HERE, "..", "..", "proto")
+    code = protoc.main(["protoc", f"-I{root}", f"--python_out={folder}", f"--grpc_python_out={folder}",
+                        os.path.join(root, "quire/v1/inference.proto")])
+    assert code == 0
+    sys.path.insert(0, folder)
+    return (importlib.import_module("quire.v1.inference_pb2"), importlib.import_module("quire.v1.inference_pb2_grpc"))
+
+
+@check
+def grpc_gives_the_same_tokens(server):
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+    from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+    pb, stubs = load_proto(tempfile.mkdtemp())
+    with grpc.insecure_channel(server.grpc) as channel:
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="quire.v1.Inference"))
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        services = ProtoReflectionDescriptorDatabase(channel).get_services()
+        assert "quire.v1.Inference" in services, services
+        stub = stubs.InferenceStub(channel)
+        request = pb.GenerateRequest(
+            text="Once upon a time", sampling=pb.Sampling(temperature=0.8, seed=11),
+            stopping=pb.Stopping(max_tokens=24))
+        whole = stub.Generate(request).choices[0]
+        streamed = list(stub.GenerateStream(request))
+        assert "".join(chunk.choice.text for chunk in streamed) == whole.text
+        over_http = server.client().completions.create(
+            model="quire-demo", prompt="Once upon a time", temperature=0.8, seed=11, max_tokens=24,
+            extra_body={"return_token_ids": True})
+        assert over_http.choices[0].text == whole.text
+        assert over_http.choices[0].model_extra["token_ids"] == list(whole.token_ids)
+        try:
+            stub.Generate(pb.GenerateRequest(text="Hi", stopping=pb.Stopping(max_tokens=1500, ignore_eos=True)), timeout=0.02)
+            raise AssertionError("the deadline did not end the call")
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED, error
+        try:
+            stub.Generate(pb.GenerateRequest(text="Hi", sampling=pb.Sampling(temperature=-1)))
+            raise AssertionError("a negative temperature was accepted")
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.INVALID_ARGUMENT and "temperature" in error.details(), error
+
+
+@check
+def drains_on_sigterm(server):
+    client = server.client()
+    stream = client.completions.create(
+        model="quire-demo", prompt="Hello", max_tokens=400, temperature=0, stream=True, extra_body={"ignore_eos": True})
+    iterator = iter(stream)
+    next(iterator)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    status, _, headers = post(server.http + "/v1/completions", {"model": "quire-demo", "prompt": "Hi", "max_tokens": 1})
+    live = get(server.http + "/health/live")[0]
+    ready = get(server.http + "/health/ready")[0]
+    rest = list(iterator)
+    code = server.process.wait(60)
+    assert (status, live, ready) == (503, 200, 503), (status, live, ready)
+    assert headers["connection"] == "close" and headers["retry-after"], dict(headers)
+    assert rest[-1].choices[0].finish_reason == "length", "the running stream finished"
+    assert code == 0, code
+
+
+def main():
+    server = Server(sys.argv[1])
+    passed = failed = 0
+    try:
+        for function in CHECKS:
+            try:
+                function(server)
+                passed += 1
+                print(f"ok   {function.__name__}")
+            except Exception:
+                failed += 1
+                print(f"FAIL {function.__name__}")
+                traceback.print_exc()
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+    if failed:
+        print("".join(server.lines)[-4000:])
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
