@@ -11,13 +11,16 @@
 //!   order;
 //! * nothing is allocated after start.
 //!
-//! Reading order: [`step_input`], [`ops`], [`backend`], [`reference`], [`conformance`].
+//! Reading order: [`step_input`], [`ops`], [`backend`], [`reference`] with [`sampling_rng`], [`conformance`]; [`convert`]
+//! helps to load.
 #![forbid(unsafe_code)]
 
 pub mod backend;
 pub mod conformance;
+pub mod convert;
 pub mod ops;
 pub mod reference;
+pub mod sampling_rng;
 pub mod step_input;
 
 pub use backend::{Backend, BackendError};
@@ -25,4 +28,4 @@ pub use ops::{
     Activation, AddNorm, Attention, AttnShape, Embed, GraphKey, KvLayerShape, KvLayout, Linear, LinearPart,
     LinearSource, Logits, Mlp, MlpShape, RopeAndCache, RopeTable,
 };
-pub use step_input::{LogitKind, LogitRow, SeqState, StepInput};
+pub use step_input::{LogitKind, LogitRow, SeqState, StepBuffer, StepInput};

@@ -40,6 +40,16 @@ pub struct RopeTable {
     pub max_positions: u32,
 }
 
+impl RopeTable {
+    /// Sine and cosine for dimension pair `i` at `position`. The angle is a product in f32, as in the models' own code:
+    /// far out its rounding is visible, and the models were trained with it.
+    pub fn sin_cos(&self, position: u32, i: usize) -> (f32, f32) {
+        let angle = f64::from(position as f32 * self.inv_freq[i]);
+        let factor = f64::from(self.attention_factor);
+        ((angle.sin() * factor) as f32, (angle.cos() * factor) as f32)
+    }
+}
+
 /// Heads of one attention layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttnShape {
@@ -185,6 +195,37 @@ pub enum Activation {
     Relu,
 }
 
+impl Activation {
+    /// The definition, computed in f64.
+    pub fn apply(self, x: f32) -> f32 {
+        let x = f64::from(x);
+        let y = match self {
+            Self::Silu => x / (1.0 + (-x).exp()),
+            Self::GeluTanh => {
+                let inner = std::f64::consts::FRAC_2_PI.sqrt() * (x + 0.044_715 * x * x * x);
+                0.5 * x * (1.0 + inner.tanh())
+            }
+            Self::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
+            Self::Relu => x.max(0.0),
+        };
+        y as f32
+    }
+}
+
+/// Error function by its series without cancellation (Abramowitz & Stegun 7.1.6), to about 1e-15.
+fn erf(x: f64) -> f64 {
+    if x.abs() > 6.0 || x.is_nan() {
+        return if x.is_nan() { x } else { x.signum() };
+    }
+    let (mut term, mut sum, mut n) = (x, x, 0.0);
+    while term.abs() > 1e-17 * sum.abs() {
+        n += 1.0;
+        term *= 2.0 * x * x / (2.0 * n + 1.0);
+        sum += term;
+    }
+    std::f64::consts::FRAC_2_SQRT_PI * (-x * x).exp() * sum
+}
+
 /// Whether a feed-forward layer has a gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MlpShape {
@@ -220,4 +261,27 @@ pub struct Logits<'a, B: Backend> {
     pub head: &'a B::Weight,
     /// `[logit_rows, vocab]`.
     pub out: &'a mut B::Buf,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn activations_match_published_values() {
+        let cases = [
+            (Activation::Silu, 0.731_058_6, -0.268_941_42),
+            (Activation::GeluTanh, 0.841_192, -0.158_808),
+            (Activation::Gelu, 0.841_344_8, -0.158_655_25),
+            (Activation::Relu, 1.0, 0.0),
+        ];
+        for (activation, at_one, at_minus_one) in cases {
+            assert!((activation.apply(1.0) - at_one).abs() < 1e-6, "{activation:?}");
+            assert!((activation.apply(-1.0) - at_minus_one).abs() < 1e-6, "{activation:?}");
+            assert_eq!(activation.apply(0.0), 0.0);
+            assert_eq!(activation.apply(50.0), 50.0);
+        }
+        assert!((erf(2.0) - 0.995_322_265_018_953).abs() < 1e-14);
+        assert!((erf(-5.5) + 1.0).abs() < 1e-13);
+    }
 }

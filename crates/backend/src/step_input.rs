@@ -5,7 +5,9 @@
 
 use std::sync::Arc;
 
-use quire_core::{BlockCopy, SamplingParams, Slot, StepId, TokenId};
+use quire_core::{BlockCopy, ExecError, SamplingParams, Slot, StepId, TokenId};
+
+use crate::BackendError;
 
 /// What the runner knows of the sequence in a slot.
 #[derive(Clone, Debug)]
@@ -75,6 +77,19 @@ pub struct LogitRow {
     pub kind: LogitKind,
 }
 
+impl LogitRow {
+    /// The sequence's state.
+    ///
+    /// # Errors
+    /// Its slot is free: the runner's plan and its state disagree.
+    pub fn seq<'a>(&self, seqs: &'a [Option<SeqState>]) -> Result<&'a SeqState, BackendError> {
+        seqs.get(self.slot.0 as usize).and_then(Option::as_ref).ok_or_else(|| {
+            let message = format!("logit row {} names slot {}, which is free", self.row, self.slot);
+            BackendError::Device(ExecError { device: "host".into(), message })
+        })
+    }
+}
+
 /// What logits are used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogitKind {
@@ -85,4 +100,68 @@ pub enum LogitKind {
         /// That token.
         target: TokenId,
     },
+}
+
+/// The arrays of a [`StepInput`], owned: what a backend that reads them on the host keeps from `prepare` to `fetch`. The
+/// per-slot state is not kept, since `sample` receives it anew.
+#[derive(Clone, Debug, Default)]
+pub struct StepBuffer {
+    /// As in [`StepInput`]; so are all the others.
+    pub token_ids: Vec<TokenId>,
+    /// `[T]`.
+    pub positions: Vec<u32>,
+    /// `[T]`.
+    pub slot_mapping: Vec<u32>,
+    /// `[S + 1]`.
+    pub cu_seqlens_q: Vec<u32>,
+    /// `[S]`.
+    pub seq_lens: Vec<u32>,
+    /// `[S, max_blocks_per_seq]`.
+    pub block_tables: Vec<u32>,
+    /// Row length of `block_tables`.
+    pub max_blocks_per_seq: u32,
+    /// Rows that need logits.
+    pub logit_rows: Vec<LogitRow>,
+    /// Blocks to copy.
+    pub block_copies: Vec<BlockCopy>,
+}
+
+impl StepBuffer {
+    /// Replaces the content, keeps the memory.
+    pub fn copy_from(&mut self, input: &StepInput<'_>) {
+        fn replace<T: Copy>(to: &mut Vec<T>, from: &[T]) {
+            to.clear();
+            to.extend_from_slice(from);
+        }
+        replace(&mut self.token_ids, input.token_ids);
+        replace(&mut self.positions, input.positions);
+        replace(&mut self.slot_mapping, input.slot_mapping);
+        replace(&mut self.cu_seqlens_q, input.cu_seqlens_q);
+        replace(&mut self.seq_lens, input.seq_lens);
+        replace(&mut self.block_tables, input.block_tables);
+        self.max_blocks_per_seq = input.max_blocks_per_seq;
+        replace(&mut self.logit_rows, input.logit_rows);
+        replace(&mut self.block_copies, input.block_copies);
+    }
+
+    /// Token rows `T`.
+    pub fn num_tokens(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    /// Sequences `S`.
+    pub fn num_seqs(&self) -> usize {
+        self.seq_lens.len()
+    }
+
+    /// The rows of sequence `s`.
+    pub fn rows_of(&self, s: usize) -> std::ops::Range<usize> {
+        self.cu_seqlens_q[s] as usize..self.cu_seqlens_q[s + 1] as usize
+    }
+
+    /// The block table of sequence `s`.
+    pub fn block_table(&self, s: usize) -> &[u32] {
+        let width = self.max_blocks_per_seq as usize;
+        &self.block_tables[s * width..(s + 1) * width]
+    }
 }

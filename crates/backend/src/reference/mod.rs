@@ -1,1 +1,252 @@
-//! The slow, readable definition of every operation.
+//! The slow, readable definition of every operation: loops over rows and heads, f32 activations, f64 sums.
+//!
+//! It is not made to be fast, and it allocates freely. A new operation or a wider one is written here first.
+//! Reading order: [`linear`], [`norm`], [`rope`], [`attention`], [`mlp`], [`sampler`].
+
+mod attention;
+mod linear;
+mod mlp;
+mod norm;
+mod rope;
+pub mod sampler;
+
+use quire_core::{
+    ExecError, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId, TokenLogprobs,
+};
+
+pub use self::attention::RefKv;
+pub use self::linear::RefWeight;
+use crate::convert::to_f32;
+use crate::step_input::StepBuffer;
+use crate::{
+    AddNorm, Attention, Backend, BackendError, Embed, GraphKey, KvLayout, Linear, LinearSource, LogitKind,
+    Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
+};
+
+/// Activations `[rows, cols]`, row-major.
+#[derive(Clone, Debug)]
+pub struct RefBuf {
+    values: Vec<f32>,
+    cols: usize,
+}
+
+impl RefBuf {
+    fn row(&self, t: usize) -> &[f32] {
+        &self.values[t * self.cols..(t + 1) * self.cols]
+    }
+
+    fn row_mut(&mut self, t: usize) -> &mut [f32] {
+        &mut self.values[t * self.cols..(t + 1) * self.cols]
+    }
+}
+
+/// What `sample` found for one logit row.
+#[derive(Clone, Debug)]
+enum RowResult {
+    Sampled(Slot, TokenId, Option<TokenLogprobs>),
+    Prompt(Slot, u32, TokenLogprobs),
+}
+
+/// The reference backend. Holds nothing but the current step.
+#[derive(Debug, Default)]
+pub struct RefBackend {
+    step: StepBuffer,
+    results: Vec<RowResult>,
+}
+
+impl RefBackend {
+    /// Ready to load.
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+fn failed(message: String) -> BackendError {
+    BackendError::Device(ExecError { device: "reference".into(), message })
+}
+
+impl Backend for RefBackend {
+    type Buf = RefBuf;
+    type Weight = RefWeight;
+    type Norm = Vec<f32>;
+    type Rope = RopeTable;
+    type Kv = RefKv;
+
+    const INLINE: bool = true;
+
+    fn name(&self) -> String {
+        "reference".into()
+    }
+
+    fn load_linear(&mut self, source: &LinearSource<'_>) -> Result<RefWeight, BackendError> {
+        RefWeight::load(source)
+    }
+
+    fn load_norm(&mut self, name: &str, weight: TensorView<'_>) -> Result<Vec<f32>, BackendError> {
+        to_f32(name, &weight)
+    }
+
+    fn load_rope(&mut self, table: &RopeTable) -> Result<RopeTable, BackendError> {
+        Ok(table.clone())
+    }
+
+    fn alloc(&mut self, rows: usize, cols: usize) -> Result<RefBuf, BackendError> {
+        Ok(RefBuf { values: vec![0.0; rows * cols], cols })
+    }
+
+    fn alloc_kv(&mut self, layout: &KvLayout) -> Result<RefKv, BackendError> {
+        RefKv::new(layout)
+    }
+
+    fn prepare(&mut self, input: &StepInput<'_>) -> Result<(), BackendError> {
+        self.step.copy_from(input);
+        self.results.clear();
+        Ok(())
+    }
+
+    fn run(
+        &mut self,
+        _key: Option<GraphKey>,
+        mut body: impl FnMut(&mut Self) -> Result<(), BackendError>,
+    ) -> Result<(), BackendError> {
+        body(self)
+    }
+
+    fn copy_blocks(&mut self, kv: &mut RefKv) -> Result<(), BackendError> {
+        self.step.block_copies.iter().for_each(|&copy| kv.copy_block(copy));
+        Ok(())
+    }
+
+    fn embed(&mut self, op: Embed<'_, Self>) -> Result<(), BackendError> {
+        for (t, &id) in self.step.token_ids.iter().enumerate() {
+            let vocab = op.table.out_features();
+            if id as usize >= vocab {
+                return Err(failed(format!("token id {id} is outside the embedding of {vocab} rows")));
+            }
+            op.out.row_mut(t).copy_from_slice(op.table.row(id as usize));
+        }
+        Ok(())
+    }
+
+    fn add_norm(&mut self, op: AddNorm<'_, Self>) -> Result<(), BackendError> {
+        for t in 0..self.step.num_tokens() {
+            let residual = op.residual.row_mut(t);
+            if let Some(delta) = op.delta {
+                residual.iter_mut().zip(delta.row(t)).for_each(|(r, d)| *r += d);
+            }
+            norm::rms_norm(residual, op.weight, op.eps, op.out.row_mut(t));
+        }
+        Ok(())
+    }
+
+    fn linear(&mut self, op: Linear<'_, Self>) -> Result<(), BackendError> {
+        for t in 0..self.step.num_tokens() {
+            op.weight.apply(op.x.row(t), op.out.row_mut(t));
+        }
+        Ok(())
+    }
+
+    fn rope_and_cache(&mut self, op: RopeAndCache<'_, Self>) -> Result<(), BackendError> {
+        let (shape, head_dim) = (op.shape, op.shape.head_dim as usize);
+        for t in 0..self.step.num_tokens() {
+            let (q, kv) = op.qkv.row_mut(t).split_at_mut(shape.q_size());
+            let (k, v) = kv.split_at_mut(shape.kv_size());
+            let weights = op.qk_norm.unzip();
+            for (heads, weight) in [(q, weights.0), (&mut *k, weights.1)] {
+                for head in heads.chunks_exact_mut(head_dim) {
+                    if let Some(weight) = weight {
+                        norm::rms_norm_in_place(head, weight, op.eps);
+                    }
+                    if let Some(table) = op.rope {
+                        rope::rotate(head, table, self.step.positions[t]);
+                    }
+                }
+            }
+            op.kv.store(op.layer, self.step.slot_mapping[t], k, v);
+        }
+        Ok(())
+    }
+
+    fn attention(&mut self, op: Attention<'_, Self>) -> Result<(), BackendError> {
+        let head_dim = op.shape.head_dim as usize;
+        let group = (op.shape.num_heads / op.shape.num_kv_heads) as usize;
+        for s in 0..self.step.num_seqs() {
+            for t in self.step.rows_of(s) {
+                let last = self.step.positions[t];
+                let context = attention::Context {
+                    kv: op.kv,
+                    layer: op.layer,
+                    block_table: self.step.block_table(s),
+                    first: op.window.map_or(0, |window| (last + 1).saturating_sub(window)),
+                    last,
+                };
+                let q = op.qkv.row(t)[..op.shape.q_size()].chunks_exact(head_dim);
+                for (head, (q, out)) in q.zip(op.out.row_mut(t).chunks_exact_mut(head_dim)).enumerate() {
+                    attention::attend(&context, head / group, op.scale, q, out);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn mlp(&mut self, op: Mlp<'_, Self>) -> Result<(), BackendError> {
+        for t in 0..self.step.num_tokens() {
+            mlp::mlp(op.shape, op.activation, op.up, op.down, op.x.row(t), op.out.row_mut(t));
+        }
+        Ok(())
+    }
+
+    fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError> {
+        for (i, row) in self.step.logit_rows.iter().enumerate() {
+            op.head.apply(op.x.row(row.row as usize), op.out.row_mut(i));
+        }
+        Ok(())
+    }
+
+    fn sample(
+        &mut self,
+        logits: &mut RefBuf,
+        seqs: &[Option<SeqState>],
+        late: &LateInputs,
+    ) -> Result<(), BackendError> {
+        for (i, row) in self.step.logit_rows.iter().enumerate() {
+            let seq = row.seq(seqs)?;
+            let logits = logits.row(i);
+            self.results.push(match row.kind {
+                LogitKind::Sample => {
+                    let mask = late.masks.iter().find(|(slot, _)| *slot == row.slot).map(|(_, m)| &m[..]);
+                    let token = sampler::choose(logits, row, seq, mask);
+                    let logprobs = seq.params.logprobs.map(|k| sampler::logprobs(logits, token, k));
+                    RowResult::Sampled(row.slot, token, logprobs)
+                }
+                LogitKind::PromptLogprob { target } => {
+                    let k = seq.params.prompt_logprobs.unwrap_or(0);
+                    RowResult::Prompt(row.slot, row.position, sampler::logprobs(logits, target, k))
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn fetch(&mut self, step: StepId, out: &mut ModelRunnerOutput) -> Result<(), BackendError> {
+        out.step = step;
+        for result in self.results.drain(..) {
+            match result {
+                RowResult::Sampled(slot, token, logprobs) => out.push_row(slot, &[token], [logprobs]),
+                RowResult::Prompt(slot, position, logprobs) => {
+                    out.prompt_logprobs.push((slot, position, logprobs));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, buf: &RefBuf, rows: usize) -> Result<Vec<f32>, BackendError> {
+        Ok(buf.values[..rows * buf.cols].to_vec())
+    }
+
+    fn write(&mut self, buf: &mut RefBuf, values: &[f32]) -> Result<(), BackendError> {
+        buf.values[..values.len()].copy_from_slice(values);
+        Ok(())
+    }
+}

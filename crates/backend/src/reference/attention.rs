@@ -1,0 +1,122 @@
+//! The paged cache, and attention over it.
+
+use half::{bf16, f16};
+use quire_core::{BlockCopy, DType};
+
+use crate::convert::tensor_error;
+use crate::{BackendError, KvLayout};
+
+/// The paged cache in f32, every value rounded to the cache's type when it is written. Slots never written hold NaN, so
+/// that reading one shows.
+#[derive(Clone, Debug)]
+pub struct RefKv {
+    layout: KvLayout,
+    layers: Vec<RefKvLayer>,
+}
+
+#[derive(Clone, Debug)]
+struct RefKvLayer {
+    /// `[num_blocks * block_size, kv_size]`.
+    k: Vec<f32>,
+    v: Vec<f32>,
+    kv_size: usize,
+}
+
+impl RefKv {
+    pub(super) fn new(layout: &KvLayout) -> Result<Self, BackendError> {
+        if !matches!(layout.dtype, DType::F32 | DType::F16 | DType::BF16) {
+            return Err(tensor_error(
+                "kv cache",
+                format!("type {} is not supported here, use f32, f16 or bf16", layout.dtype),
+            ));
+        }
+        let slots = layout.num_blocks as usize * layout.block_size as usize;
+        let layers = layout
+            .layers
+            .iter()
+            .map(|layer| {
+                let kv_size = layer.num_kv_heads as usize * layer.head_dim as usize;
+                let poison = vec![f32::NAN; slots * kv_size];
+                RefKvLayer { k: poison.clone(), v: poison, kv_size }
+            })
+            .collect();
+        Ok(Self { layout: layout.clone(), layers })
+    }
+
+    pub(super) fn store(&mut self, layer: usize, slot: u32, k: &[f32], v: &[f32]) {
+        let dtype = self.layout.dtype;
+        let layer = &mut self.layers[layer];
+        let start = slot as usize * layer.kv_size;
+        for (to, from) in [(&mut layer.k, k), (&mut layer.v, v)] {
+            for (to, &from) in to[start..start + layer.kv_size].iter_mut().zip(from) {
+                *to = round_to(dtype, from);
+            }
+        }
+    }
+
+    pub(super) fn copy_block(&mut self, copy: BlockCopy) {
+        let block_size = self.layout.block_size as usize;
+        for layer in &mut self.layers {
+            let len = block_size * layer.kv_size;
+            let (src, dst) = (copy.src.0 as usize * len, copy.dst.0 as usize * len);
+            layer.k.copy_within(src..src + len, dst);
+            layer.v.copy_within(src..src + len, dst);
+        }
+    }
+}
+
+fn round_to(dtype: DType, value: f32) -> f32 {
+    match dtype {
+        DType::F16 => f16::from_f32(value).to_f32(),
+        DType::BF16 => bf16::from_f32(value).to_f32(),
+        _ => value,
+    }
+}
+
+/// Which keys one query row sees.
+pub(super) struct Context<'a> {
+    /// The cache.
+    pub kv: &'a RefKv,
+    /// Layer within it.
+    pub layer: usize,
+    /// Block ids of the row's sequence.
+    pub block_table: &'a [u32],
+    /// First position seen; the last is the row's own.
+    pub first: u32,
+    /// The row's position.
+    pub last: u32,
+}
+
+impl Context<'_> {
+    /// Offset of the key (and value) of `head` at `position`.
+    fn offset(&self, position: u32, head: usize, head_dim: usize) -> usize {
+        let block_size = self.kv.layout.block_size;
+        let slot = self.block_table[(position / block_size) as usize] * block_size + position % block_size;
+        slot as usize * self.kv.layers[self.layer].kv_size + head * head_dim
+    }
+}
+
+/// `out = softmax(scale * q · K) · V` for one query head, in f64.
+pub(super) fn attend(context: &Context<'_>, kv_head: usize, scale: f32, q: &[f32], out: &mut [f32]) {
+    let head_dim = q.len();
+    let layer = &context.kv.layers[context.layer];
+    let positions = context.first..=context.last;
+    let offsets: Vec<usize> = positions.map(|p| context.offset(p, kv_head, head_dim)).collect();
+
+    let scores: Vec<f64> = offsets
+        .iter()
+        .map(|&at| {
+            let k = &layer.k[at..at + head_dim];
+            let dot: f64 = q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
+            dot * f64::from(scale)
+        })
+        .collect();
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+
+    for (d, out) in out.iter_mut().enumerate() {
+        let value: f64 = offsets.iter().zip(&weights).map(|(&at, w)| w * f64::from(layer.v[at + d])).sum();
+        *out = (value / sum) as f32;
+    }
+}
