@@ -1,0 +1,141 @@
+//! One decoder for every model: pre-norm layers of attention and a feed-forward network on a residual stream.
+//!
+//! Only what the spec says differs; no family has a name here. All work is enqueued on the backend, on buffers that
+//! never move, so that the same calls can be recorded once and replayed.
+
+use quire_backend::{
+    Activation, AddNorm, AttnShape, Attention, Backend, BackendError, Embed, Linear, Logits, Mlp, MlpShape,
+    RopeAndCache,
+};
+
+use crate::workspace::Workspace;
+
+/// A model's weights on a device, and its forward pass.
+pub struct Decoder<B: Backend> {
+    /// `[vocab, hidden]`.
+    pub(crate) embed: B::Weight,
+    pub(crate) layers: Vec<DecoderLayer<B>>,
+    /// The distinct rotary tables of the layers.
+    pub(crate) ropes: Vec<B::Rope>,
+    pub(crate) final_norm: B::Norm,
+    /// `[vocab, hidden]`; `None` where the embedding table serves.
+    pub(crate) head: Option<B::Weight>,
+    pub(crate) norm_eps: f32,
+}
+
+/// `x += attn(norm(x)); x += mlp(norm(x))`.
+pub(crate) struct DecoderLayer<B: Backend> {
+    pub attn_norm: B::Norm,
+    pub attn: AttnLayer<B>,
+    pub mlp_norm: B::Norm,
+    pub mlp: MlpLayer<B>,
+}
+
+/// Grouped-query attention.
+pub(crate) struct AttnLayer<B: Backend> {
+    /// Query, key and value rows in one.
+    pub qkv: B::Weight,
+    pub o: B::Weight,
+    pub qk_norm: Option<(B::Norm, B::Norm)>,
+    /// Index into [`Decoder::ropes`].
+    pub rope: usize,
+    pub shape: AttnShape,
+    pub scale: f32,
+    pub window: Option<u32>,
+}
+
+/// A dense feed-forward network.
+pub(crate) struct MlpLayer<B: Backend> {
+    /// Gate and up rows in one, if there is a gate.
+    pub up: B::Weight,
+    pub down: B::Weight,
+    pub shape: MlpShape,
+    pub activation: Activation,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// The pass prepared last, from its tokens to its logits (none are computed if it wants none).
+    pub(crate) fn forward(
+        &self,
+        backend: &mut B,
+        ws: &mut Workspace<B>,
+        kv: &mut B::Kv,
+        wants_logits: bool,
+    ) -> Result<(), BackendError> {
+        backend.embed(Embed { table: &self.embed, out: &mut ws.residual })?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let has_delta = index > 0;
+            self.add_norm(backend, ws, &layer.attn_norm, has_delta)?;
+            self.attention(backend, ws, kv, &layer.attn, index)?;
+            self.add_norm(backend, ws, &layer.mlp_norm, true)?;
+            self.mlp(backend, ws, &layer.mlp)?;
+        }
+        if !wants_logits {
+            return Ok(());
+        }
+        self.add_norm(backend, ws, &self.final_norm, true)?;
+        let head = self.head.as_ref().unwrap_or(&self.embed);
+        backend.logits(Logits { x: &ws.hidden, head, out: &mut ws.logits })
+    }
+
+    /// Adds what the layer before has made to the residual stream, and normalises it into `hidden`.
+    fn add_norm(
+        &self,
+        backend: &mut B,
+        ws: &mut Workspace<B>,
+        weight: &B::Norm,
+        has_delta: bool,
+    ) -> Result<(), BackendError> {
+        backend.add_norm(AddNorm {
+            residual: &mut ws.residual,
+            delta: has_delta.then_some(&ws.delta),
+            weight,
+            eps: self.norm_eps,
+            out: &mut ws.hidden,
+        })
+    }
+
+    /// `hidden` to `delta`; keys and values go into layer `index` of the cache.
+    fn attention(
+        &self,
+        backend: &mut B,
+        ws: &mut Workspace<B>,
+        kv: &mut B::Kv,
+        attn: &AttnLayer<B>,
+        index: usize,
+    ) -> Result<(), BackendError> {
+        backend.linear(Linear { x: &ws.hidden, weight: &attn.qkv, out: &mut ws.qkv })?;
+        backend.rope_and_cache(RopeAndCache {
+            qkv: &mut ws.qkv,
+            shape: attn.shape,
+            qk_norm: attn.qk_norm.as_ref().map(|(q, k)| (q, k)),
+            eps: self.norm_eps,
+            rope: Some(&self.ropes[attn.rope]),
+            kv,
+            layer: index,
+        })?;
+        backend.attention(Attention {
+            qkv: &ws.qkv,
+            shape: attn.shape,
+            scale: attn.scale,
+            window: attn.window,
+            kv,
+            layer: index,
+            out: &mut ws.attn,
+        })?;
+        backend.linear(Linear { x: &ws.attn, weight: &attn.o, out: &mut ws.delta })
+    }
+
+    /// `hidden` to `delta`.
+    fn mlp(&self, backend: &mut B, ws: &mut Workspace<B>, mlp: &MlpLayer<B>) -> Result<(), BackendError> {
+        backend.mlp(Mlp {
+            x: &ws.hidden,
+            shape: mlp.shape,
+            up: &mlp.up,
+            down: &mlp.down,
+            activation: mlp.activation,
+            scratch: &mut ws.mlp,
+            out: &mut ws.delta,
+        })
+    }
+}

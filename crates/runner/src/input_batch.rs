@@ -1,0 +1,116 @@
+//! The running batch, mirrored by slot from the differences that the scheduler sends.
+//!
+//! What the scheduler repeats in every row (how many tokens are computed) is not kept a second time here.
+
+use quire_backend::SeqState;
+use quire_core::{GrownTable, ModelRunnerOutput, NewSeq, SchedulerOutput, Slot, TokenId};
+
+use crate::RunnerConfig;
+use crate::block_tables::BlockTables;
+use crate::error::PlanError;
+
+/// Sequences and their block tables, indexed by slot.
+#[derive(Debug)]
+pub(crate) struct InputBatch {
+    seqs: Vec<Option<SeqState>>,
+    /// One per KV group.
+    tables: Vec<BlockTables>,
+    /// Token buffers of sequences that left, to be used again. At most one per slot.
+    spare_tokens: Vec<Vec<TokenId>>,
+    max_model_len: u32,
+}
+
+impl InputBatch {
+    pub fn new(config: &RunnerConfig, num_groups: usize) -> Self {
+        let table = || BlockTables::new(config.max_num_seqs, config.max_blocks_per_seq(), config.num_blocks);
+        Self {
+            seqs: (0..config.max_num_seqs).map(|_| None).collect(),
+            tables: (0..num_groups).map(|_| table()).collect(),
+            spare_tokens: Vec::with_capacity(config.max_num_seqs as usize),
+            max_model_len: config.max_model_len,
+        }
+    }
+
+    /// Takes the differences of a step, in their documented order.
+    pub fn apply(&mut self, plan: &SchedulerOutput) -> Result<(), PlanError> {
+        plan.freed.iter().try_for_each(|&slot| self.free(slot))?;
+        plan.new.iter().try_for_each(|new| self.insert(new))?;
+        plan.grown.iter().try_for_each(|grown| self.grow(grown))
+    }
+
+    /// Appends what was sampled, so that the next step can feed it.
+    pub fn append_sampled(&mut self, out: &ModelRunnerOutput) -> Result<(), PlanError> {
+        for row in &out.rows {
+            let tokens = &mut self.seq_mut(row.slot)?.tokens;
+            tokens.extend_from_slice(out.tokens_of(row));
+        }
+        Ok(())
+    }
+
+    /// All sequences, by slot.
+    pub fn seqs(&self) -> &[Option<SeqState>] {
+        &self.seqs
+    }
+
+    /// The sequence in a slot.
+    pub fn seq(&self, slot: Slot) -> Result<&SeqState, PlanError> {
+        let entry = self.seqs.get(slot.0 as usize).ok_or(PlanError::NoSuchSlot(slot, self.seqs.len()))?;
+        entry.as_ref().ok_or(PlanError::SlotEmpty(slot))
+    }
+
+    /// The block table of a slot in KV group 0, the only one today.
+    pub fn block_table(&self, slot: Slot) -> &[u32] {
+        self.tables[0].row(slot)
+    }
+
+    fn seq_mut(&mut self, slot: Slot) -> Result<&mut SeqState, PlanError> {
+        self.entry(slot)?.as_mut().ok_or(PlanError::SlotEmpty(slot))
+    }
+
+    fn entry(&mut self, slot: Slot) -> Result<&mut Option<SeqState>, PlanError> {
+        let slots = self.seqs.len();
+        self.seqs.get_mut(slot.0 as usize).ok_or(PlanError::NoSuchSlot(slot, slots))
+    }
+
+    fn free(&mut self, slot: Slot) -> Result<(), PlanError> {
+        let seq = self.entry(slot)?.take().ok_or(PlanError::SlotEmpty(slot))?;
+        self.spare_tokens.push(seq.tokens);
+        Ok(())
+    }
+
+    fn insert(&mut self, new: &NewSeq) -> Result<(), PlanError> {
+        let slot = new.slot;
+        if self.entry(slot)?.is_some() {
+            return Err(PlanError::SlotTaken(slot));
+        }
+        let num_tokens = new.tokens.len();
+        if new.prompt_len as usize > num_tokens || num_tokens > self.max_model_len as usize {
+            let (prompt_len, max_model_len) = (new.prompt_len, self.max_model_len);
+            return Err(PlanError::BadLength { slot, tokens: num_tokens, prompt_len, max_model_len });
+        }
+        if new.block_tables.len() != self.tables.len() {
+            let (given, expected) = (new.block_tables.len(), self.tables.len());
+            return Err(PlanError::WrongGroups { slot, given, expected });
+        }
+        for (table, blocks) in self.tables.iter_mut().zip(&new.block_tables) {
+            table.set(slot, blocks)?;
+        }
+        // Room for the whole answer at once: decoding then never moves the tokens.
+        let answer = new.prompt_len.saturating_add(new.params.max_tokens).min(self.max_model_len);
+        let mut tokens = self.spare_tokens.pop().unwrap_or_default();
+        tokens.clear();
+        tokens.reserve(num_tokens.max(answer as usize));
+        tokens.extend_from_slice(&new.tokens);
+        let (params, seed) = (new.params.clone(), new.seed);
+        *self.entry(slot)? = Some(SeqState { tokens, prompt_len: new.prompt_len, params, seed });
+        Ok(())
+    }
+
+    fn grow(&mut self, grown: &GrownTable) -> Result<(), PlanError> {
+        self.seq(grown.slot)?;
+        let groups = self.tables.len();
+        let table = self.tables.get_mut(usize::from(grown.group));
+        let table = table.ok_or(PlanError::NoSuchGroup { group: grown.group, groups })?;
+        table.push(grown.slot, grown.block)
+    }
+}

@@ -1,0 +1,220 @@
+//! From a checkpoint to a [`Decoder`]: tensors by role, merged where one GEMM serves several of them.
+//!
+//! What a family does differently is in the spec or already folded into the tensors; nothing is decided here.
+
+use quire_backend::{
+    Activation, AttnShape, Backend, LinearPart, LinearSource, MlpShape, RopeTable,
+};
+use quire_core::{QuantFormat, Shard};
+use quire_model::{
+    Checkpoint, DenseFfn, Ffn, FfnShape, GlobalTensor, GqaSpec, Head, LayerTensor, Mixer, ModelError,
+    NormPlacement, QkNorm, RopeSpec, Tensor,
+};
+
+use crate::decoder::{AttnLayer, Decoder, DecoderLayer, MlpLayer};
+use crate::{RunnerConfig, RunnerError};
+
+/// How far loading is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// Bytes of the checkpoint that were read and packed.
+    pub done_bytes: u64,
+    /// Bytes in the end; the last call has `done_bytes == total_bytes`.
+    pub total_bytes: u64,
+}
+
+/// Loads every weight. `progress` is called after each merged tensor.
+pub(crate) fn load_decoder<B: Backend>(
+    backend: &mut B,
+    checkpoint: &Checkpoint,
+    config: &RunnerConfig,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Decoder<B>, RunnerError> {
+    let spec = checkpoint.spec();
+    check_uniform(checkpoint)?;
+    let ignored = checkpoint.ignored_tensors();
+    let used = checkpoint.tensors().into_iter().filter(|tensor| !ignored.contains(&tensor.name));
+    let total_bytes = used.map(|tensor| tensor.bytes).sum();
+    let mut loader =
+        Loader { backend, checkpoint, quant: config.quant, progress, done_bytes: 0, total_bytes, ropes: Vec::new() };
+
+    // Lookups gain nothing from quantization; a table that is also the head does.
+    let embed_quant = if spec.head == Head::Tied { config.quant } else { QuantFormat::None };
+    let embed = loader.global_linear(GlobalTensor::Embed, "embed", embed_quant)?;
+    let layers = (0..spec.layers.len()).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
+    let final_norm = checkpoint.global_tensor(GlobalTensor::FinalNorm)?;
+    let final_norm = loader.norm("final_norm", &final_norm)?;
+    let head = match spec.head {
+        Head::Tied => None,
+        Head::Own => Some(loader.global_linear(GlobalTensor::LmHead, "lm_head", config.quant)?),
+    };
+    let ropes = loader.load_ropes(config.max_model_len)?;
+    loader.finish();
+    Ok(Decoder { embed, layers, ropes, final_norm, head, norm_eps: spec.norm_eps })
+}
+
+/// The workspace is shared by all layers, so they must have one shape.
+fn check_uniform(checkpoint: &Checkpoint) -> Result<(), RunnerError> {
+    let layers = &checkpoint.spec().layers;
+    let shape = |layer: &quire_model::LayerSpec| {
+        let Mixer::Gqa(gqa) = &layer.mixer;
+        let Ffn::Dense(ffn) = &layer.ffn;
+        (gqa.num_heads, gqa.num_kv_heads, gqa.head_dim, ffn.intermediate_size, ffn.shape)
+    };
+    match layers.iter().position(|layer| shape(layer) != shape(&layers[0])) {
+        None => Ok(()),
+        Some(layer) => {
+            Err(RunnerError::Unsupported { layer, what: "its widths differ from those of the first layer" })
+        }
+    }
+}
+
+struct Loader<'a, B: Backend> {
+    backend: &'a mut B,
+    checkpoint: &'a Checkpoint,
+    quant: QuantFormat,
+    progress: &'a mut dyn FnMut(LoadProgress),
+    done_bytes: u64,
+    total_bytes: u64,
+    /// Distinct rotary embeddings met so far.
+    ropes: Vec<RopeSpec>,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn layer(&mut self, layer: usize) -> Result<DecoderLayer<B>, RunnerError> {
+        let spec = &self.checkpoint.spec().layers[layer];
+        let Mixer::Gqa(gqa) = &spec.mixer;
+        let Ffn::Dense(ffn) = &spec.ffn;
+        let NormPlacement::Pre = spec.norms;
+        Ok(DecoderLayer {
+            attn_norm: self.layer_norm(layer, LayerTensor::MixerNorm)?,
+            attn: self.attention(layer, gqa)?,
+            mlp_norm: self.layer_norm(layer, LayerTensor::FfnNorm)?,
+            mlp: self.mlp(layer, ffn)?,
+        })
+    }
+
+    fn attention(&mut self, layer: usize, gqa: &GqaSpec) -> Result<AttnLayer<B>, RunnerError> {
+        use LayerTensor::{K, KBias, KNorm, O, OBias, Q, QBias, QNorm, V, VBias};
+        let qkv = [(Q, QBias), (K, KBias), (V, VBias)];
+        Ok(AttnLayer {
+            qkv: self.layer_linear(layer, "qkv", &qkv, gqa.qkv_bias)?,
+            o: self.layer_linear(layer, "o", &[(O, OBias)], gqa.out_bias)?,
+            qk_norm: match gqa.qk_norm {
+                QkNorm::None => None,
+                QkNorm::PerHead => Some((self.layer_norm(layer, QNorm)?, self.layer_norm(layer, KNorm)?)),
+            },
+            rope: self.rope_index(&gqa.rope),
+            shape: AttnShape {
+                num_heads: gqa.num_heads as u32,
+                num_kv_heads: gqa.num_kv_heads as u32,
+                head_dim: gqa.head_dim as u32,
+            },
+            scale: gqa.softmax_scale,
+            window: gqa.window,
+        })
+    }
+
+    fn mlp(&mut self, layer: usize, ffn: &DenseFfn) -> Result<MlpLayer<B>, RunnerError> {
+        use LayerTensor::{Down, DownBias, Gate, GateBias, Up, UpBias};
+        let (shape, up): (_, &[_]) = match ffn.shape {
+            FfnShape::Gated => (MlpShape::Gated, &[(Gate, GateBias), (Up, UpBias)]),
+            FfnShape::Plain => (MlpShape::Plain, &[(Up, UpBias)]),
+        };
+        Ok(MlpLayer {
+            up: self.layer_linear(layer, "up", up, ffn.bias)?,
+            down: self.layer_linear(layer, "down", &[(Down, DownBias)], ffn.bias)?,
+            shape,
+            activation: match ffn.activation {
+                quire_model::Activation::Silu => Activation::Silu,
+                quire_model::Activation::Gelu => Activation::Gelu,
+                quire_model::Activation::GeluTanh => Activation::GeluTanh,
+            },
+        })
+    }
+
+    /// One linear layer out of several, their outputs one after the other.
+    fn layer_linear(
+        &mut self,
+        layer: usize,
+        name: &str,
+        parts: &[(LayerTensor, LayerTensor)],
+        has_bias: bool,
+    ) -> Result<B::Weight, RunnerError> {
+        let checkpoint = self.checkpoint;
+        let tensor = |role| checkpoint.layer_tensor(layer, role);
+        let parts = parts.iter().map(|&(weight, bias)| {
+            Ok((tensor(weight)?, if has_bias { Some(tensor(bias)?) } else { None }))
+        });
+        let parts: Vec<_> = parts.collect::<Result<_, ModelError>>()?;
+        self.linear(&format!("layers.{layer}.{name}"), &parts, self.quant)
+    }
+
+    fn global_linear(
+        &mut self,
+        role: GlobalTensor,
+        name: &str,
+        quant: QuantFormat,
+    ) -> Result<B::Weight, RunnerError> {
+        let tensor = self.checkpoint.global_tensor(role)?;
+        self.linear(name, &[(tensor, None)], quant)
+    }
+
+    fn linear(
+        &mut self,
+        name: &str,
+        parts: &[(Tensor<'_>, Option<Tensor<'_>>)],
+        quant: QuantFormat,
+    ) -> Result<B::Weight, RunnerError> {
+        let views: Vec<_> = parts
+            .iter()
+            .map(|(weight, bias)| LinearPart { weight: weight.view(), bias: bias.as_ref().map(Tensor::view) })
+            .collect();
+        let weight =
+            self.backend.load_linear(&LinearSource { name, parts: &views, quant, shard: Shard::WHOLE })?;
+        let bytes = parts.iter().map(|(weight, bias)| {
+            weight.data.len() + bias.as_ref().map_or(0, |bias| bias.data.len())
+        });
+        self.advance(bytes.sum());
+        Ok(weight)
+    }
+
+    fn layer_norm(&mut self, layer: usize, role: LayerTensor) -> Result<B::Norm, RunnerError> {
+        let tensor = self.checkpoint.layer_tensor(layer, role)?;
+        self.norm(&format!("layers.{layer}.{role:?}"), &tensor)
+    }
+
+    fn norm(&mut self, name: &str, tensor: &Tensor<'_>) -> Result<B::Norm, RunnerError> {
+        let norm = self.backend.load_norm(name, tensor.view())?;
+        self.advance(tensor.data.len());
+        Ok(norm)
+    }
+
+    fn rope_index(&mut self, rope: &RopeSpec) -> usize {
+        self.ropes.iter().position(|known| known == rope).unwrap_or_else(|| {
+            self.ropes.push(rope.clone());
+            self.ropes.len() - 1
+        })
+    }
+
+    fn load_ropes(&mut self, max_model_len: u32) -> Result<Vec<B::Rope>, RunnerError> {
+        let table = |rope: &RopeSpec| RopeTable {
+            inv_freq: rope.inv_freq(max_model_len as usize),
+            attention_factor: rope.attention_factor(),
+            max_positions: max_model_len,
+        };
+        let load = |rope| self.backend.load_rope(&table(rope)).map_err(RunnerError::from);
+        self.ropes.iter().map(load).collect()
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.done_bytes = (self.done_bytes + bytes as u64).min(self.total_bytes);
+        (self.progress)(LoadProgress { done_bytes: self.done_bytes, total_bytes: self.total_bytes });
+    }
+
+    /// A tied head that is stored twice is read once, so the sum may fall short until here.
+    fn finish(&mut self) {
+        let total_bytes = self.total_bytes;
+        (self.progress)(LoadProgress { done_bytes: total_bytes, total_bytes });
+    }
+}

@@ -1,0 +1,209 @@
+//! One step, from a plan to its answer.
+//!
+//! `submit` brings the mirror up to date; the work is enqueued there, or, on a backend that computes at once, done in
+//! `collect`. A step is a sequence of passes, nearly always one (see `pass.rs`).
+
+use std::sync::Arc;
+
+use quire_backend::{Backend, BackendError};
+use quire_core::{
+    ExecError, Executor, ExecutorLimits, LateInputs, ModelRunnerOutput, SchedulerOutput, StepId,
+};
+use quire_model::Checkpoint;
+
+use crate::decoder::Decoder;
+use crate::error::PlanError;
+use crate::input_batch::InputBatch;
+use crate::load::load_decoder;
+use crate::memory::kv_layout;
+use crate::pass::{Cursor, Pass};
+use crate::workspace::{Workspace, WorkspaceShape};
+use crate::{LoadProgress, MemoryPlan, RunnerConfig, RunnerError};
+
+/// A model on a device, with its KV cache and the mirrored batch.
+pub struct ModelRunner<B: Backend> {
+    backend: B,
+    decoder: Decoder<B>,
+    workspace: Workspace<B>,
+    kv: B::Kv,
+    batch: InputBatch,
+    pass: Pass,
+    limits: ExecutorLimits,
+    memory: MemoryPlan,
+    in_flight: Option<InFlight>,
+    late: LateInputs,
+}
+
+/// A step between `submit` and `collect`.
+struct InFlight {
+    plan: Arc<SchedulerOutput>,
+    /// Where the next pass begins.
+    cursor: Cursor,
+    is_sampled: bool,
+}
+
+impl<B: Backend> ModelRunner<B> {
+    /// Loads the weights and allocates everything else.
+    ///
+    /// # Errors
+    /// A limit makes no sense, the checkpoint cannot be read, or the device cannot hold it.
+    pub fn load(
+        mut backend: B,
+        checkpoint: &Checkpoint,
+        config: &RunnerConfig,
+        mut progress: impl FnMut(LoadProgress),
+    ) -> Result<Self, RunnerError> {
+        config.validate()?;
+        let spec = checkpoint.spec();
+        let decoder = load_decoder(&mut backend, checkpoint, config, &mut progress)?;
+        let workspace = Workspace::new(&mut backend, &WorkspaceShape::new(spec, config))?;
+        let kv = backend.alloc_kv(&kv_layout(spec, config))?;
+        let kv_groups: Vec<_> = spec.kv_groups().iter().map(|group| group.window).collect();
+        Ok(Self {
+            batch: InputBatch::new(config, kv_groups.len()),
+            pass: Pass::new(config),
+            limits: ExecutorLimits {
+                block_size: config.block_size,
+                num_blocks: config.num_blocks,
+                max_num_seqs: config.max_num_seqs,
+                max_num_batched_tokens: config.max_num_batched_tokens,
+                max_model_len: config.max_model_len,
+                vocab_size: spec.vocab_size as u32,
+                // More needs a backend that feeds its own sampled tokens; here they come from the host.
+                max_steps_in_flight: 1,
+                kv_groups,
+            },
+            memory: MemoryPlan::new(spec, config),
+            in_flight: None,
+            late: LateInputs::default(),
+            backend,
+            decoder,
+            workspace,
+            kv,
+        })
+    }
+
+    /// What was planned for memory at start.
+    pub fn memory_plan(&self) -> &MemoryPlan {
+        &self.memory
+    }
+
+    /// The logits of the last pass, `[logit_rows, vocab_size]`, for tests and comparisons. Call it after `collect`;
+    /// rows that were sampled with penalties or masks may hold the changed values.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn read_logits(&mut self) -> Result<Vec<f32>, ExecError> {
+        let rows = self.pass.num_logit_rows();
+        self.backend.read(&self.workspace.logits, rows).map_err(|error| self.backend_failed(error))
+    }
+
+    /// Prepares and runs the next pass of the step, up to its logits. Returns where the one after it begins.
+    fn forward_pass(&mut self, plan: &SchedulerOutput, cursor: Cursor) -> Result<Cursor, ExecError> {
+        let next = self.pass.fill(plan, &self.batch, cursor).map_err(|error| self.bad_plan(&error))?;
+        self.enqueue_forward(plan).map_err(|error| self.backend_failed(error))?;
+        Ok(next)
+    }
+
+    fn enqueue_forward(&mut self, plan: &SchedulerOutput) -> Result<(), BackendError> {
+        let input = self.pass.as_step_input(plan.step, self.batch.seqs());
+        let has_copies = !input.block_copies.is_empty();
+        let has_tokens = input.num_tokens() > 0;
+        let wants_logits = !input.logit_rows.is_empty();
+        self.backend.prepare(&input)?;
+        if has_copies {
+            self.backend.copy_blocks(&mut self.kv)?;
+        }
+        if !has_tokens {
+            return Ok(());
+        }
+        let Self { backend, decoder, workspace, kv, .. } = self;
+        backend.run(None, |backend| decoder.forward(backend, workspace, kv, wants_logits))
+    }
+
+    fn sample_pass(&mut self) -> Result<(), ExecError> {
+        let logits = &mut self.workspace.logits;
+        let sampled = self.backend.sample(logits, self.batch.seqs(), &self.late);
+        sampled.map_err(|error| self.backend_failed(error))
+    }
+
+    /// Runs what is left of a step, and waits for it.
+    fn finish(&mut self, step: &InFlight, out: &mut ModelRunnerOutput) -> Result<(), ExecError> {
+        let mut cursor = step.cursor;
+        let mut is_enqueued = !B::INLINE;
+        loop {
+            if !is_enqueued {
+                cursor = self.forward_pass(&step.plan, cursor)?;
+                self.sample_pass()?;
+            }
+            self.backend.fetch(step.plan.step, out).map_err(|error| self.backend_failed(error))?;
+            is_enqueued = false;
+            if cursor.at_end(&step.plan) {
+                return self.batch.append_sampled(out).map_err(|error| self.bad_plan(&error));
+            }
+        }
+    }
+
+    fn in_flight(&mut self, step: StepId) -> Result<&mut InFlight, PlanError> {
+        match &mut self.in_flight {
+            Some(in_flight) if in_flight.plan.step == step => Ok(in_flight),
+            _ => Err(PlanError::OutOfOrder(step, "was not submitted")),
+        }
+    }
+
+    fn bad_plan(&self, error: &PlanError) -> ExecError {
+        ExecError { device: self.backend.name(), message: format!("inconsistent plan: {error}") }
+    }
+
+    fn backend_failed(&self, error: BackendError) -> ExecError {
+        match error {
+            BackendError::Device(error) => error,
+            other => ExecError { device: self.backend.name(), message: other.to_string() },
+        }
+    }
+}
+
+impl<B: Backend> Executor for ModelRunner<B> {
+    fn limits(&self) -> ExecutorLimits {
+        self.limits.clone()
+    }
+
+    fn submit(&mut self, plan: Arc<SchedulerOutput>) -> Result<StepId, ExecError> {
+        let step = plan.step;
+        if self.in_flight.is_some() {
+            return Err(self.bad_plan(&PlanError::OutOfOrder(step, "the step before was not collected")));
+        }
+        let applied = self.batch.apply(&plan).and_then(|()| self.pass.check(&plan, &self.batch));
+        applied.map_err(|error| self.bad_plan(&error))?;
+        let mut cursor = Cursor::default();
+        if !B::INLINE {
+            cursor = self.forward_pass(&plan, cursor)?;
+        }
+        self.in_flight = Some(InFlight { plan, cursor, is_sampled: false });
+        Ok(step)
+    }
+
+    fn sample(&mut self, step: StepId, late: &LateInputs) -> Result<(), ExecError> {
+        match self.in_flight(step) {
+            Ok(in_flight) => in_flight.is_sampled = true,
+            Err(error) => return Err(self.bad_plan(&error)),
+        }
+        self.late.masks.clone_from(&late.masks);
+        if B::INLINE { Ok(()) } else { self.sample_pass() }
+    }
+
+    fn collect(&mut self, step: StepId, out: &mut ModelRunnerOutput) -> Result<(), ExecError> {
+        let is_sampled = self.in_flight(step).map(|in_flight| in_flight.is_sampled);
+        match is_sampled {
+            Ok(true) => {}
+            Ok(false) => {
+                return Err(self.bad_plan(&PlanError::OutOfOrder(step, "`sample` was not called for it")));
+            }
+            Err(error) => return Err(self.bad_plan(&error)),
+        }
+        let in_flight = self.in_flight.take().expect("it was found just now");
+        out.clear();
+        out.step = step;
+        self.finish(&in_flight, out)
+    }
+}

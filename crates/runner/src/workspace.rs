@@ -1,0 +1,78 @@
+//! The buffers of the forward pass: allocated once, for the largest step.
+
+use quire_backend::{Backend, BackendError};
+use quire_model::{Ffn, FfnShape, Mixer, ModelSpec};
+
+use crate::RunnerConfig;
+
+/// Rows and columns of each buffer, from the model and the limits. Also what the memory plan counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WorkspaceShape {
+    tokens: usize,
+    hidden: usize,
+    qkv: usize,
+    attn: usize,
+    mlp: usize,
+    logit_rows: usize,
+    vocab: usize,
+}
+
+impl WorkspaceShape {
+    pub fn new(spec: &ModelSpec, config: &RunnerConfig) -> Self {
+        let Mixer::Gqa(gqa) = &spec.layers[0].mixer;
+        let Ffn::Dense(ffn) = &spec.layers[0].ffn;
+        let attn = gqa.num_heads * gqa.head_dim;
+        Self {
+            tokens: config.max_num_batched_tokens as usize,
+            hidden: spec.hidden_size,
+            qkv: attn + 2 * gqa.num_kv_heads * gqa.head_dim,
+            attn,
+            mlp: match ffn.shape {
+                FfnShape::Gated => 2 * ffn.intermediate_size,
+                FfnShape::Plain => ffn.intermediate_size,
+            },
+            logit_rows: config.max_logit_rows() as usize,
+            vocab: spec.vocab_size,
+        }
+    }
+
+    /// Bytes of all buffers, in f32.
+    pub fn bytes(&self) -> u64 {
+        let per_token = 3 * self.hidden + self.qkv + self.attn + self.mlp;
+        let elements = self.tokens as u64 * per_token as u64 + self.logit_rows as u64 * self.vocab as u64;
+        elements * size_of::<f32>() as u64
+    }
+}
+
+/// Activations of one pass. `T` is at most `max_num_batched_tokens`.
+pub(crate) struct Workspace<B: Backend> {
+    /// `[T, hidden]` the residual stream.
+    pub residual: B::Buf,
+    /// `[T, hidden]` what a mixer or feed-forward layer reads: the residual, normalised.
+    pub hidden: B::Buf,
+    /// `[T, hidden]` what it adds to the residual.
+    pub delta: B::Buf,
+    /// `[T, qkv_size]`.
+    pub qkv: B::Buf,
+    /// `[T, q_size]` attention's result.
+    pub attn: B::Buf,
+    /// `[T, up's out_features]`.
+    pub mlp: B::Buf,
+    /// `[max_logit_rows, vocab]`.
+    pub logits: B::Buf,
+}
+
+impl<B: Backend> Workspace<B> {
+    pub fn new(backend: &mut B, shape: &WorkspaceShape) -> Result<Self, BackendError> {
+        let tokens = shape.tokens;
+        Ok(Self {
+            residual: backend.alloc(tokens, shape.hidden)?,
+            hidden: backend.alloc(tokens, shape.hidden)?,
+            delta: backend.alloc(tokens, shape.hidden)?,
+            qkv: backend.alloc(tokens, shape.qkv)?,
+            attn: backend.alloc(tokens, shape.attn)?,
+            mlp: backend.alloc(tokens, shape.mlp)?,
+            logits: backend.alloc(shape.logit_rows, shape.vocab)?,
+        })
+    }
+}
