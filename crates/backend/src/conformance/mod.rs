@@ -1,1 +1,63 @@
-//! One suite for every backend.
+//! One suite for all backends: [`run`] holds a backend against [`crate::reference::RefBackend`] and against itself.
+//!
+//! * Values: every operation of a small two-layer decoder, over a grid of odd shapes, within a tolerance.
+//! * Batch invariance: the same rows computed alone, in any batch, in any chunks, in any blocks, give the same bits.
+//! * Sampling: the same ids as the reference, and the same bits alone and in a batch.
+//!
+//! Every body handed to [`crate::Backend::run`] is run twice, and keys recur with other lengths, so that a backend which
+//! records and replays is tested on replays. A failure panics with the name of the case.
+//!
+//! Reading order: [`random`], [`model`], [`schedule`], [`forward`], [`sampling`].
+
+mod forward;
+mod model;
+mod random;
+mod sampling;
+mod schedule;
+
+use crate::Backend;
+
+/// How far values may lie from the reference: `|a - b| <= tolerance * max(1, largest |b| of the buffer)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Tolerance {
+    /// Where nothing is rounded below f32.
+    pub f32: f32,
+    /// Added where the cache is f16: a key may round to the other neighbour.
+    pub f16_kv: f32,
+    /// Added where the cache is bf16.
+    pub bf16_kv: f32,
+}
+
+impl Default for Tolerance {
+    /// For backends that compute in f32.
+    fn default() -> Self {
+        Self { f32: 5e-5, f16_kv: 2e-3, bf16_kv: 1e-2 }
+    }
+}
+
+/// Runs the whole suite with the tolerance of f32 arithmetic. `make` gives a fresh backend for each case.
+///
+/// # Panics
+/// At the first failure, with the case, the sequence and position, and the operation's output.
+pub fn run<B: Backend>(make: impl FnMut() -> B) {
+    run_with(Tolerance::default(), make);
+}
+
+/// [`run`] with another tolerance.
+///
+/// # Panics
+/// As [`run`].
+pub fn run_with<B: Backend>(tolerance: Tolerance, mut make: impl FnMut() -> B) {
+    forward::run(tolerance, &mut make);
+    sampling::run(&mut make);
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::reference::RefBackend;
+
+    #[test]
+    fn reference_conforms_to_itself() {
+        super::run(RefBackend::new);
+    }
+}

@@ -1,0 +1,259 @@
+//! The grid of shapes, and the three questions asked at each point: right values, batch invariance, block copies.
+
+use quire_core::{BlockCopy, BlockId, DType};
+
+use super::Tolerance;
+use super::model::{Shape, TinyModel};
+use super::random::Rng;
+use super::schedule::{Piece, Sequence, Step, Trace, alone, execute, mixed, same_bits, sequences};
+use crate::reference::RefBackend;
+use crate::{Activation, AttnShape, Backend, MlpShape};
+
+const fn heads(num_heads: u32, num_kv_heads: u32, head_dim: u32) -> AttnShape {
+    AttnShape { num_heads, num_kv_heads, head_dim }
+}
+
+const BASE: Shape = Shape {
+    name: "base: f32, head_dim 16, two query heads per kv head",
+    hidden: 64,
+    ffn: 172,
+    attn: heads(4, 2, 16),
+    vocab: 512,
+    window: None,
+    qk_norm: false,
+    bias: false,
+    rotary_dim: 16,
+    mlp: MlpShape::Gated,
+    activation: Activation::Silu,
+    weight_dtype: DType::F32,
+    kv_dtype: DType::F32,
+    block_size: 16,
+    num_blocks: 40,
+    max_rows: 256,
+};
+
+/// Shapes with the lengths of the sequences to run.
+fn grid() -> Vec<(Shape, &'static [u32])> {
+    use DType::{BF16, F16};
+    const SHORT: &[u32] = &[1, 17, 5, 33, 40];
+    const LONG: &[u32] = &[150, 64, 65, 3];
+    vec![
+        (BASE, SHORT),
+        (
+            Shape {
+                name: "bf16 weights, head_dim 8, no grouping, block size 1",
+                attn: heads(8, 8, 8),
+                rotary_dim: 8,
+                vocab: 1000,
+                weight_dtype: BF16,
+                block_size: 1,
+                num_blocks: 120,
+                ..BASE
+            },
+            SHORT,
+        ),
+        (
+            Shape {
+                name: "bf16 weights and cache, head_dim 64, one kv head, qk norm",
+                attn: heads(4, 1, 64),
+                rotary_dim: 64,
+                qk_norm: true,
+                weight_dtype: BF16,
+                kv_dtype: BF16,
+                ..BASE
+            },
+            SHORT,
+        ),
+        (
+            Shape {
+                name: "f16 weights and cache, head_dim 128, window 5, block size 32",
+                attn: heads(2, 1, 128),
+                rotary_dim: 128,
+                window: Some(5),
+                weight_dtype: F16,
+                kv_dtype: F16,
+                block_size: 32,
+                num_blocks: 10,
+                ..BASE
+            },
+            SHORT,
+        ),
+        (
+            Shape {
+                name: "bias, three query heads per kv head, window 17, long",
+                attn: heads(6, 2, 16),
+                bias: true,
+                window: Some(17),
+                ..BASE
+            },
+            LONG,
+        ),
+        (Shape { name: "long, across attention tiles", weight_dtype: BF16, ..BASE }, LONG),
+        (
+            Shape {
+                name: "long, window 70 across tiles, bf16 cache",
+                window: Some(70),
+                kv_dtype: BF16,
+                block_size: 32,
+                num_blocks: 12,
+                ..BASE
+            },
+            LONG,
+        ),
+        (
+            Shape {
+                name: "plain feed-forward with gelu, partial rotation, odd widths",
+                hidden: 50,
+                ffn: 101,
+                attn: heads(3, 1, 10),
+                rotary_dim: 4,
+                bias: true,
+                vocab: 77,
+                mlp: MlpShape::Plain,
+                activation: Activation::GeluTanh,
+                ..BASE
+            },
+            SHORT,
+        ),
+        (
+            Shape {
+                name: "no positions, exact gelu",
+                rotary_dim: 0,
+                activation: Activation::Gelu,
+                weight_dtype: F16,
+                ..BASE
+            },
+            SHORT,
+        ),
+        (Shape { name: "relu", activation: Activation::Relu, mlp: MlpShape::Plain, ..BASE }, &[9, 2]),
+        (
+            Shape {
+                name: "hidden 256, ffn 704, head_dim 64",
+                hidden: 256,
+                ffn: 704,
+                attn: heads(4, 2, 64),
+                rotary_dim: 64,
+                qk_norm: true,
+                weight_dtype: BF16,
+                kv_dtype: BF16,
+                ..BASE
+            },
+            &[40, 1, 18],
+        ),
+    ]
+}
+
+pub(super) fn run<B: Backend>(tolerance: Tolerance, make: &mut impl FnMut() -> B) {
+    for (shape, lens) in grid() {
+        values_and_invariance(&shape, lens, tolerance, make);
+        block_copies(&shape, make);
+    }
+}
+
+fn values_and_invariance<B: Backend>(
+    shape: &Shape,
+    lens: &[u32],
+    tolerance: Tolerance,
+    make: &mut impl FnMut() -> B,
+) {
+    let name = shape.name;
+    let mut rng = Rng::new(3);
+    let place = |rng: &mut Rng| sequences(rng, lens, shape.vocab, shape.block_size, shape.num_blocks);
+    let seqs = place(&mut rng);
+    let whole = alone(&seqs, shape.max_rows as u32);
+
+    let mut reference = RefBackend::new();
+    let expected = trace(&mut reference, shape, &seqs, &whole);
+    let mut backend = make();
+    let got = trace(&mut backend, shape, &seqs, &whole);
+    assert_close(name, &expected, &got, shape, tolerance);
+
+    let chunk = if lens.iter().max() > Some(&64) { 37 } else { 1 };
+    assert_same(name, "in small chunks", &got, &trace(&mut backend, shape, &seqs, &alone(&seqs, chunk)));
+    for max_chunk in [2, 19, 60] {
+        let seqs = place(&mut rng);
+        let steps = mixed(&mut rng, &seqs, max_chunk);
+        let mut backend = make();
+        let what = format!("in mixed batches of chunks up to {max_chunk}, in other blocks");
+        assert_same(name, &what, &got, &trace(&mut backend, shape, &seqs, &steps));
+    }
+}
+
+/// A second sequence takes over the first one's blocks by copies (through a third place) and goes on from there.
+fn block_copies<B: Backend>(shape: &Shape, make: &mut impl FnMut() -> B) {
+    let (prefix, total) = (shape.block_size + 1, shape.block_size + 4);
+    let mut rng = Rng::new(9);
+    let mut seqs = sequences(&mut rng, &[total; 3], shape.vocab, shape.block_size, shape.num_blocks);
+    seqs[1].tokens = seqs[0].tokens.clone();
+    let copies = |from: &Sequence, to: &Sequence| -> Vec<BlockCopy> {
+        let pairs = from.block_table.iter().zip(&to.block_table);
+        pairs.map(|(&src, &dst)| BlockCopy { group: 0, src: BlockId(src), dst: BlockId(dst) }).collect()
+    };
+    let mut block_copies = copies(&seqs[0], &seqs[2]);
+    block_copies.extend(copies(&seqs[2], &seqs[1]));
+    let steps = [
+        vec![Piece { seq: 0, start: 0, len: prefix }].into(),
+        Step { pieces: vec![Piece { seq: 1, start: prefix, len: total - prefix }], block_copies },
+        vec![Piece { seq: 0, start: prefix, len: total - prefix }].into(),
+    ];
+    let got = trace(&mut make(), shape, &seqs, &steps);
+    for position in prefix..total {
+        let (own, copied) = (&got[&(0, position)], &got[&(1, position)]);
+        for ((op, own), (_, copied)) in own.values.iter().zip(&copied.values) {
+            assert!(
+                same_bits(own, copied),
+                "{}: position {position}, {op}: differs on copied blocks",
+                shape.name
+            );
+        }
+    }
+}
+
+fn trace<B: Backend>(backend: &mut B, shape: &Shape, seqs: &[Sequence], steps: &[Step]) -> Trace {
+    let run = TinyModel::load(backend, shape).and_then(|mut model| execute(backend, &mut model, seqs, steps));
+    run.unwrap_or_else(|error| panic!("{} on {}: {error}", shape.name, backend.name()))
+}
+
+fn assert_close(name: &str, expected: &Trace, got: &Trace, shape: &Shape, tolerance: Tolerance) {
+    let tolerance = tolerance.f32
+        + match shape.kv_dtype {
+            DType::F16 => tolerance.f16_kv,
+            DType::BF16 => tolerance.bf16_kv,
+            _ => 0.0,
+        };
+    for (at, want) in expected {
+        let have = &got[at];
+        let logits = ("logits".to_owned(), want.logits.clone().unwrap_or_default());
+        let got_logits = ("logits".to_owned(), have.logits.clone().unwrap_or_default());
+        let wanted = want.values.iter().chain([&logits]);
+        for ((op, want), (_, have)) in wanted.zip(have.values.iter().chain([&got_logits])) {
+            assert_eq!(want.len(), have.len(), "{name}: sequence and position {at:?}, {op}: width");
+            let scale = want.iter().fold(1.0f32, |max, v| max.max(v.abs()));
+            for (i, (want, have)) in want.iter().zip(have).enumerate() {
+                assert!(
+                    (want - have).abs() <= tolerance * scale,
+                    "{name}: sequence and position {at:?}, {op}, column {i}: expected {want}, got {have}"
+                );
+            }
+        }
+    }
+}
+
+fn assert_same(name: &str, what: &str, expected: &Trace, got: &Trace) {
+    assert_eq!(expected.len(), got.len(), "{name}: {what}: rows");
+    for (at, want) in expected {
+        let have = &got[at];
+        for ((op, want), (_, have)) in want.values.iter().zip(&have.values) {
+            assert!(
+                same_bits(want, have),
+                "{name}: sequence and position {at:?}, {op}: other bits {what} than alone"
+            );
+        }
+        if let (Some(want), Some(have)) = (&want.logits, &have.logits) {
+            assert!(
+                same_bits(want, have),
+                "{name}: sequence and position {at:?}, logits: other bits {what} than alone"
+            );
+        }
+    }
+}
