@@ -1,1 +1,38 @@
-//! placeholder
+//! Decides, deterministically, which tokens run next and in which KV blocks.
+//!
+//! [`Scheduler`] is a pure state machine: requests, step results and the time go in; steps to run
+//! ([`quire_core::SchedulerOutput`]) and events ([`SeqEvent`]) come out. No clock, thread, I/O or random order in here
+//! (`clippy.toml` enforces it), so that the same inputs give the same decisions, in production and in simulation.
+//!
+//! Invariants ([`Scheduler::check_invariants`] recounts them):
+//! * free + cached + referenced + quarantined blocks = the pool, and a block's reference count is the number of block
+//!   tables that hold it;
+//! * a block that a step in flight may touch belongs to nobody else until that step is collected;
+//! * a block is shared only whole, immutable and under the same salt; whoever writes has a block of its own;
+//! * every accepted request ends with exactly one [`SeqEventKind::Finished`] per continuation;
+//! * a sequence takes blocks only from those after it in the order, so the first one always advances.
+//!
+//! Reading order: [`event`], [`stats`], then `policy` (the order), `sequence` (the state), `block_pool`,
+//! `prefix_cache`, `kv_cache` (the blocks), [`scheduler`] (the parts and the way in), `schedule` (a step goes out),
+//! `fork` (continuations share a prompt), `update` (its results come back), `check`.
+#![forbid(unsafe_code)]
+
+mod block_pool;
+mod check;
+pub mod event;
+mod fork;
+mod kv_cache;
+mod policy;
+mod prefix_cache;
+mod schedule;
+pub mod scheduler;
+mod sequence;
+pub mod stats;
+mod update;
+
+#[cfg(test)]
+mod tests;
+
+pub use event::{SeqEvent, SeqEventKind};
+pub use scheduler::{Scheduler, SchedulerConfig};
+pub use stats::SchedulerStats;

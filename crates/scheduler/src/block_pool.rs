@@ -1,0 +1,379 @@
+//! Who holds which physical KV block: reference counts, the free list, the LRU order of idle cached blocks, and the
+//! quarantine of blocks that a step in flight may still touch.
+//!
+//! Every block is in exactly one [`Place`]. A block whose last reference goes while steps are in flight rests in
+//! quarantine until the youngest of those steps is collected: no step in flight ever loses a block to another sequence.
+
+use std::collections::VecDeque;
+
+use quire_core::{BlockId, StepId};
+
+const NONE: u32 = u32::MAX;
+
+/// Where a block is. The four sets partition the pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// No reference, no content worth keeping.
+    Free,
+    /// No reference, content kept for prefix hits; a link of the LRU list.
+    Idle,
+    /// In at least one block table.
+    Referenced,
+    /// No reference, but a step in flight may read or write it.
+    Quarantined,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    ref_count: u32,
+    /// Neighbours in the LRU list, `NONE` at the ends.
+    prev: u32,
+    next: u32,
+    place: Place,
+    /// Whether the prefix cache knows its content.
+    cached: bool,
+}
+
+/// The pool of one KV group.
+#[derive(Debug)]
+pub(crate) struct BlockPool {
+    blocks: Vec<Block>,
+    free: Vec<BlockId>,
+    /// Ends of the LRU list: `oldest` is evicted first.
+    oldest: u32,
+    newest: u32,
+    num_idle: u32,
+    /// Blocks in quarantine, each with the step that must be collected first; ascending.
+    quarantine: VecDeque<(StepId, BlockId)>,
+    last_scheduled: StepId,
+    last_collected: StepId,
+}
+
+impl BlockPool {
+    pub(crate) fn new(num_blocks: u32) -> Self {
+        let block = Block { ref_count: 0, prev: NONE, next: NONE, place: Place::Free, cached: false };
+        Self {
+            blocks: vec![block; num_blocks as usize],
+            free: (0..num_blocks).rev().map(BlockId).collect(),
+            oldest: NONE,
+            newest: NONE,
+            num_idle: 0,
+            quarantine: VecDeque::with_capacity(num_blocks as usize),
+            last_scheduled: StepId(0),
+            last_collected: StepId(0),
+        }
+    }
+
+    pub(crate) fn len(&self) -> u32 {
+        self.blocks.len() as u32
+    }
+
+    /// Blocks without reference and without content.
+    pub(crate) fn num_free(&self) -> u32 {
+        self.free.len() as u32
+    }
+
+    /// Blocks without reference whose content may be hit.
+    pub(crate) fn num_idle(&self) -> u32 {
+        self.num_idle
+    }
+
+    /// Blocks that come back when the steps in flight are collected.
+    pub(crate) fn num_quarantined(&self) -> u32 {
+        self.quarantine.len() as u32
+    }
+
+    /// Blocks in some table.
+    pub(crate) fn num_referenced(&self) -> u32 {
+        self.len() - self.num_free() - self.num_idle - self.num_quarantined()
+    }
+
+    /// Blocks that [`Self::allocate`] can hand out now.
+    pub(crate) fn num_available(&self) -> u32 {
+        self.num_free() + self.num_idle
+    }
+
+    pub(crate) fn is_cached(&self, block: BlockId) -> bool {
+        self.blocks[block.0 as usize].cached
+    }
+
+    /// Whether taking a reference would make the pool's available blocks one fewer.
+    pub(crate) fn is_idle(&self, block: BlockId) -> bool {
+        self.blocks[block.0 as usize].place == Place::Idle
+    }
+
+    /// A block with one reference: a free one, else the least recently used idle one. The flag says that content was
+    /// evicted, so that the caller can forget its address. `None`: nothing is available.
+    pub(crate) fn allocate(&mut self) -> Option<(BlockId, bool)> {
+        let (id, evicted) = match self.free.pop() {
+            Some(id) => (id, false),
+            None if self.oldest == NONE => return None,
+            None => {
+                let id = self.oldest;
+                self.unlink(id);
+                (BlockId(id), true)
+            }
+        };
+        let block = &mut self.blocks[id.0 as usize];
+        debug_assert_eq!(block.ref_count, 0);
+        block.ref_count = 1;
+        block.place = Place::Referenced;
+        block.cached = false;
+        Some((id, evicted))
+    }
+
+    /// One more table holds `block`, which is referenced already or has cached content.
+    pub(crate) fn acquire(&mut self, id: BlockId) {
+        if self.is_idle(id) {
+            self.unlink(id.0);
+        }
+        let block = &mut self.blocks[id.0 as usize];
+        debug_assert!(block.place != Place::Free, "block {id} has no content to share");
+        if block.place == Place::Quarantined {
+            self.quarantine.retain(|&(_, other)| other != id);
+        }
+        block.ref_count += 1;
+        block.place = Place::Referenced;
+    }
+
+    /// One table fewer holds `block`.
+    pub(crate) fn release(&mut self, id: BlockId) {
+        let in_flight = self.last_scheduled > self.last_collected;
+        let block = &mut self.blocks[id.0 as usize];
+        debug_assert!(block.ref_count > 0, "block {id} is released more often than acquired");
+        block.ref_count -= 1;
+        if block.ref_count > 0 {
+            return;
+        }
+        if in_flight {
+            block.place = Place::Quarantined;
+            self.quarantine.push_back((self.last_scheduled, id));
+        } else {
+            self.retire(id);
+        }
+    }
+
+    /// The prefix cache now knows the content of `block`.
+    pub(crate) fn mark_cached(&mut self, id: BlockId) {
+        self.blocks[id.0 as usize].cached = true;
+    }
+
+    /// Releases from here on belong to `step` or later.
+    pub(crate) fn step_scheduled(&mut self, step: StepId) {
+        self.last_scheduled = step;
+    }
+
+    /// `step` touches no block any more; what waited for it becomes available.
+    pub(crate) fn step_collected(&mut self, step: StepId) {
+        self.last_collected = step;
+        while let Some(&(release_after, id)) = self.quarantine.front()
+            && release_after <= step
+        {
+            self.quarantine.pop_front();
+            self.retire(id);
+        }
+    }
+
+    /// Puts an unreferenced block where it can be allocated from.
+    fn retire(&mut self, id: BlockId) {
+        if self.blocks[id.0 as usize].cached {
+            self.link_newest(id.0);
+        } else {
+            self.blocks[id.0 as usize].place = Place::Free;
+            self.free.push(id);
+        }
+    }
+
+    fn link_newest(&mut self, id: u32) {
+        let block = &mut self.blocks[id as usize];
+        block.place = Place::Idle;
+        block.prev = self.newest;
+        block.next = NONE;
+        match self.newest {
+            NONE => self.oldest = id,
+            newest => self.blocks[newest as usize].next = id,
+        }
+        self.newest = id;
+        self.num_idle += 1;
+    }
+
+    fn unlink(&mut self, id: u32) {
+        let Block { prev, next, .. } = self.blocks[id as usize];
+        match prev {
+            NONE => self.oldest = next,
+            prev => self.blocks[prev as usize].next = next,
+        }
+        match next {
+            NONE => self.newest = prev,
+            next => self.blocks[next as usize].prev = prev,
+        }
+        self.num_idle -= 1;
+    }
+
+    /// Recounts everything from the blocks themselves. `tables[b]` is the number of tables that hold block `b`.
+    pub(crate) fn check(&self, tables: &[u32]) -> Result<(), String> {
+        let mut places = [0_u32; 4];
+        for (id, (block, &held)) in self.blocks.iter().zip(tables).enumerate() {
+            places[block.place as usize] += 1;
+            if block.ref_count != held {
+                return Err(format!("block {id}: ref_count {} but {held} tables hold it", block.ref_count));
+            }
+            if (block.place == Place::Referenced) != (block.ref_count > 0) {
+                return Err(format!("block {id}: {:?} with ref_count {}", block.place, block.ref_count));
+            }
+            if (block.place == Place::Idle && !block.cached) || (block.place == Place::Free && block.cached) {
+                return Err(format!("block {id}: {:?} with cached = {}", block.place, block.cached));
+            }
+        }
+        let counted = [self.num_free(), self.num_idle, self.num_referenced(), self.num_quarantined()];
+        if places != counted {
+            return Err(format!(
+                "blocks (free, idle, referenced, quarantined): {places:?} but counted {counted:?}"
+            ));
+        }
+        if self.last_scheduled <= self.last_collected && !self.quarantine.is_empty() {
+            return Err(format!("{} blocks in quarantine with no step in flight", self.quarantine.len()));
+        }
+        self.check_lru()
+    }
+
+    fn check_lru(&self) -> Result<(), String> {
+        let (mut at, mut before, mut seen) = (self.oldest, NONE, 0);
+        while at != NONE {
+            let block = &self.blocks[at as usize];
+            if block.prev != before || block.place != Place::Idle || seen > self.num_idle {
+                return Err(format!("the LRU list is broken at block {at}"));
+            }
+            (before, at, seen) = (at, block.next, seen + 1);
+        }
+        if seen != self.num_idle || before != self.newest {
+            return Err(format!("the LRU list has {seen} blocks, {} are idle", self.num_idle));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The same pool, written naively.
+    #[derive(Default)]
+    struct Model {
+        refs: Vec<u32>,
+        cached: Vec<bool>,
+        lru: Vec<u32>,
+        quarantine: Vec<(u64, u32)>,
+        scheduled: u64,
+        collected: u64,
+    }
+
+    impl Model {
+        fn retire(&mut self, id: u32) {
+            if self.cached[id as usize] {
+                self.lru.push(id);
+            }
+        }
+
+        fn release(&mut self, id: u32) {
+            self.refs[id as usize] -= 1;
+            if self.refs[id as usize] == 0 {
+                if self.scheduled > self.collected {
+                    self.quarantine.push((self.scheduled, id));
+                } else {
+                    self.retire(id);
+                }
+            }
+        }
+    }
+
+    fn next(state: &mut u64, below: u64) -> u64 {
+        *state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (*state >> 33) % below
+    }
+
+    #[test]
+    fn agrees_with_a_naive_model() {
+        for seed in 0..200_u64 {
+            let mut rng = seed;
+            let len = 1 + next(&mut rng, 12) as u32;
+            let mut pool = BlockPool::new(len);
+            let mut model =
+                Model { refs: vec![0; len as usize], cached: vec![false; len as usize], ..Model::default() };
+            for _ in 0..400 {
+                one_operation(&mut rng, &mut pool, &mut model);
+                pool.check(&model.refs).unwrap();
+                assert_eq!(pool.num_idle() as usize, model.lru.len());
+                assert_eq!(pool.num_quarantined() as usize, model.quarantine.len());
+            }
+        }
+    }
+
+    fn one_operation(rng: &mut u64, pool: &mut BlockPool, model: &mut Model) {
+        let id = next(rng, u64::from(pool.len())) as u32;
+        let held = model.refs[id as usize] > 0;
+        match next(rng, 6) {
+            0 | 1 => {
+                let in_quarantine = |b: u32| model.quarantine.iter().any(|&(_, q)| q == b);
+                let any_free = (0..pool.len())
+                    .any(|b| model.refs[b as usize] == 0 && !model.lru.contains(&b) && !in_quarantine(b));
+                match pool.allocate() {
+                    None => assert!(!any_free && model.lru.is_empty(), "refused with blocks available"),
+                    Some((got, evicted)) => {
+                        assert_eq!(model.refs[got.0 as usize], 0, "a block in use was handed out");
+                        assert!(!in_quarantine(got.0), "a block in quarantine was handed out");
+                        assert_eq!(evicted, !any_free);
+                        if evicted {
+                            assert_eq!(model.lru.remove(0), got.0, "not the least recently used");
+                        }
+                        model.refs[got.0 as usize] = 1;
+                        model.cached[got.0 as usize] = false;
+                    }
+                }
+            }
+            2 if held => {
+                pool.release(BlockId(id));
+                model.release(id);
+            }
+            3 if held || model.cached[id as usize] => {
+                pool.acquire(BlockId(id));
+                model.refs[id as usize] += 1;
+                model.lru.retain(|&b| b != id);
+                model.quarantine.retain(|&(_, b)| b != id);
+            }
+            4 if held => {
+                pool.mark_cached(BlockId(id));
+                model.cached[id as usize] = true;
+            }
+            5 => {
+                if model.scheduled < model.collected + 2 && next(rng, 2) == 0 {
+                    model.scheduled += 1;
+                    pool.step_scheduled(StepId(model.scheduled));
+                } else if model.collected < model.scheduled {
+                    model.collected += 1;
+                    pool.step_collected(StepId(model.collected));
+                    let collected = model.collected;
+                    let (done, rest) = model.quarantine.drain(..).partition(|&(step, _)| step <= collected);
+                    model.quarantine = rest;
+                    let done: Vec<(u64, u32)> = done;
+                    done.into_iter().for_each(|(_, b)| model.retire(b));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn a_block_freed_in_flight_waits_for_the_youngest_step() {
+        let mut pool = BlockPool::new(1);
+        let (id, _) = pool.allocate().unwrap();
+        pool.step_scheduled(StepId(1));
+        pool.step_scheduled(StepId(2));
+        pool.release(id);
+        assert_eq!(pool.allocate(), None);
+        pool.step_collected(StepId(1));
+        assert_eq!(pool.allocate(), None, "step 2 may still write it");
+        pool.step_collected(StepId(2));
+        assert_eq!(pool.allocate(), Some((id, false)));
+    }
+}

@@ -1,0 +1,229 @@
+//! Block tables: how many blocks a sequence needs, which of them are already computed, and when they go back.
+//!
+//! There is one KV group today. With a sliding window of `w` tokens, the row at position `p` sees positions
+//! `p - w + 1 ..= p`; blocks wholly below are given back and their table entries turn stale.
+
+use quire_core::{BlockHash, BlockHasher, BlockId, StepId, TokenId};
+
+use crate::block_pool::BlockPool;
+use crate::prefix_cache::PrefixCache;
+use crate::scheduler::SchedulerConfig;
+
+/// What an entry of a table holds where the content was never present.
+pub(crate) const STALE: BlockId = BlockId(0);
+
+/// The block table of one sequence.
+#[derive(Debug, Default)]
+pub(crate) struct BlockTable {
+    /// Logical block to physical block; entries below `first_live` are stale.
+    pub(crate) blocks: Vec<BlockId>,
+    /// First entry that holds a reference.
+    pub(crate) first_live: u32,
+}
+
+impl BlockTable {
+    /// The entries that hold references.
+    pub(crate) fn live(&self) -> &[BlockId] {
+        &self.blocks[self.first_live as usize..]
+    }
+}
+
+/// A prefix found in the cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PrefixHit {
+    /// Blocks of the table that need no computation.
+    pub(crate) num_blocks: u32,
+    /// The first of them that is still visible.
+    pub(crate) first_live: u32,
+    /// How many of the visible ones are idle, so that taking them shrinks what is available.
+    pub(crate) num_idle: u32,
+}
+
+/// Owns the blocks of one KV group.
+#[derive(Debug)]
+pub(crate) struct KvCacheManager {
+    pool: BlockPool,
+    cache: PrefixCache,
+    hasher: BlockHasher,
+    block_size: u32,
+    window: Option<u32>,
+    caching: bool,
+    /// The longest row of one sequence and step.
+    max_chunk: u32,
+    num_evictions: u64,
+    /// Physical blocks of the last lookup.
+    found: Vec<BlockId>,
+}
+
+impl KvCacheManager {
+    pub(crate) fn new(config: &SchedulerConfig) -> Self {
+        let limits = &config.limits;
+        Self {
+            pool: BlockPool::new(limits.num_blocks),
+            cache: PrefixCache::new(limits.num_blocks),
+            hasher: config.hasher,
+            block_size: limits.block_size,
+            window: limits.kv_groups[0],
+            caching: config.enable_prefix_caching,
+            max_chunk: config.max_prefill_chunk.min(limits.max_num_batched_tokens),
+            num_evictions: 0,
+            found: Vec::with_capacity(limits.max_model_len.div_ceil(limits.block_size) as usize),
+        }
+    }
+
+    pub(crate) fn pool(&self) -> &BlockPool {
+        &self.pool
+    }
+
+    pub(crate) fn num_evictions(&self) -> u64 {
+        self.num_evictions
+    }
+
+    pub(crate) fn has_window(&self) -> bool {
+        self.window.is_some()
+    }
+
+    /// Blocks that `num_tokens` tokens fill or begin.
+    pub(crate) fn blocks_for(&self, num_tokens: u32) -> u32 {
+        num_tokens.div_ceil(self.block_size)
+    }
+
+    /// The most blocks a sequence holds at one time while its first `num_tokens` tokens are computed.
+    pub(crate) fn peak_blocks(&self, num_tokens: u32) -> u32 {
+        let all = self.blocks_for(num_tokens);
+        match self.window {
+            None => all,
+            Some(window) => {
+                let visible = u64::from(window) + u64::from(self.max_chunk);
+                all.min((visible.div_ceil(u64::from(self.block_size)) + 1).min(u64::from(u32::MAX)) as u32)
+            }
+        }
+    }
+
+    /// The first block that the row at position `num_computed_tokens`, or any later one, can see.
+    pub(crate) fn first_visible_block(&self, num_computed_tokens: u32) -> u32 {
+        self.window.map_or(0, |window| (num_computed_tokens + 1).saturating_sub(window) / self.block_size)
+    }
+
+    /// Finds the longest cached prefix of at most `max_tokens` tokens. Only whole blocks count, and only those that
+    /// later rows can see need to be present: without a window all, with one the last few.
+    pub(crate) fn lookup(&mut self, hashes: impl Iterator<Item = BlockHash>, max_tokens: u32) -> PrefixHit {
+        self.found.clear();
+        let mut hit = PrefixHit::default();
+        if !self.caching {
+            return hit;
+        }
+        // Present blocks in a row up to here.
+        let mut run = 0;
+        for (hash, at) in hashes.zip(0..max_tokens / self.block_size) {
+            let block = self.cache.get(hash);
+            if block.is_none() && self.window.is_none() {
+                break;
+            }
+            run = if block.is_some() { run + 1 } else { 0 };
+            self.found.push(block.unwrap_or(STALE));
+            let first_live = self.first_visible_block((at + 1) * self.block_size);
+            if run >= (at + 1).saturating_sub(first_live) {
+                hit = PrefixHit { num_blocks: at + 1, first_live, num_idle: 0 };
+            }
+        }
+        let live = &self.found[hit.first_live.min(hit.num_blocks) as usize..hit.num_blocks as usize];
+        hit.num_idle = live.iter().filter(|&&block| self.pool.is_idle(block)).count() as u32;
+        hit
+    }
+
+    /// Fills an empty table with the blocks of the latest [`Self::lookup`].
+    pub(crate) fn take_hit(&mut self, hit: PrefixHit, table: &mut BlockTable) {
+        debug_assert!(table.blocks.is_empty());
+        table.blocks.extend_from_slice(&self.found[..hit.num_blocks as usize]);
+        table.first_live = hit.first_live.min(hit.num_blocks);
+        for &block in table.live() {
+            self.pool.acquire(block);
+        }
+    }
+
+    /// Shares the first `num_blocks` blocks of `from`, of which those from `first_live` on must be live there.
+    pub(crate) fn share(&mut self, from: &[BlockId], first_live: u32, table: &mut BlockTable) {
+        debug_assert!(table.blocks.is_empty());
+        table.blocks.extend_from_slice(from);
+        table.first_live = first_live;
+        for &block in table.live() {
+            self.pool.acquire(block);
+        }
+    }
+
+    /// A block for the end of a table. The caller has checked that one is available.
+    pub(crate) fn allocate(&mut self) -> BlockId {
+        let (block, evicted) = self.pool.allocate().expect("the caller checked num_available()");
+        if evicted {
+            self.cache.remove(block);
+            self.num_evictions += 1;
+        }
+        block
+    }
+
+    /// One table fewer holds `block`.
+    pub(crate) fn release(&mut self, block: BlockId) {
+        self.pool.release(block);
+    }
+
+    /// Gives back all blocks, last first: the tail of a chain is worth least, so it is evicted first.
+    pub(crate) fn release_table(&mut self, table: &mut BlockTable) {
+        for at in (table.first_live as usize..table.blocks.len()).rev() {
+            self.pool.release(table.blocks[at]);
+        }
+        table.blocks.clear();
+        table.first_live = 0;
+    }
+
+    /// Gives back the blocks that no row from `num_computed_tokens` on can see.
+    pub(crate) fn release_below_window(&mut self, table: &mut BlockTable, num_computed_tokens: u32) {
+        let first = self.first_visible_block(num_computed_tokens).min(table.blocks.len() as u32);
+        while table.first_live < first {
+            self.pool.release(table.blocks[table.first_live as usize]);
+            table.first_live += 1;
+        }
+    }
+
+    /// The address of a block after `parent` (the salt's root if there is none).
+    pub(crate) fn hash_block(&self, parent: BlockHash, tokens: &[TokenId]) -> BlockHash {
+        self.hasher.next(parent, tokens)
+    }
+
+    /// Makes the content of a full, computed block available to others. If another block has it already, that one
+    /// stays the cached one.
+    pub(crate) fn publish(&mut self, hash: BlockHash, block: BlockId) {
+        if self.cache.insert(hash, block) {
+            self.pool.mark_cached(block);
+        }
+    }
+
+    pub(crate) fn step_scheduled(&mut self, step: StepId) {
+        self.pool.step_scheduled(step);
+    }
+
+    pub(crate) fn step_collected(&mut self, step: StepId) {
+        self.pool.step_collected(step);
+    }
+
+    /// Recounts references from the tables of all sequences, and compares cache and pool.
+    pub(crate) fn check<'a>(&self, tables: impl Iterator<Item = &'a BlockTable>) -> Result<(), String> {
+        let mut held = vec![0; self.pool.len() as usize];
+        for block in tables.flat_map(BlockTable::live) {
+            held[block.0 as usize] += 1;
+        }
+        self.pool.check(&held)?;
+        for block in (0..self.pool.len()).map(BlockId) {
+            let hash = self.cache.hash_of(block);
+            if let Some(hash) = hash
+                && self.cache.get(hash) != Some(block)
+            {
+                return Err(format!("block {block} cannot be found under its own address"));
+            }
+            if hash.is_some() != self.pool.is_cached(block) {
+                return Err(format!("block {block}: pool and prefix cache disagree whether it is cached"));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,404 @@
+//! The scheduler's parts, and how requests enter and leave.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use quire_core::{
+    BlockHasher, BlockId, ExecutorLimits, FinishReason, Micros, Request, RequestError, RequestId, Slot,
+    StepId, TokenId, Usage,
+};
+
+use crate::event::{SeqEvent, SeqEventKind};
+use crate::kv_cache::{BlockTable, KvCacheManager};
+use crate::policy::OrderKey;
+use crate::sequence::{SeqIndex, SeqState, SequenceData, SequenceTable};
+use crate::stats::SchedulerStats;
+
+/// The entry of [`RequestEntry::seqs`] of a continuation that ended.
+const ENDED: SeqIndex = SeqIndex::MAX;
+
+/// What a scheduler works with, fixed at start.
+#[derive(Clone, Debug)]
+pub struct SchedulerConfig {
+    /// What the executor offers.
+    pub limits: ExecutorLimits,
+    /// Addresses of blocks; the same key as the one that computed `Request::block_hashes`.
+    pub hasher: BlockHasher,
+    /// Whether computed blocks are kept and found again.
+    pub enable_prefix_caching: bool,
+    /// Tokens of one sequence in one step at most; `u32::MAX` leaves only the step's own budget.
+    pub max_prefill_chunk: u32,
+    /// Requests that may wait for their first place; more are refused.
+    pub max_queued_requests: u32,
+}
+
+impl SchedulerConfig {
+    /// Prefix caching on, chunks bounded by the step's budget alone, 1024 queued requests.
+    pub fn new(limits: ExecutorLimits, hasher: BlockHasher) -> Self {
+        Self {
+            limits,
+            hasher,
+            enable_prefix_caching: true,
+            max_prefill_chunk: u32::MAX,
+            max_queued_requests: 1024,
+        }
+    }
+}
+
+/// A request with its continuations.
+#[derive(Debug)]
+pub(crate) struct RequestEntry {
+    request: Request,
+    /// Continuation to sequence, or [`ENDED`].
+    pub(crate) seqs: Vec<SeqIndex>,
+    num_live: u32,
+    /// Whether any continuation ever entered the batch.
+    pub(crate) started: bool,
+}
+
+/// One row of a step in flight.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct InFlightRow {
+    pub(crate) seq: SeqIndex,
+    pub(crate) identity: u32,
+    /// `num_computed_tokens` after the row.
+    pub(crate) end: u32,
+    pub(crate) slot: Slot,
+    pub(crate) epoch: u8,
+    pub(crate) sample: bool,
+    pub(crate) prompt_logprobs: bool,
+}
+
+/// A step that was scheduled and not yet collected.
+#[derive(Debug, Default)]
+pub(crate) struct InFlightStep {
+    pub(crate) step: StepId,
+    pub(crate) rows: Vec<InFlightRow>,
+}
+
+/// The state machine. See the crate's page.
+#[derive(Debug)]
+pub struct Scheduler {
+    pub(crate) config: SchedulerConfig,
+    pub(crate) kv: KvCacheManager,
+    pub(crate) seqs: SequenceTable,
+    /// Slab of requests; `vacant_requests` lists its holes.
+    pub(crate) requests: Vec<Option<RequestEntry>>,
+    vacant_requests: Vec<u32>,
+    by_id: BTreeMap<RequestId, u32>,
+    deadlines: BTreeSet<(Micros, RequestId)>,
+    /// Requests that never entered the batch.
+    pub(crate) num_queued: u32,
+    pub(crate) waiting: BTreeMap<OrderKey, SeqIndex>,
+    pub(crate) num_followers: u32,
+    /// Waiting sequences that hold blocks of their leader.
+    pub(crate) num_parked: u32,
+    /// The batch in policy order; may hold sequences that ended since `schedule` last looked.
+    pub(crate) running: Vec<SeqIndex>,
+    pub(crate) num_running: u32,
+    pub(crate) num_prefilling: u32,
+    pub(crate) free_slots: Vec<Slot>,
+    /// Slots that left the batch and that the executor has not been told about.
+    pub(crate) freed_slots: Vec<Slot>,
+    pub(crate) in_flight: VecDeque<InFlightStep>,
+    pub(crate) spare_steps: Vec<InFlightStep>,
+    pub(crate) next_step: StepId,
+    /// Sources of this step's block copies, released once the step counts as in flight.
+    pub(crate) copy_sources: Vec<BlockId>,
+    /// Events of `finish`, delivered by the next `schedule` or `update`.
+    pub(crate) ended: Vec<SeqEvent>,
+    pub(crate) now: Micros,
+    pub(crate) stats: SchedulerStats,
+    /// Tokens of one block, for hashing.
+    pub(crate) block_tokens: Vec<TokenId>,
+}
+
+impl Scheduler {
+    /// A scheduler with an empty pool.
+    ///
+    /// # Panics
+    /// If the limits are not usable: no block, slot, budget, context or step in flight, several KV groups, or a hasher
+    /// with another block size.
+    pub fn new(config: SchedulerConfig) -> Self {
+        let limits = &config.limits;
+        assert!(limits.num_blocks > 0 && limits.block_size > 0, "the KV pool is empty: {limits:?}");
+        assert!(
+            limits.max_num_seqs > 0 && limits.max_num_batched_tokens > 0,
+            "no room in a step: {limits:?}"
+        );
+        assert!(limits.max_model_len > 1 && config.max_prefill_chunk > 0, "no room for a token: {limits:?}");
+        assert!(limits.max_steps_in_flight > 0, "no step may be in flight: {limits:?}");
+        assert!(limits.kv_groups.len() == 1, "exactly one KV group is supported: {limits:?}");
+        assert!(limits.kv_groups[0] != Some(0), "a sliding window of 0 sees nothing: {limits:?}");
+        assert_eq!(config.hasher.block_size(), limits.block_size, "the hasher has another block size");
+        let slots = limits.max_num_seqs as usize;
+        Self {
+            kv: KvCacheManager::new(&config),
+            seqs: SequenceTable::with_capacity(slots + config.max_queued_requests as usize),
+            requests: Vec::new(),
+            vacant_requests: Vec::new(),
+            by_id: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
+            num_queued: 0,
+            waiting: BTreeMap::new(),
+            num_followers: 0,
+            num_parked: 0,
+            running: Vec::with_capacity(slots),
+            num_running: 0,
+            num_prefilling: 0,
+            free_slots: (0..limits.max_num_seqs).rev().map(Slot).collect(),
+            freed_slots: Vec::with_capacity(slots),
+            in_flight: VecDeque::with_capacity(limits.max_steps_in_flight as usize),
+            spare_steps: (0..limits.max_steps_in_flight)
+                .map(|_| InFlightStep { step: StepId(0), rows: Vec::with_capacity(slots) })
+                .collect(),
+            next_step: StepId(1),
+            copy_sources: Vec::new(),
+            ended: Vec::new(),
+            now: Micros(0),
+            stats: SchedulerStats::default(),
+            block_tokens: Vec::with_capacity(limits.block_size as usize),
+            config,
+        }
+    }
+
+    /// What the executor offers.
+    pub fn limits(&self) -> &ExecutorLimits {
+        &self.config.limits
+    }
+
+    /// Accepts a request; its events come from `schedule` and `update`.
+    ///
+    /// # Errors
+    /// [`RequestError::Overloaded`] if the queue is full, [`RequestError::TooLong`] if it could not run even alone,
+    /// [`RequestError::Invalid`] where `Request::validate` would have said so, or for an id already in use.
+    pub fn add(&mut self, request: Request) -> Result<(), RequestError> {
+        self.check_request(&request)?;
+        let n = request.params.n;
+        let entry = match self.vacant_requests.pop() {
+            Some(entry) => entry,
+            None => {
+                self.requests.push(None);
+                self.requests.len() as u32 - 1
+            }
+        };
+        let seqs: Vec<SeqIndex> = (0..n).map(|index| self.insert_sequence(&request, entry, index)).collect();
+        self.waiting.insert(OrderKey::new(&request, 0), seqs[0]);
+        self.num_followers += n - 1;
+        if let Some(deadline) = request.deadline {
+            self.deadlines.insert((deadline, request.id));
+        }
+        self.by_id.insert(request.id, entry);
+        self.requests[entry as usize] = Some(RequestEntry { request, seqs, num_live: n, started: false });
+        self.num_queued += 1;
+        Ok(())
+    }
+
+    /// Ends a request, or one of its continuations, now. Unknown ids (it may have just ended) are ignored. The
+    /// `Finished` events come with the next `schedule` or `update`.
+    pub fn finish(&mut self, id: RequestId, index: Option<u32>, reason: FinishReason) {
+        let mut events = std::mem::take(&mut self.ended);
+        self.end_request(id, index, reason, &mut events);
+        self.ended = events;
+    }
+
+    /// Ends every request, for a device that failed or a drain that ran out of time.
+    pub fn finish_all(&mut self, reason: FinishReason) {
+        while let Some((&id, _)) = self.by_id.first_key_value() {
+            self.finish(id, None, reason);
+        }
+    }
+
+    /// Whether any request lives, any step is in flight, or any event waits for delivery.
+    pub fn has_work(&self) -> bool {
+        !self.by_id.is_empty() || !self.in_flight.is_empty() || !self.ended.is_empty()
+    }
+
+    /// Numbers for metrics and for admission outside.
+    pub fn stats(&self) -> SchedulerStats {
+        let pool = self.kv.pool();
+        SchedulerStats {
+            running: self.num_running,
+            waiting: self.waiting.len() as u32 + self.num_followers,
+            kv_blocks_total: pool.len(),
+            kv_blocks_free: pool.num_free(),
+            kv_blocks_cached: pool.num_idle(),
+            kv_blocks_used: pool.num_referenced(),
+            kv_blocks_quarantined: pool.num_quarantined(),
+            kv_usage: f64::from(pool.num_referenced()) / f64::from(pool.len()),
+            num_evictions: self.kv.num_evictions(),
+            ..self.stats
+        }
+    }
+
+    fn check_request(&self, request: &Request) -> Result<(), RequestError> {
+        let (limits, params) = (&self.config.limits, &request.params);
+        let prompt_tokens = request.prompt.len() as u64;
+        if prompt_tokens == 0 {
+            return Err(RequestError::invalid("prompt", "must hold at least one token"));
+        }
+        if params.n == 0 || params.n > limits.max_num_seqs {
+            let message = format!("must be between 1 and {}, got {}", limits.max_num_seqs, params.n);
+            return Err(RequestError::invalid("n", message));
+        }
+        if params.max_tokens == 0 {
+            return Err(RequestError::invalid("max_tokens", "must be at least 1"));
+        }
+        let full_blocks = prompt_tokens / u64::from(limits.block_size);
+        if !request.block_hashes.is_empty() && request.block_hashes.len() as u64 != full_blocks {
+            let message = format!("{} hashes for {full_blocks} full blocks", request.block_hashes.len());
+            return Err(RequestError::invalid("block_hashes", message));
+        }
+        let needed = prompt_tokens + u64::from(params.max_tokens);
+        let too_long = |max_model_len| RequestError::TooLong { prompt_tokens, needed, max_model_len };
+        if needed > u64::from(limits.max_model_len) {
+            return Err(too_long(limits.max_model_len));
+        }
+        // The last token is never an input, so its KV needs no place.
+        if self.kv.peak_blocks(needed as u32 - 1) > limits.num_blocks {
+            return Err(too_long(
+                limits.max_model_len.min(limits.num_blocks.saturating_mul(limits.block_size)),
+            ));
+        }
+        if self.by_id.contains_key(&request.id) {
+            return Err(RequestError::invalid("id", format!("request {} is already running", request.id)));
+        }
+        if self.num_queued >= self.config.max_queued_requests {
+            return Err(RequestError::Overloaded {
+                queued: self.num_queued,
+                limit: self.config.max_queued_requests,
+                retry_after: Duration::from_secs(1),
+            });
+        }
+        Ok(())
+    }
+
+    fn insert_sequence(&mut self, request: &Request, entry: u32, index: u32) -> SeqIndex {
+        let prompt_len = request.prompt.len() as u32;
+        let seq = self.seqs.insert(SequenceData {
+            request: entry,
+            key: OrderKey::new(request, index),
+            prompt: request.prompt.clone(),
+            prompt_hashes: request.block_hashes.clone(),
+            salt: request.salt,
+            params: request.params.clone(),
+            generated: Vec::new(),
+            later_hashes: Vec::new(),
+            table: BlockTable::default(),
+            parked: false,
+            num_reported_rows: 0,
+            usage: Usage { prompt_tokens: prompt_len, arrival: request.arrival, ..Usage::default() },
+            started: false,
+        });
+        let hot = self.seqs.hot_mut(seq);
+        hot.request = request.id;
+        hot.index = index;
+        hot.num_tokens = prompt_len;
+        hot.max_total_tokens = prompt_len + request.params.max_tokens;
+        hot.set_stops(&request.params, prompt_len);
+        hot.state = if index == 0 { SeqState::Waiting } else { SeqState::Follower };
+        hot.leads = index == 0 && request.params.n > 1;
+        seq
+    }
+
+    pub(crate) fn end_request(
+        &mut self,
+        id: RequestId,
+        index: Option<u32>,
+        reason: FinishReason,
+        events: &mut Vec<SeqEvent>,
+    ) {
+        let Some(&entry) = self.by_id.get(&id) else { return };
+        let num_seqs = self.entry(entry).seqs.len() as u32;
+        let range = index.map_or(0..num_seqs, |index| index..num_seqs.min(index.saturating_add(1)));
+        for index in range {
+            // The entry is gone once its last continuation ended.
+            let Some(live) = self.requests[entry as usize].as_ref() else { return };
+            let seq = live.seqs[index as usize];
+            if seq != ENDED {
+                self.end_sequence(seq, reason, None, events);
+            }
+        }
+    }
+
+    /// Takes a sequence out of wherever it is and reports its end.
+    pub(crate) fn end_sequence(
+        &mut self,
+        seq: SeqIndex,
+        reason: FinishReason,
+        stop_token: Option<TokenId>,
+        events: &mut Vec<SeqEvent>,
+    ) {
+        self.promote_follower(seq);
+        match self.seqs.hot(seq).state {
+            SeqState::Vacant => return,
+            SeqState::Follower => self.num_followers -= 1,
+            SeqState::Waiting => {
+                let (_, data) = self.seqs.both_mut(seq);
+                self.waiting.remove(&data.key);
+                self.num_parked -= u32::from(data.parked);
+                self.kv.release_table(&mut data.table);
+            }
+            SeqState::Running => self.leave_batch(seq),
+        }
+        let (request, index) = (self.seqs.hot(seq).request, self.seqs.hot(seq).index);
+        let Some(data) = self.seqs.remove(seq) else { return };
+        let mut usage = data.usage;
+        usage.finished = self.now;
+        usage.generated_tokens = data.generated.len() as u32;
+        if data.generated.is_empty() {
+            usage.first_token = self.now;
+        }
+        if !data.started {
+            usage.first_scheduled = self.now;
+        }
+        events.push(SeqEvent { request, index, kind: SeqEventKind::Finished { reason, stop_token, usage } });
+        self.forget_continuation(data.request, index);
+    }
+
+    fn forget_continuation(&mut self, at: u32, index: u32) {
+        let entry = self.entry_mut(at);
+        entry.seqs[index as usize] = ENDED;
+        entry.num_live -= 1;
+        if entry.num_live > 0 {
+            return;
+        }
+        let (id, deadline, started) = (entry.request.id, entry.request.deadline, entry.started);
+        if let Some(deadline) = deadline {
+            self.deadlines.remove(&(deadline, id));
+        }
+        self.num_queued -= u32::from(!started);
+        self.by_id.remove(&id);
+        self.requests[at as usize] = None;
+        self.vacant_requests.push(at);
+    }
+
+    /// Gives back blocks and slot of a running sequence. The caller sets its next state.
+    pub(crate) fn leave_batch(&mut self, seq: SeqIndex) {
+        let (hot, data) = self.seqs.both_mut(seq);
+        self.kv.release_table(&mut data.table);
+        hot.num_blocks = 0;
+        self.free_slots.push(Slot(hot.slot));
+        self.freed_slots.push(Slot(hot.slot));
+        self.num_running -= 1;
+        self.num_prefilling -= u32::from(hot.prefilling);
+        hot.prefilling = false;
+    }
+
+    /// Ends the requests whose deadline has passed.
+    pub(crate) fn expire(&mut self, events: &mut Vec<SeqEvent>) {
+        while let Some(&(deadline, id)) = self.deadlines.first()
+            && deadline <= self.now
+        {
+            self.end_request(id, None, FinishReason::Deadline, events);
+        }
+    }
+
+    pub(crate) fn entry(&self, at: u32) -> &RequestEntry {
+        self.requests[at as usize].as_ref().expect("a live sequence has a request")
+    }
+
+    pub(crate) fn entry_mut(&mut self, at: u32) -> &mut RequestEntry {
+        self.requests[at as usize].as_mut().expect("a live sequence has a request")
+    }
+}

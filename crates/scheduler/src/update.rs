@@ -1,0 +1,129 @@
+//! One step back: tokens are accepted, full blocks become shareable, sequences end.
+
+use quire_core::{FinishReason, Micros, ModelRunnerOutput};
+
+use crate::event::{SeqEvent, SeqEventKind};
+use crate::scheduler::{InFlightRow, InFlightStep, Scheduler};
+use crate::sequence::SeqIndex;
+
+impl Scheduler {
+    /// Takes the results of the oldest step in flight. Rows of sequences that ended meanwhile are dropped; a row of a
+    /// preempted one counts, since its token does not depend on where the KV lives.
+    ///
+    /// # Panics
+    /// If `output` does not answer the oldest step in flight row by row.
+    pub fn update(&mut self, now: Micros, output: &ModelRunnerOutput, events: &mut Vec<SeqEvent>) {
+        let mut step = self.in_flight.pop_front().expect("update() answers a scheduled step");
+        assert_eq!(step.step, output.step, "steps are collected in order");
+        self.now = now;
+        self.kv.step_collected(step.step);
+        events.append(&mut self.ended);
+        if !output.prompt_logprobs.is_empty() {
+            self.report_prompt_logprobs(&step, output, events);
+        }
+        let mut next_row = 0;
+        for row in &step.rows {
+            let out_row = next_row;
+            next_row += u32::from(row.sample);
+            let hot = self.seqs.hot(row.seq);
+            if hot.identity != row.identity {
+                continue;
+            }
+            if hot.epoch == row.epoch && (row.end >= hot.publish_at || hot.leads) {
+                self.publish_and_fork(row);
+            }
+            if row.sample {
+                self.accept(row, out_row, output, events);
+            }
+        }
+        assert_eq!(next_row as usize, output.rows.len(), "one output row per sampled row of {:?}", step.step);
+        step.rows.clear();
+        self.spare_steps.push(step);
+    }
+
+    /// The row's KV is in place and its sequence still holds the blocks.
+    fn publish_and_fork(&mut self, row: &InFlightRow) {
+        while row.end >= self.seqs.hot(row.seq).publish_at {
+            self.publish_block(row.seq);
+        }
+        let hot = self.seqs.hot(row.seq);
+        if hot.leads && row.end >= self.seqs.data(row.seq).prompt_len() {
+            self.park_followers(row.seq);
+        }
+    }
+
+    fn publish_block(&mut self, seq: SeqIndex) {
+        let block_size = self.config.limits.block_size;
+        let (hot, data) = self.seqs.both_mut(seq);
+        let at = (hot.publish_at / block_size - 1) as usize;
+        hot.publish_at += block_size;
+        let hash = match data.hash(at) {
+            Some(hash) => hash,
+            None => {
+                let size = block_size as usize;
+                data.copy_tokens(at * size, &mut self.block_tokens, size);
+                let root = self.config.hasher.root(data.salt);
+                let parent = at.checked_sub(1).and_then(|before| data.hash(before)).unwrap_or(root);
+                let hash = self.kv.hash_block(parent, &self.block_tokens);
+                data.later_hashes.push(hash);
+                hash
+            }
+        };
+        // A block that fell out of the window is no longer ours.
+        if at >= data.table.first_live as usize {
+            self.kv.publish(hash, data.table.blocks[at]);
+        }
+    }
+
+    fn accept(
+        &mut self,
+        row: &InFlightRow,
+        out_row: u32,
+        output: &ModelRunnerOutput,
+        events: &mut Vec<SeqEvent>,
+    ) {
+        let answer = &output.rows[out_row as usize];
+        assert_eq!(answer.slot, row.slot, "rows are answered in the order of `scheduled`");
+        assert_eq!(answer.num_tokens, 1, "one token per sampled row");
+        let token = output.tokens[answer.start as usize];
+        let (hot, data) = self.seqs.both_mut(row.seq);
+        let stop = hot.is_stop(token, data);
+        if data.generated.is_empty() {
+            data.usage.first_token = self.now;
+        }
+        data.generated.push(token);
+        hot.num_tokens += 1;
+        hot.num_in_flight -= 1;
+        let kind = SeqEventKind::Tokens { row: out_row, num_tokens: 1 };
+        events.push(SeqEvent { request: hot.request, index: hot.index, kind });
+        if stop {
+            self.end_sequence(row.seq, FinishReason::Stop, Some(token), events);
+        } else if hot.num_tokens >= hot.max_total_tokens {
+            self.end_sequence(row.seq, FinishReason::Length, None, events);
+        }
+    }
+
+    fn report_prompt_logprobs(
+        &mut self,
+        step: &InFlightStep,
+        output: &ModelRunnerOutput,
+        events: &mut Vec<SeqEvent>,
+    ) {
+        for row in step.rows.iter().filter(|row| row.prompt_logprobs) {
+            if self.seqs.hot(row.seq).identity != row.identity {
+                continue;
+            }
+            let (hot, data) = self.seqs.both_mut(row.seq);
+            let unreported = data.unreported_rows(hot.index);
+            for (entry, (slot, position, _)) in output.prompt_logprobs.iter().enumerate() {
+                // Row p speaks about the token at p + 1.
+                let wanted = position.checked_sub(1).is_some_and(|at| unreported.contains(&at));
+                if *slot == row.slot && wanted {
+                    let kind = SeqEventKind::PromptLogprobs { entry: entry as u32 };
+                    events.push(SeqEvent { request: hot.request, index: hot.index, kind });
+                }
+            }
+            data.num_reported_rows = data.num_reported_rows.max(row.end.min(data.prompt_len() - 1));
+        }
+    }
+}
