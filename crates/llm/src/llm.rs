@@ -1,0 +1,309 @@
+//! A model that answers: tokenizer, template, defaults and engine in one handle.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use quire_core::{CacheSalt, RequestError, TokenId};
+use quire_engine::{EngineClient, RequestSpec};
+use quire_tokenizer::{ChatInput, ChatTemplate, TemplateError, Tokenizer};
+use serde_json::{Value, json};
+
+use crate::choice::Rules;
+use crate::generation::Generation;
+use crate::params::{self, GenerationDefaults, SeedSource};
+use crate::pool::Pool;
+use crate::request::{ChatMessage, ChatPrompt, GenerateRequest, Prompt};
+
+/// Names of template variables that a request may not set through `chat_template_kwargs`.
+const RESERVED_KWARGS: [&str; 9] = [
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "chat_template",
+    "bos_token",
+    "eos_token",
+];
+
+/// What an [`Llm`] is made of.
+pub struct LlmConfig {
+    /// The names under which the model is served, the main one first; at least one.
+    pub served_model_names: Vec<String>,
+    /// The engine that runs it.
+    pub engine: EngineClient,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its chat template; without one, conversations are refused.
+    pub chat_template: Option<ChatTemplate>,
+    /// Its sampling defaults.
+    pub defaults: GenerationDefaults,
+    /// Requests that may be tokenized at once.
+    pub tokenizer_threads: usize,
+}
+
+/// A handle to one served model; cheap to clone.
+#[derive(Clone)]
+pub struct Llm {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    names: Vec<String>,
+    created: u64,
+    engine: EngineClient,
+    tokenizer: Tokenizer,
+    chat_template: Option<ChatTemplate>,
+    defaults: GenerationDefaults,
+    eos_token_ids: Arc<[TokenId]>,
+    seeds: SeedSource,
+    pool: Pool,
+}
+
+impl Llm {
+    /// Puts the parts together.
+    pub fn new(config: LlmConfig) -> Self {
+        let limits = config.engine.limits();
+        let mut defaults = config.defaults;
+        defaults.eos_token_ids.extend(config.tokenizer.eos_token_ids());
+        // A tokenizer may know ids that this checkpoint's vocabulary does not have.
+        defaults.eos_token_ids.retain(|&id| id < limits.vocab_size);
+        defaults.eos_token_ids.sort_unstable();
+        defaults.eos_token_ids.dedup();
+        let max_waiting = limits.max_num_seqs.saturating_add(limits.max_queued_requests);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let inner = Inner {
+            names: config.served_model_names,
+            created: now.as_secs(),
+            tokenizer: config.tokenizer,
+            chat_template: config.chat_template,
+            eos_token_ids: defaults.eos_token_ids.as_slice().into(),
+            defaults,
+            seeds: SeedSource::default(),
+            pool: Pool::new(config.tokenizer_threads, max_waiting),
+            engine: config.engine,
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// The names under which the model is served, the main one first.
+    pub fn names(&self) -> &[String] {
+        &self.inner.names
+    }
+
+    /// The main name, as answers report it.
+    pub fn name(&self) -> &str {
+        self.inner.names.first().map_or("", String::as_str)
+    }
+
+    /// Whether requests for `model` are for this one.
+    pub fn serves(&self, model: &str) -> bool {
+        self.inner.names.iter().any(|name| name == model)
+    }
+
+    /// When the model was loaded, in seconds since 1970.
+    pub fn created(&self) -> u64 {
+        self.inner.created
+    }
+
+    /// The engine behind it: limits, state, queue lengths, drain.
+    pub fn engine(&self) -> &EngineClient {
+        &self.inner.engine
+    }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.inner.tokenizer
+    }
+
+    /// Whether it can answer conversations.
+    pub fn has_chat_template(&self) -> bool {
+        self.inner.chat_template.is_some()
+    }
+
+    /// Tokens of prompt plus answer that fit.
+    pub fn max_model_len(&self) -> u32 {
+        self.inner.engine.limits().max_model_len
+    }
+
+    /// Token ids are below this.
+    pub fn vocab_size(&self) -> u32 {
+        self.inner.engine.limits().vocab_size
+    }
+
+    /// Token ids that end an answer.
+    pub fn eos_token_ids(&self) -> &[TokenId] {
+        &self.inner.eos_token_ids
+    }
+
+    /// Prepares the request in the pool and submits it.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the request, and [`RequestError::Overloaded`], [`RequestError::Unavailable`] or
+    /// [`RequestError::DeadlineExceeded`].
+    pub async fn generate(&self, request: GenerateRequest) -> Result<Generation, RequestError> {
+        let deadline = request.timeout.map(|timeout| Instant::now() + timeout);
+        let llm = self.clone();
+        let submitted = self.inner.pool.run(move || llm.submit(request, deadline));
+        match deadline {
+            None => submitted.await?,
+            Some(deadline) => match tokio::time::timeout_at(deadline.into(), submitted).await {
+                Ok(outcome) => outcome?,
+                Err(_) => Err(RequestError::DeadlineExceeded),
+            },
+        }
+    }
+
+    /// The prompt's token ids, as [`Llm::generate`] would make them.
+    ///
+    /// # Errors
+    /// As [`Llm::generate`], for the prompt.
+    pub async fn tokenize(
+        &self,
+        prompt: Prompt,
+        add_special_tokens: Option<bool>,
+    ) -> Result<Vec<TokenId>, RequestError> {
+        let llm = self.clone();
+        self.inner.pool.run(move || Ok(llm.encode(prompt, add_special_tokens)?.token_ids)).await?
+    }
+
+    /// The text of token ids.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary; [`RequestError::Overloaded`].
+    pub async fn detokenize(
+        &self,
+        token_ids: Vec<TokenId>,
+        skip_special_tokens: bool,
+    ) -> Result<String, RequestError> {
+        let vocab_size = self.vocab_size();
+        if let Some(id) = token_ids.iter().find(|&&id| id >= vocab_size) {
+            let message = format!("token id {id} is outside the vocabulary of {vocab_size} tokens");
+            return Err(RequestError::invalid("tokens", message));
+        }
+        let llm = self.clone();
+        self.inner.pool.run(move || llm.tokenizer().decode(&token_ids, skip_special_tokens)).await
+    }
+
+    /// The prompt text of a conversation.
+    ///
+    /// # Errors
+    /// The model has no template, or the template refuses the conversation.
+    pub async fn render_chat(&self, chat: ChatPrompt) -> Result<String, RequestError> {
+        let llm = self.clone();
+        self.inner.pool.run(move || llm.render(chat)).await?
+    }
+
+    fn submit(
+        &self,
+        request: GenerateRequest,
+        deadline: Option<Instant>,
+    ) -> Result<Generation, RequestError> {
+        let inner = &self.inner;
+        params::validate_stop(&request.stop)?;
+        let mut request = request;
+        let prompt = std::mem::replace(&mut request.prompt, Prompt::Tokens(Vec::new()));
+        let encoded = self.encode(prompt, request.add_special_tokens)?;
+        let limits = inner.engine.limits();
+        let params =
+            params::resolve(&request, &inner.defaults, encoded.token_ids.len(), limits, &inner.seeds)?;
+        let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if timeout.is_some_and(|left| left.is_zero()) {
+            return Err(RequestError::DeadlineExceeded);
+        }
+        let params = Arc::new(params);
+        let prompt_token_ids: Arc<[TokenId]> = encoded.token_ids.into();
+        let handle = inner.engine.submit(RequestSpec {
+            prompt: Arc::clone(&prompt_token_ids),
+            params: Arc::clone(&params),
+            tenant: request.tenant,
+            priority: request.priority,
+            // Tokens found in the cache are not computed, so they have no log-probabilities.
+            cache_salt: params.prompt_logprobs.is_none().then(|| self.salt(&request)),
+            timeout,
+        })?;
+        let prompt_text = request.echo.then(|| match encoded.text {
+            Some(text) => text,
+            None => inner.tokenizer.decode(&prompt_token_ids, request.skip_special_tokens),
+        });
+        let rules = Rules {
+            tokenizer: inner.tokenizer.clone(),
+            params,
+            stop: request.stop,
+            include_stop: request.include_stop_str_in_output,
+            skip_special: request.skip_special_tokens,
+            eos_token_ids: Arc::clone(&inner.eos_token_ids),
+            every_token: request.return_token_ids,
+            prompt_only: request.echo && request.sampling.max_tokens == Some(0),
+        };
+        Ok(Generation::new(handle, rules, prompt_token_ids, prompt_text.as_deref()))
+    }
+
+    /// The tenant's own namespace, split further by the client's salt.
+    fn salt(&self, request: &GenerateRequest) -> CacheSalt {
+        let mut namespace = b"tenant".to_vec();
+        namespace.extend(request.tenant.0.to_le_bytes());
+        if let Some(salt) = &request.cache_salt {
+            namespace.push(1);
+            namespace.extend(salt.as_bytes());
+        }
+        self.inner.engine.hasher().salt(&namespace)
+    }
+
+    fn encode(&self, prompt: Prompt, add_special_tokens: Option<bool>) -> Result<Encoded, RequestError> {
+        let (text, add_special) = match prompt {
+            Prompt::Tokens(token_ids) => return Ok(Encoded { token_ids, text: None }),
+            Prompt::Text(text) => (text, true),
+            Prompt::Chat(chat) => (self.render(chat)?, false),
+        };
+        let token_ids = self
+            .inner
+            .tokenizer
+            .encode(&text, add_special_tokens.unwrap_or(add_special))
+            .map_err(|error| RequestError::invalid("prompt", error.to_string()))?;
+        Ok(Encoded { token_ids, text: Some(text) })
+    }
+
+    fn render(&self, chat: ChatPrompt) -> Result<String, RequestError> {
+        let invalid = |message: &str| RequestError::invalid("messages", message);
+        if chat.messages.is_empty() {
+            return Err(invalid("must hold at least one message"));
+        }
+        if let Some(name) = RESERVED_KWARGS.iter().find(|name| chat.chat_template_kwargs.contains_key(**name))
+        {
+            return Err(RequestError::invalid(
+                "chat_template_kwargs",
+                format!("`{name}` cannot be set here"),
+            ));
+        }
+        let template = self.inner.chat_template.as_ref().ok_or_else(|| {
+            invalid("this model has no chat template; use a plain prompt, or start the server with --chat-template")
+        })?;
+        let input = ChatInput {
+            messages: chat.messages.into_iter().map(message_value).collect(),
+            add_generation_prompt: chat.add_generation_prompt,
+            continue_final_message: chat.continue_final_message,
+            kwargs: chat.chat_template_kwargs,
+            ..ChatInput::default()
+        };
+        template.render(&input, self.inner.tokenizer.special_tokens()).map_err(|error| match error {
+            TemplateError::Continue(message) => RequestError::invalid("continue_final_message", message),
+            error => invalid(&error.to_string()),
+        })
+    }
+}
+
+/// A prompt as the engine takes it, and the text it was made from, if there was one.
+struct Encoded {
+    token_ids: Vec<TokenId>,
+    text: Option<String>,
+}
+
+fn message_value(message: ChatMessage) -> Value {
+    let mut value = json!({ "role": message.role, "content": message.content });
+    if let Some(name) = message.name {
+        value["name"] = name.into();
+    }
+    value
+}
