@@ -209,6 +209,17 @@ impl Scheduler {
         }
     }
 
+    /// Takes the events of [`Self::finish`] without waiting for the next step; they count as having happened at `now`.
+    pub fn drain_events(&mut self, now: Micros, events: &mut Vec<SeqEvent>) {
+        self.now = now;
+        for event in &mut self.ended {
+            if let SeqEventKind::Finished { usage, .. } = &mut event.kind {
+                usage.finished = now;
+            }
+        }
+        events.append(&mut self.ended);
+    }
+
     /// Whether any request lives, any step is in flight, or any event waits for delivery.
     pub fn has_work(&self) -> bool {
         !self.by_id.is_empty() || !self.in_flight.is_empty() || !self.ended.is_empty()
