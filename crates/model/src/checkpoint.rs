@@ -79,7 +79,8 @@ impl Checkpoint {
     /// # Errors
     /// The config is missing, wrong or not supported.
     pub fn open_dummy(path: &Path, seed: u64) -> Result<Self> {
-        let (spec, generation_config) = read_configs(path)?;
+        let (mut spec, generation_config) = read_configs(path)?;
+        add_eos(&mut spec, &generation_config);
         Ok(Self { generation_config, ..Self::dummy(spec, seed) })
     }
 
@@ -99,12 +100,7 @@ impl Checkpoint {
         let names = arch::weight_names(&spec.architecture);
         let ignored = check::check(&spec, names, &store)?;
         spec.dtype = dtype(&embedding(&spec, names, &store)?)?;
-        // Both files list ids that end a generation, and neither list is always the full one.
-        for &id in &generation_config.eos_token_ids {
-            if !spec.eos_token_ids.contains(&id) {
-                spec.eos_token_ids.push(id);
-            }
-        }
+        add_eos(&mut spec, &generation_config);
         Ok(Self { spec, generation_config, names, weights: Weights::Stored(store), ignored })
     }
 
@@ -189,6 +185,15 @@ impl Checkpoint {
             file: "dummy".to_owned(),
         };
         named.into_iter().map(info).collect()
+    }
+}
+
+/// Both files list ids that end a generation, and neither list is always the full one.
+fn add_eos(spec: &mut ModelSpec, generation_config: &GenerationConfig) {
+    for &id in &generation_config.eos_token_ids {
+        if (id as usize) < spec.vocab_size && !spec.eos_token_ids.contains(&id) {
+            spec.eos_token_ids.push(id);
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use quire_core::DType;
 use crate::tensor::Tensor;
 
 /// The tensor called `name`: a matrix gets uniform values of variance 1 / in_features (so activations keep their
-/// scale), a bias or norm ones. A function of its arguments alone.
+/// scale), a norm ones, a bias zeros. A function of its arguments alone.
 pub(crate) fn tensor(seed: u64, name: &str, shape: Vec<usize>, dtype: DType) -> Tensor<'static> {
     let count: usize = shape.iter().product();
     let value: Box<dyn Fn(u64) -> f32> = match shape.as_slice() {
@@ -15,6 +15,7 @@ pub(crate) fn tensor(seed: u64, name: &str, shape: Vec<usize>, dtype: DType) -> 
             let seed = stream_seed(seed, name);
             Box::new(move |index| f32::from(splitmix(seed.wrapping_add(index)) as i16) * scale)
         }
+        _ if name.ends_with("bias") => Box::new(|_| 0.0),
         _ => Box::new(|_| 1.0),
     };
     let mut data = Vec::with_capacity(count * dtype.size());

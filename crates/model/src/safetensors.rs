@@ -124,3 +124,122 @@ fn check_contiguous(file: &str, entries: &[Entry], data_start: usize, file_len: 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file with this header and as many bytes of data.
+    fn file(header: &str, data: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.resize(bytes.len() + data, 0);
+        bytes
+    }
+
+    fn error(bytes: &[u8]) -> String {
+        read_header("f", bytes).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn tensors_come_in_order_with_their_place_in_the_file() {
+        let header = r#"{"__metadata__":{"format":"pt"},
+            "b":{"dtype":"BF16","shape":[2,3],"data_offsets":[8,20]},
+            "empty":{"dtype":"F32","shape":[0,7],"data_offsets":[8,8]},
+            "a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+        let entries = read_header("f", &file(header, 20)).unwrap();
+        let start = 8 + header.len();
+        let found: Vec<_> = entries.iter().map(|entry| (entry.name.as_str(), entry.range.clone())).collect();
+        let expected =
+            [("a", start..start + 8), ("empty", start + 8..start + 8), ("b", start + 8..start + 20)];
+        assert_eq!(found, expected);
+        assert_eq!((entries[2].dtype, entries[2].shape.as_slice()), (Dtype::BF16, &[2, 3][..]));
+        assert!(read_header("f", &file("{}", 0)).unwrap().is_empty());
+    }
+
+    #[test]
+    fn hostile_lengths_are_refused() {
+        let with_length = |length: u64| [&length.to_le_bytes()[..], b"{}"].concat();
+        assert!(error(b"").contains("0 bytes are too few"));
+        assert!(error(b"1234567").contains("7 bytes are too few"));
+        for length in [u64::MAX, 1 << 63, 100_000_001] {
+            assert!(error(&with_length(length)).contains("over the limit of 100000000 bytes"), "{length}");
+        }
+        for length in [3, 100_000_000] {
+            let message = error(&with_length(length));
+            assert!(message.contains("reaches past the end of the file (10 bytes)"), "{message}");
+        }
+        assert!(error(&with_length(1)).contains("not valid JSON"));
+        assert!(error(&with_length(0)).contains("not valid JSON"));
+        assert!(error(&file("[]", 0)).contains("not valid JSON"));
+        assert!(error(&file("{\"a\":\u{7f}}", 0)).contains("not valid JSON"));
+        let deep = format!("{{\"a\":{}", "[".repeat(1 << 20));
+        assert!(error(&file(&deep, 0)).contains("not valid JSON"));
+    }
+
+    #[test]
+    fn hostile_entries_are_refused_by_name() {
+        let one = |dtype: &str, shape: &str, offsets: &str| {
+            format!(r#"{{"t":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#)
+        };
+        for (header, expected) in [
+            (one("F32", "[2]", "[8,0]"), "tensor `t`: data_offsets [8, 0] end before they begin"),
+            (
+                one("F32", "[4]", "[0,16]"),
+                "tensor `t`: data_offsets [0, 16] reach past the file's 8 bytes of data",
+            ),
+            (one("F32", "[2]", "[0,18446744073709551615]"), "reach past the file's 8 bytes"),
+            (one("F32", "[3]", "[0,8]"), "[0, 8] hold 8 bytes, which does not fit dtype F32 and shape [3]"),
+            (one("F32", "[9223372036854775808,4]", "[0,8]"), "does not fit dtype F32"),
+            (one("F32", "[9223372036854775808,0,2]", "[0,8]"), "does not fit dtype F32"),
+            (one("F33", "[2]", "[0,8]"), "tensor `t`: bad header entry: unknown variant `F33`"),
+            (one("F32", "[-2]", "[0,8]"), "tensor `t`: bad header entry"),
+            (one("F32", "[2.5]", "[0,8]"), "tensor `t`: bad header entry"),
+            (one("F32", "[2]", "[0]"), "tensor `t`: bad header entry"),
+            (
+                one("F32", "[1]", "[4,8]"),
+                "tensor `t` at data offset 4 leaves a gap after the header, which ends at 0",
+            ),
+            (one("F32", "[1]", "[0,4]"), "4 bytes follow the last tensor"),
+            (r#"{"t":7}"#.to_owned(), "tensor `t`: bad header entry"),
+            ("{}".to_owned(), "8 bytes follow the last tensor"),
+        ] {
+            let message = error(&file(&header, 8));
+            assert!(message.contains(expected), "{header}: {message}");
+        }
+        let overlap = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},
+            "b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#;
+        let message = error(&file(overlap, 8));
+        assert!(message.contains("tensor `b` at data offset 4 overlaps a, which ends at 8"), "{message}");
+    }
+
+    /// Every single-byte change and every truncation of a small file: an error or a consistent result, no panic;
+    /// and the reference reader agrees about which files are good.
+    #[test]
+    fn no_mutation_panics_or_fools_the_reader() {
+        let header = r#"{"a":{"dtype":"F16","shape":[2,1],"data_offsets":[0,4]},"b":{"dtype":"I8","shape":[3],"data_offsets":[4,7]}}"#;
+        let good = file(header, 7);
+        for cut in 0..good.len() {
+            assert!(read_header("f", &good[..cut]).is_err(), "cut at {cut}");
+        }
+        let mut accepted = 0;
+        for position in 0..8 + header.len() {
+            for value in 0..=255 {
+                let mut bytes = good.clone();
+                bytes[position] = value;
+                let ours = read_header("f", &bytes);
+                let theirs = ::safetensors::SafeTensors::deserialize(&bytes);
+                assert_eq!(
+                    ours.is_ok(),
+                    theirs.is_ok(),
+                    "byte {position} = {value}: {ours:?} but {theirs:?}"
+                );
+                for entry in ours.iter().flatten() {
+                    assert!(entry.range.end <= bytes.len());
+                    accepted += 1;
+                }
+            }
+        }
+        assert!(accepted > 0);
+    }
+}

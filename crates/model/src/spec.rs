@@ -24,7 +24,7 @@ pub struct ModelSpec {
     pub layers: Vec<LayerSpec>,
     /// Where the output projection's weight is.
     pub head: Head,
-    /// How most weights are stored: of the tensors when they are known, else what `config.json` says.
+    /// How the weights are stored: that of the embedding table once it is known, else what `config.json` says.
     pub dtype: DType,
     /// Put before a prompt by the tokenizer, if it wants one.
     pub bos_token_id: Option<TokenId>,

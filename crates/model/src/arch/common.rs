@@ -1,6 +1,6 @@
 //! What the config files of Llama-like families have in common.
 
-use quire_core::DType;
+use quire_core::{DType, TokenId};
 
 use crate::config::{Config, MAX_VOCAB};
 use crate::error::{ModelError, Result};
@@ -10,7 +10,7 @@ use crate::spec::{
 
 use super::rope;
 
-/// `dim` as in `[dim]`: the bound on any single width, far above any real model, far below overflow.
+/// Bounds far above any real model and far below overflow: products of two fit in 2^44.
 const MAX_DIM: u64 = 1 << 22;
 const MAX_LAYERS: u64 = 1024;
 const MAX_POSITIONS: u64 = 1 << 30;
@@ -133,17 +133,20 @@ impl<'a> Common<'a> {
     pub fn model(self, architecture: &str, layers: Vec<LayerSpec>) -> Result<ModelSpec> {
         let config = self.config;
         let tied = config.bool_or("tie_word_embeddings", false)?;
+        let vocab_size = config.int("vocab_size", 1..=MAX_VOCAB)?;
+        // Ids outside the vocabulary cannot be generated, and must not reach code that indexes logits by them.
+        let in_vocab = |id: &TokenId| (*id as usize) < vocab_size;
         Ok(ModelSpec {
             architecture: architecture.to_owned(),
-            vocab_size: config.int("vocab_size", 1..=MAX_VOCAB)?,
+            vocab_size,
             hidden_size: self.hidden_size,
             max_position_embeddings: self.max_position_embeddings,
             norm_eps: config.opt_float("rms_norm_eps", 1e-12..=1.0)?.unwrap_or(1e-6) as f32,
             layers,
             head: if tied { Head::Tied } else { Head::Own },
             dtype: dtype(config)?,
-            bos_token_id: config.token_ids("bos_token_id")?.first().copied(),
-            eos_token_ids: config.token_ids("eos_token_id")?,
+            bos_token_id: config.token_ids("bos_token_id")?.first().copied().filter(in_vocab),
+            eos_token_ids: config.token_ids("eos_token_id")?.into_iter().filter(in_vocab).collect(),
         })
     }
 }

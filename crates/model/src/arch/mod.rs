@@ -76,7 +76,7 @@ fn refuse_unsupported_features(config: &Config) -> Result<()> {
         ));
     }
     for field in ["num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"] {
-        if config.get(field).is_some() {
+        if config.get(field).is_some_and(|value| value.as_u64().is_none_or(|count| count > 1)) {
             return refuse(format!("config.json: `{field}`: mixture of experts (MoE) is not supported"));
         }
     }
