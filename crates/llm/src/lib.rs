@@ -11,11 +11,13 @@
 //! * however a stream is cut into pieces, the joined pieces are the same;
 //! * dropping a [`Generation`] cancels its request.
 //!
-//! Reading order: [`request`], [`llm`], [`params`], [`generation`], `choice`; then [`logprobs`] and `pool`.
+//! Reading order: [`request`], [`llm`], [`params`], [`generation`], `choice`; then [`lifecycle`], [`logprobs`] and
+//! `pool`.
 #![forbid(unsafe_code)]
 
 mod choice;
 pub mod generation;
+pub mod lifecycle;
 pub mod llm;
 pub mod logprobs;
 pub mod params;
@@ -23,6 +25,7 @@ mod pool;
 pub mod request;
 
 pub use generation::{ChoiceDelta, Finish, Generation, StopReason, TokenUsage};
+pub use lifecycle::{Lifecycle, ServerState};
 pub use llm::{Llm, LlmConfig};
 pub use logprobs::{TokenLogprob, TopLogprob};
 pub use params::GenerationDefaults;

@@ -1,0 +1,109 @@
+//! Where the server is in its life, and the model once there is one. Shared by both front ends and the shell.
+
+use std::sync::{Arc, OnceLock};
+
+use quire_core::RequestError;
+use quire_engine::EngineState;
+use tokio::sync::watch;
+
+use crate::Llm;
+
+/// Loading, then ready, then draining, then dead; never backwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ServerState {
+    /// Weights are being loaded.
+    Loading,
+    /// Takes requests.
+    Ready,
+    /// Finishes what it has, takes nothing new.
+    Draining,
+    /// The device failed.
+    Dead,
+}
+
+impl ServerState {
+    /// As it appears in health answers, errors and logs.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Loading => "loading",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Dead => "dead",
+        }
+    }
+}
+
+/// The state and the model; cheap to clone.
+#[derive(Clone)]
+pub struct Lifecycle {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    state: watch::Sender<ServerState>,
+    llm: OnceLock<Llm>,
+}
+
+impl Default for Lifecycle {
+    fn default() -> Self {
+        let (state, _) = watch::channel(ServerState::Loading);
+        Self { inner: Arc::new(Inner { state, llm: OnceLock::new() }) }
+    }
+}
+
+impl Lifecycle {
+    /// The state now. An engine that has died makes the server dead before anyone says so.
+    pub fn state(&self) -> ServerState {
+        let engine_dead = self.inner.llm.get().is_some_and(|llm| llm.engine().state() == EngineState::Dead);
+        if engine_dead { ServerState::Dead } else { *self.inner.state.borrow() }
+    }
+
+    /// The model, if requests are taken now.
+    ///
+    /// # Errors
+    /// [`RequestError::Unavailable`] while loading, draining or dead.
+    pub fn llm(&self) -> Result<&Llm, RequestError> {
+        match (self.state(), self.inner.llm.get()) {
+            (ServerState::Ready, Some(llm)) => Ok(llm),
+            (state, _) => Err(RequestError::Unavailable { state: state.name() }),
+        }
+    }
+
+    /// The model in whatever state, once it is loaded: for listings and health.
+    pub fn loaded(&self) -> Option<&Llm> {
+        self.inner.llm.get()
+    }
+
+    /// The model is there: requests are taken from now on.
+    pub fn ready(&self, llm: Llm) {
+        if self.inner.llm.set(llm).is_ok() {
+            self.advance(ServerState::Ready);
+        }
+    }
+
+    /// Takes no new requests from now on; running ones go on.
+    pub fn drain(&self) {
+        if let Some(llm) = self.inner.llm.get() {
+            llm.engine().drain();
+        }
+        self.advance(ServerState::Draining);
+    }
+
+    /// The engine has failed.
+    pub fn die(&self) {
+        self.advance(ServerState::Dead);
+    }
+
+    /// Changes of the state, for watchers such as gRPC health.
+    pub fn subscribe(&self) -> watch::Receiver<ServerState> {
+        self.inner.state.subscribe()
+    }
+
+    fn advance(&self, next: ServerState) {
+        self.inner.state.send_if_modified(|state| {
+            let changed = next > *state;
+            *state = next.max(*state);
+            changed
+        });
+    }
+}
