@@ -86,6 +86,9 @@ impl Checkpoint {
 
     /// Random weights of a given shape, stored as `spec.dtype`. Each tensor is made when it is asked for, and is
     /// the same each time.
+    ///
+    /// # Panics
+    /// When a tensor is asked for, if `spec.dtype` is not f32, f16 or bf16.
     pub fn dummy(spec: ModelSpec, seed: u64) -> Self {
         Self {
             names: arch::weight_names(&spec.architecture),

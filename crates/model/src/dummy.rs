@@ -9,26 +9,34 @@ use crate::tensor::Tensor;
 /// scale), a norm ones, a bias zeros. A function of its arguments alone.
 pub(crate) fn tensor(seed: u64, name: &str, shape: Vec<usize>, dtype: DType) -> Tensor<'static> {
     let count: usize = shape.iter().product();
-    let value: Box<dyn Fn(u64) -> f32> = match shape.as_slice() {
+    let data = match *shape.as_slice() {
         [_, in_features] => {
-            let scale = (3.0 / *in_features as f32).sqrt() / 32768.0;
-            let seed = stream_seed(seed, name);
-            Box::new(move |index| f32::from(splitmix(seed.wrapping_add(index)) as i16) * scale)
+            let scale = (3.0 / in_features as f32).sqrt() / 32768.0;
+            let stream = stream_seed(seed, name);
+            // Four values from each 64-bit draw.
+            let value = |index: usize| {
+                let draw = splitmix(stream.wrapping_add(index as u64 / 4));
+                f32::from((draw >> (16 * (index % 4))) as i16) * scale
+            };
+            encode(dtype, (0..count).map(value))
         }
-        _ if name.ends_with("bias") => Box::new(|_| 0.0),
-        _ => Box::new(|_| 1.0),
+        _ => {
+            let value = if name.ends_with("bias") { 0.0 } else { 1.0 };
+            encode(dtype, std::iter::repeat_n(value, count))
+        }
     };
-    let mut data = Vec::with_capacity(count * dtype.size());
-    for index in 0..count as u64 {
-        let value = value(index);
-        match dtype {
-            DType::F32 => data.extend(value.to_le_bytes()),
-            DType::F16 => data.extend(f16::from_f32(value).to_le_bytes()),
-            DType::BF16 => data.extend(bf16::from_f32(value).to_le_bytes()),
-            other => unreachable!("a checkpoint's dtype is f32, f16 or bf16, not {other}"),
-        }
-    }
     Tensor { dtype, shape: shape.into(), data: data.into() }
+}
+
+fn encode(dtype: DType, values: impl ExactSizeIterator<Item = f32>) -> Vec<u8> {
+    let mut data = Vec::with_capacity(values.len() * dtype.size());
+    match dtype {
+        DType::F32 => values.for_each(|value| data.extend_from_slice(&value.to_le_bytes())),
+        DType::F16 => values.for_each(|value| data.extend_from_slice(&f16::from_f32(value).to_le_bytes())),
+        DType::BF16 => values.for_each(|value| data.extend_from_slice(&bf16::from_f32(value).to_le_bytes())),
+        DType::I8 | DType::F8E4M3 => unreachable!("a checkpoint's dtype is f32, f16 or bf16, not {dtype}"),
+    }
+    data
 }
 
 /// A stream of its own for each tensor, so that the order of loading does not matter (FNV-1a over the name).
