@@ -4,7 +4,7 @@
 //! never move, so that the same calls can be recorded once and replayed.
 
 use quire_backend::{
-    Activation, AddNorm, AttnShape, Attention, Backend, BackendError, Embed, Linear, Logits, Mlp, MlpShape,
+    Activation, AddNorm, Attention, AttnShape, Backend, BackendError, Embed, Linear, Logits, Mlp, MlpShape,
     RopeAndCache,
 };
 

@@ -45,7 +45,9 @@ pub(crate) enum PlanError {
     SlotEmpty(Slot),
     #[error("slot {slot}: a new sequence with {given} block tables where there are {expected} KV groups")]
     WrongGroups { slot: Slot, given: usize, expected: usize },
-    #[error("slot {slot}: {tokens} tokens, of which {prompt_len} are prompt; at most {max_model_len} are possible")]
+    #[error(
+        "slot {slot}: {tokens} tokens, of which {prompt_len} are prompt; at most {max_model_len} are possible"
+    )]
     BadLength { slot: Slot, tokens: usize, prompt_len: u32, max_model_len: u32 },
     #[error("slot {slot}: block {block} is outside the pool of {num_blocks} blocks")]
     NoSuchBlock { slot: Slot, block: BlockId, num_blocks: u32 },

@@ -114,3 +114,104 @@ impl InputBatch {
         table.push(grown.slot, grown.block)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use quire_core::{BlockId, DType, QuantFormat, RequestId, SamplingParams};
+
+    use super::*;
+
+    fn batch() -> InputBatch {
+        let config = RunnerConfig {
+            max_num_seqs: 2,
+            max_num_batched_tokens: 8,
+            max_model_len: 8,
+            block_size: 2,
+            num_blocks: 10,
+            kv_dtype: DType::F32,
+            quant: QuantFormat::None,
+        };
+        InputBatch::new(&config, 1)
+    }
+
+    fn new_seq(slot: u32, tokens: &[TokenId], blocks: &[u32]) -> NewSeq {
+        NewSeq {
+            slot: Slot(slot),
+            request: RequestId(0),
+            index: 0,
+            tokens: tokens.into(),
+            prompt_len: tokens.len() as u32,
+            params: Arc::new(SamplingParams::greedy(100)),
+            seed: 5,
+            block_tables: vec![blocks.iter().copied().map(BlockId).collect()],
+            num_computed_tokens: 0,
+        }
+    }
+
+    fn grown(slot: u32, block: u32) -> GrownTable {
+        GrownTable { slot: Slot(slot), group: 0, block: BlockId(block) }
+    }
+
+    fn plan(freed: &[u32], new: &[NewSeq], grown: &[GrownTable]) -> SchedulerOutput {
+        SchedulerOutput {
+            freed: freed.iter().copied().map(Slot).collect(),
+            new: new.to_vec(),
+            grown: grown.to_vec(),
+            ..SchedulerOutput::default()
+        }
+    }
+
+    #[test]
+    fn differences_apply_in_their_order() {
+        let mut batch = batch();
+        batch.apply(&plan(&[], &[new_seq(1, &[7, 8, 9], &[4])], &[grown(1, 9)])).unwrap();
+        assert_eq!(batch.block_table(Slot(1)), [4, 9]);
+        // The slot is freed, taken again, and grown within one plan.
+        batch.apply(&plan(&[1], &[new_seq(1, &[3], &[])], &[grown(1, 0)])).unwrap();
+        assert_eq!(batch.block_table(Slot(1)), [0]);
+        assert_eq!(batch.seq(Slot(1)).unwrap().tokens, [3]);
+        assert!(batch.seqs()[0].is_none());
+    }
+
+    #[test]
+    fn sampled_tokens_are_appended_without_moving() {
+        let mut batch = batch();
+        batch.apply(&plan(&[], &[new_seq(0, &[7], &[1])], &[])).unwrap();
+        let tokens = |batch: &InputBatch| batch.seq(Slot(0)).unwrap().tokens.as_ptr();
+        let before = tokens(&batch);
+        let mut out = ModelRunnerOutput::default();
+        out.push_row(Slot(0), &[1, 2, 3, 4, 5, 6, 7], []);
+        batch.append_sampled(&out).unwrap();
+        assert_eq!(batch.seq(Slot(0)).unwrap().tokens, [7, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(tokens(&batch), before);
+        batch.apply(&plan(&[0], &[new_seq(1, &[4], &[1])], &[])).unwrap();
+        assert_eq!(batch.seq(Slot(1)).unwrap().tokens.as_ptr(), before, "the buffer is used again");
+    }
+
+    #[test]
+    fn contradictions_are_errors() {
+        let apply = |plans: &[SchedulerOutput]| {
+            let mut batch = batch();
+            plans.iter().try_for_each(|plan| batch.apply(plan)).unwrap_err()
+        };
+        let one = plan(&[], &[new_seq(1, &[7], &[4])], &[]);
+        assert_eq!(apply(&[plan(&[1], &[], &[])]), PlanError::SlotEmpty(Slot(1)));
+        assert_eq!(apply(&[plan(&[2], &[], &[])]), PlanError::NoSuchSlot(Slot(2), 2));
+        assert_eq!(apply(&[one, plan(&[], &[new_seq(1, &[7], &[4])], &[])]), PlanError::SlotTaken(Slot(1)));
+        assert_eq!(apply(&[plan(&[], &[], &[grown(0, 1)])]), PlanError::SlotEmpty(Slot(0)));
+        let outside = PlanError::NoSuchBlock { slot: Slot(0), block: BlockId(10), num_blocks: 10 };
+        assert_eq!(apply(&[plan(&[], &[new_seq(0, &[7], &[10])], &[])]), outside);
+        let full = PlanError::TableFull { slot: Slot(0), max: 4 };
+        assert_eq!(apply(&[plan(&[], &[new_seq(0, &[7], &[0, 1, 2, 3])], &[grown(0, 4)])]), full);
+        let long = PlanError::BadLength { slot: Slot(0), tokens: 9, prompt_len: 9, max_model_len: 8 };
+        assert_eq!(apply(&[plan(&[], &[new_seq(0, &[7; 9], &[])], &[])]), long);
+        let two_groups = NewSeq { block_tables: vec![Vec::new(); 2], ..new_seq(0, &[7], &[]) };
+        let groups = PlanError::WrongGroups { slot: Slot(0), given: 2, expected: 1 };
+        assert_eq!(apply(&[plan(&[], &[two_groups], &[])]), groups);
+        let group = GrownTable { group: 1, ..grown(0, 1) };
+        let no_group = PlanError::NoSuchGroup { group: 1, groups: 1 };
+        assert_eq!(apply(&[plan(&[], &[new_seq(0, &[7], &[])], &[group])]), no_group);
+    }
+}

@@ -2,9 +2,7 @@
 //!
 //! What a family does differently is in the spec or already folded into the tensors; nothing is decided here.
 
-use quire_backend::{
-    Activation, AttnShape, Backend, LinearPart, LinearSource, MlpShape, RopeTable,
-};
+use quire_backend::{Activation, AttnShape, Backend, LinearPart, LinearSource, MlpShape, RopeTable};
 use quire_core::{QuantFormat, Shard};
 use quire_model::{
     Checkpoint, DenseFfn, Ffn, FfnShape, GlobalTensor, GqaSpec, Head, LayerTensor, Mixer, ModelError,
@@ -35,8 +33,15 @@ pub(crate) fn load_decoder<B: Backend>(
     let ignored = checkpoint.ignored_tensors();
     let used = checkpoint.tensors().into_iter().filter(|tensor| !ignored.contains(&tensor.name));
     let total_bytes = used.map(|tensor| tensor.bytes).sum();
-    let mut loader =
-        Loader { backend, checkpoint, quant: config.quant, progress, done_bytes: 0, total_bytes, ropes: Vec::new() };
+    let mut loader = Loader {
+        backend,
+        checkpoint,
+        quant: config.quant,
+        progress,
+        done_bytes: 0,
+        total_bytes,
+        ropes: Vec::new(),
+    };
 
     // Lookups gain nothing from quantization; a table that is also the head does.
     let embed_quant = if spec.head == Head::Tied { config.quant } else { QuantFormat::None };
@@ -143,9 +148,9 @@ impl<B: Backend> Loader<'_, B> {
     ) -> Result<B::Weight, RunnerError> {
         let checkpoint = self.checkpoint;
         let tensor = |role| checkpoint.layer_tensor(layer, role);
-        let parts = parts.iter().map(|&(weight, bias)| {
-            Ok((tensor(weight)?, if has_bias { Some(tensor(bias)?) } else { None }))
-        });
+        let parts = parts
+            .iter()
+            .map(|&(weight, bias)| Ok((tensor(weight)?, if has_bias { Some(tensor(bias)?) } else { None })));
         let parts: Vec<_> = parts.collect::<Result<_, ModelError>>()?;
         self.linear(&format!("layers.{layer}.{name}"), &parts, self.quant)
     }
@@ -172,9 +177,9 @@ impl<B: Backend> Loader<'_, B> {
             .collect();
         let weight =
             self.backend.load_linear(&LinearSource { name, parts: &views, quant, shard: Shard::WHOLE })?;
-        let bytes = parts.iter().map(|(weight, bias)| {
-            weight.data.len() + bias.as_ref().map_or(0, |bias| bias.data.len())
-        });
+        let bytes = parts
+            .iter()
+            .map(|(weight, bias)| weight.data.len() + bias.as_ref().map_or(0, |bias| bias.data.len()));
         self.advance(bytes.sum());
         Ok(weight)
     }

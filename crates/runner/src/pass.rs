@@ -76,7 +76,8 @@ impl Pass {
     fn check_row(&self, row: &Scheduled, batch: &InputBatch) -> Result<(), PlanError> {
         let slot = row.slot;
         let known = batch.seq(slot)?.tokens.len();
-        let (start, end) = (row.num_computed_tokens, row.num_computed_tokens.saturating_add(row.num_new_tokens));
+        let (start, end) =
+            (row.num_computed_tokens, row.num_computed_tokens.saturating_add(row.num_new_tokens));
         if start >= end || end as usize > known {
             return Err(PlanError::UnknownTokens { slot, start, end, known });
         }
@@ -164,7 +165,13 @@ impl Pass {
     }
 
     /// Appends `taken` tokens of a row, after the `skipped` that earlier passes took.
-    fn push(&mut self, row: &Scheduled, skipped: u32, taken: u32, batch: &InputBatch) -> Result<(), PlanError> {
+    fn push(
+        &mut self,
+        row: &Scheduled,
+        skipped: u32,
+        taken: u32,
+        batch: &InputBatch,
+    ) -> Result<(), PlanError> {
         let seq = batch.seq(row.slot)?;
         let table = batch.block_table(row.slot);
         let start = row.num_computed_tokens + skipped;
@@ -200,4 +207,159 @@ fn logit_kind(row: &Scheduled, seq: &SeqState, position: u32, last: u32) -> Opti
         return Some(LogitKind::PromptLogprob { target: seq.tokens[next as usize] });
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use quire_core::{BlockId, DType, NewSeq, QuantFormat, RequestId, SamplingParams};
+
+    use super::*;
+
+    const CONFIG: RunnerConfig = RunnerConfig {
+        max_num_seqs: 3,
+        max_num_batched_tokens: 12,
+        max_model_len: 16,
+        block_size: 4,
+        num_blocks: 30,
+        kv_dtype: DType::F32,
+        quant: QuantFormat::None,
+    };
+
+    /// Slot s: a prompt of `lens[s]` tokens 100 s, 100 s + 1, …, in blocks 10 s + 3, 10 s + 2, ….
+    fn plan(lens: &[u32]) -> SchedulerOutput {
+        let new = |(slot, &len): (usize, &u32)| NewSeq {
+            slot: Slot(slot as u32),
+            request: RequestId(0),
+            index: 0,
+            tokens: (0..len).map(|i| 100 * slot as u32 + i).collect(),
+            prompt_len: len,
+            params: Arc::new(SamplingParams::greedy(8)),
+            seed: 0,
+            block_tables: vec![(0..len.div_ceil(4)).map(|i| BlockId(10 * slot as u32 + 3 - i)).collect()],
+            num_computed_tokens: 0,
+        };
+        SchedulerOutput { new: lens.iter().enumerate().map(new).collect(), ..SchedulerOutput::default() }
+    }
+
+    fn row(slot: u32, start: u32, count: u32, logits: LogitRows, sample: bool) -> Scheduled {
+        Scheduled { slot: Slot(slot), num_computed_tokens: start, num_new_tokens: count, logits, sample }
+    }
+
+    fn set_up(lens: &[u32], scheduled: &[Scheduled]) -> (Pass, InputBatch, SchedulerOutput) {
+        let mut plan = plan(lens);
+        plan.scheduled = scheduled.to_vec();
+        let mut batch = InputBatch::new(&CONFIG, 1);
+        batch.apply(&plan).unwrap();
+        (Pass::new(&CONFIG), batch, plan)
+    }
+
+    #[test]
+    fn rows_become_flat_arrays() {
+        let rows = [row(1, 3, 3, LogitRows::Last, true), row(0, 0, 2, LogitRows::None, false)];
+        let (mut pass, batch, plan) = set_up(&[5, 6], &rows);
+        pass.check(&plan, &batch).unwrap();
+        let end = pass.fill(&plan, &batch, Cursor::default()).unwrap();
+        assert!(end.at_end(&plan));
+        let input = pass.as_step_input(StepId(1), batch.seqs());
+        assert_eq!(input.token_ids, [103, 104, 105, 0, 1]);
+        assert_eq!(input.positions, [3, 4, 5, 0, 1]);
+        assert_eq!(input.slot_mapping, [13 * 4 + 3, 12 * 4, 12 * 4 + 1, 3 * 4, 3 * 4 + 1]);
+        assert_eq!(input.cu_seqlens_q, [0, 3, 5]);
+        assert_eq!(input.seq_lens, [6, 2]);
+        assert_eq!(input.seq_slots, [Slot(1), Slot(0)]);
+        assert_eq!(input.block_tables, [13, 12, 0, 0, 3, 0, 0, 0]);
+        let sample = LogitRow { row: 2, slot: Slot(1), position: 6, kind: LogitKind::Sample };
+        assert_eq!(input.logit_rows, [sample]);
+    }
+
+    #[test]
+    fn steps_are_cut_where_the_logits_buffer_is_full() {
+        let rows = [
+            row(0, 0, 5, LogitRows::All, true),
+            row(1, 0, 3, LogitRows::None, false),
+            row(2, 0, 4, LogitRows::Last, true),
+        ];
+        let (mut pass, batch, mut plan) = set_up(&[5, 6, 4], &rows);
+        plan.block_copies.push(BlockCopy { group: 0, src: BlockId(1), dst: BlockId(2) });
+        pass.check(&plan, &batch).unwrap();
+        pass.max_logit_rows = 3;
+        let target = |row, position, target| LogitRow {
+            row,
+            slot: Slot(0),
+            position,
+            kind: LogitKind::PromptLogprob { target },
+        };
+        let sample =
+            |row, slot, position| LogitRow { row, slot: Slot(slot), position, kind: LogitKind::Sample };
+
+        let cursor = pass.fill(&plan, &batch, Cursor::default()).unwrap();
+        assert!(!cursor.at_end(&plan));
+        assert_eq!(pass.token_ids, [0, 1, 2]);
+        assert_eq!(pass.logit_rows, [target(0, 1, 1), target(1, 2, 2), target(2, 3, 3)]);
+        assert_eq!(pass.block_copies.len(), 1);
+
+        let cursor = pass.fill(&plan, &batch, cursor).unwrap();
+        assert!(cursor.at_end(&plan));
+        assert_eq!(pass.token_ids, [3, 4, 100, 101, 102, 200, 201, 202, 203]);
+        assert_eq!(pass.seq_lens, [5, 3, 4]);
+        assert_eq!(pass.logit_rows, [target(0, 4, 4), sample(1, 0, 5), sample(8, 2, 4)]);
+        assert!(pass.block_copies.is_empty(), "they are done once");
+
+        pass.max_logit_rows = 2;
+        let mut cursor = Cursor::default();
+        let mut sizes = Vec::new();
+        while !cursor.at_end(&plan) {
+            cursor = pass.fill(&plan, &batch, cursor).unwrap();
+            sizes.push((pass.token_ids.len(), pass.num_logit_rows()));
+        }
+        assert_eq!(sizes, [(2, 2), (2, 2), (8, 2)]);
+    }
+
+    #[test]
+    fn prompt_logprobs_end_where_the_prompt_ends() {
+        let (mut pass, batch, plan) = set_up(&[3], &[row(0, 0, 3, LogitRows::All, false)]);
+        pass.fill(&plan, &batch, Cursor::default()).unwrap();
+        assert_eq!(pass.logit_rows.iter().map(|row| row.position).collect::<Vec<_>>(), [1, 2]);
+    }
+
+    #[test]
+    fn largest_step_fits_the_first_buffers() {
+        let rows = [0, 1, 2].map(|slot| row(slot, 0, 4, LogitRows::Last, true));
+        let (mut pass, batch, plan) = set_up(&[4, 4, 4], &rows);
+        let before = (pass.token_ids.as_ptr(), pass.block_tables.as_ptr(), pass.cu_seqlens_q.as_ptr());
+        pass.fill(&plan, &batch, Cursor::default()).unwrap();
+        assert_eq!(pass.token_ids.len(), CONFIG.max_num_batched_tokens as usize);
+        let after = (pass.token_ids.as_ptr(), pass.block_tables.as_ptr(), pass.cu_seqlens_q.as_ptr());
+        assert_eq!(before, after);
+    }
+
+    #[test]
+    fn contradictions_are_errors() {
+        let check = |rows: &[Scheduled]| {
+            let (pass, batch, plan) = set_up(&[5, 9], rows);
+            pass.check(&plan, &batch).unwrap_err()
+        };
+        let last = LogitRows::Last;
+        assert_eq!(check(&[row(2, 0, 1, last, true)]), PlanError::SlotEmpty(Slot(2)));
+        assert_eq!(
+            check(&[row(0, 0, 5, last, true), row(1, 0, 8, LogitRows::None, false)]),
+            PlanError::TooManyTokens { tokens: 13, max: 12 }
+        );
+        let unknown = PlanError::UnknownTokens { slot: Slot(0), start: 4, end: 6, known: 5 };
+        assert_eq!(check(&[row(0, 4, 2, last, true)]), unknown);
+        let empty = PlanError::UnknownTokens { slot: Slot(0), start: 4, end: 4, known: 5 };
+        assert_eq!(check(&[row(0, 4, 0, last, true)]), empty);
+        let inside = PlanError::SampleInside { slot: Slot(0), end: 4, known: 5 };
+        assert_eq!(check(&[row(0, 0, 4, last, true)]), inside);
+
+        let (pass, mut batch, mut plan) = set_up(&[4], &[row(0, 4, 1, last, true)]);
+        let mut out = quire_core::ModelRunnerOutput::default();
+        out.push_row(Slot(0), &[1], []);
+        batch.append_sampled(&out).unwrap();
+        plan.new.clear();
+        let no_blocks = PlanError::NoBlocks { slot: Slot(0), start: 4, end: 5, capacity: 4 };
+        assert_eq!(pass.check(&plan, &batch).unwrap_err(), no_blocks);
+    }
 }

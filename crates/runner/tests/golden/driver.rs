@@ -1,0 +1,260 @@
+//! A scheduler of no intelligence: does to a [`ModelRunner`] exactly what a test asks for.
+
+use std::sync::Arc;
+
+use quire_backend::Backend;
+use quire_backend::reference::RefBackend;
+use quire_core::{
+    BlockCopy, BlockId, DType, Executor, GrownTable, LateInputs, LogitRows, ModelRunnerOutput, NewSeq,
+    QuantFormat, RequestId, SamplingParams, Scheduled, SchedulerOutput, Slot, StepId, TokenId, TokenLogprobs,
+};
+use quire_model::Checkpoint;
+use quire_runner::{ModelRunner, RunnerConfig};
+
+/// A backend that the same tests run on.
+pub trait TestBackend: Backend {
+    fn make() -> Self;
+}
+
+impl TestBackend for RefBackend {
+    fn make() -> Self {
+        Self::new()
+    }
+}
+
+/// Limits that fit the small models.
+pub fn config(max_model_len: u32, block_size: u32) -> RunnerConfig {
+    RunnerConfig {
+        max_num_seqs: 8,
+        max_num_batched_tokens: 512,
+        max_model_len,
+        block_size,
+        num_blocks: 8 * max_model_len.div_ceil(block_size),
+        kv_dtype: DType::F32,
+        quant: QuantFormat::None,
+    }
+}
+
+/// Greedy, with the log-probabilities of every token, prompt included.
+pub fn greedy() -> Arc<SamplingParams> {
+    let params =
+        SamplingParams { prompt_logprobs: Some(1), logprobs: Some(1), ..SamplingParams::greedy(1000) };
+    Arc::new(params)
+}
+
+/// A sequence as the driver keeps it.
+#[derive(Debug)]
+pub struct Seq {
+    pub slot: Slot,
+    /// Prompt, then output.
+    pub tokens: Vec<TokenId>,
+    pub prompt_len: usize,
+    pub computed: usize,
+    blocks: Vec<BlockId>,
+    params: Arc<SamplingParams>,
+    is_new: bool,
+    /// By position.
+    pub logprobs: Vec<Option<TokenLogprobs>>,
+    /// From this position on every token has a log-probability.
+    pub logprobs_from: usize,
+}
+
+impl Seq {
+    /// What was generated.
+    pub fn output(&self) -> &[TokenId] {
+        &self.tokens[self.prompt_len..]
+    }
+
+    /// Tokens not computed yet.
+    pub fn left(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+}
+
+/// Drives one runner.
+pub struct Driver<B: Backend> {
+    runner: ModelRunner<B>,
+    block_size: usize,
+    step: u64,
+    pub seqs: Vec<Seq>,
+    free_slots: Vec<Slot>,
+    /// Scattered, so that no two blocks of a sequence are neighbours by plan.
+    free_blocks: Vec<BlockId>,
+    freed: Vec<Slot>,
+    copies: Vec<BlockCopy>,
+    /// For the sampler, in every step.
+    pub late: LateInputs,
+    out: ModelRunnerOutput,
+}
+
+impl<B: TestBackend> Driver<B> {
+    pub fn new(checkpoint: &Checkpoint, config: &RunnerConfig) -> Self {
+        let runner = ModelRunner::load(B::make(), checkpoint, config, |_| {}).unwrap();
+        let scattered = |i: u64| i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+        let mut free_blocks: Vec<_> = (0..config.num_blocks).map(BlockId).collect();
+        free_blocks.sort_by_key(|block| scattered(u64::from(block.0) + 1));
+        Self {
+            runner,
+            block_size: config.block_size as usize,
+            step: 0,
+            seqs: Vec::new(),
+            free_slots: (0..config.max_num_seqs).map(Slot).collect(),
+            free_blocks,
+            freed: Vec::new(),
+            copies: Vec::new(),
+            late: LateInputs::default(),
+            out: ModelRunnerOutput::default(),
+        }
+    }
+
+    /// A sequence that starts from nothing.
+    pub fn add(&mut self, prompt: &[TokenId], params: &Arc<SamplingParams>) -> usize {
+        self.seqs.push(Seq {
+            slot: self.free_slots.pop().unwrap(),
+            tokens: prompt.to_vec(),
+            prompt_len: prompt.len(),
+            computed: 0,
+            blocks: Vec::new(),
+            params: params.clone(),
+            is_new: true,
+            logprobs: vec![None; prompt.len()],
+            logprobs_from: if params.prompt_logprobs.is_some() { 1 } else { prompt.len() },
+        });
+        self.seqs.len() - 1
+    }
+
+    /// A sequence that finds the first `num_blocks` blocks of another one in the cache.
+    pub fn add_with_prefix(&mut self, prompt: &[TokenId], of: usize, num_blocks: usize) -> usize {
+        let shared = &self.seqs[of];
+        let (blocks, params) = (shared.blocks[..num_blocks].to_vec(), shared.params.clone());
+        let computed = num_blocks * self.block_size;
+        assert_eq!(prompt[..computed], shared.tokens[..computed]);
+        assert!(computed <= shared.computed && computed < prompt.len());
+        self.add_computed(prompt, &params, blocks, computed)
+    }
+
+    /// A second continuation of a computed prompt: full blocks are shared, the partial one is copied.
+    pub fn fork(&mut self, of: usize) -> usize {
+        let parent = &self.seqs[of];
+        let prompt = parent.tokens[..parent.prompt_len].to_vec();
+        let computed = prompt.len() - 1;
+        let mut blocks = parent.blocks[..computed.div_ceil(self.block_size)].to_vec();
+        let params = parent.params.clone();
+        if !computed.is_multiple_of(self.block_size) {
+            let src = *blocks.last().unwrap();
+            let dst = self.free_blocks.pop().unwrap();
+            self.copies.push(BlockCopy { group: 0, src, dst });
+            *blocks.last_mut().unwrap() = dst;
+        }
+        self.add_computed(&prompt, &params, blocks, computed)
+    }
+
+    fn add_computed(
+        &mut self,
+        prompt: &[TokenId],
+        params: &Arc<SamplingParams>,
+        blocks: Vec<BlockId>,
+        computed: usize,
+    ) -> usize {
+        let seq = self.add(prompt, params);
+        let state = &mut self.seqs[seq];
+        (state.blocks, state.computed) = (blocks, computed);
+        state.logprobs_from = state.logprobs_from.max(computed + 1);
+        seq
+    }
+
+    /// Takes slot and blocks from a sequence; it comes back, in another slot and other blocks, with all its tokens.
+    pub fn preempt(&mut self, seq: usize) {
+        let state = &mut self.seqs[seq];
+        assert!(!state.is_new);
+        self.freed.push(state.slot);
+        self.free_slots.insert(0, state.slot);
+        self.free_blocks.splice(0..0, state.blocks.drain(..));
+        state.slot = self.free_slots.pop().unwrap();
+        state.computed = 0;
+        state.is_new = true;
+    }
+
+    /// One step: so many tokens of each of these sequences.
+    pub fn step(&mut self, rows: &[(usize, usize)]) {
+        let mut plan = SchedulerOutput { step: StepId(self.step), ..SchedulerOutput::default() };
+        self.step += 1;
+        plan.freed = std::mem::take(&mut self.freed);
+        plan.block_copies = std::mem::take(&mut self.copies);
+        rows.iter().for_each(|&(seq, count)| self.plan_row(&mut plan, seq, count));
+        let step = self.runner.submit(Arc::new(plan)).unwrap();
+        self.runner.sample(step, &self.late).unwrap();
+        self.runner.collect(step, &mut self.out).unwrap();
+        assert_eq!(self.out.step, step);
+        rows.iter().for_each(|&(seq, count)| self.seqs[seq].computed += count);
+        self.take_output();
+    }
+
+    /// Steps until every sequence of `seqs` has `num_output` tokens, each with at most `chunk` tokens a step.
+    pub fn run(&mut self, seqs: &[usize], chunk: usize, num_output: impl Fn(usize) -> usize) {
+        loop {
+            let wants = |seq: &usize| self.seqs[*seq].output().len() < num_output(*seq);
+            let rows: Vec<_> = seqs.iter().copied().filter(|seq| wants(seq)).collect();
+            if rows.is_empty() {
+                return;
+            }
+            let rows: Vec<_> = rows.iter().map(|&seq| (seq, self.seqs[seq].left().min(chunk))).collect();
+            self.step(&rows);
+        }
+    }
+
+    /// Logits of the last pass.
+    pub fn logits(&mut self) -> Vec<f32> {
+        self.runner.read_logits().unwrap()
+    }
+
+    fn plan_row(&mut self, plan: &mut SchedulerOutput, seq: usize, count: usize) {
+        let state = &mut self.seqs[seq];
+        let num_blocks = (state.computed + count).div_ceil(self.block_size);
+        if state.is_new {
+            // Only what is there already; the rest arrives as growth within the same step.
+            state.is_new = false;
+            plan.new.push(NewSeq {
+                slot: state.slot,
+                request: RequestId(seq as u64),
+                index: 0,
+                tokens: state.tokens.as_slice().into(),
+                prompt_len: state.prompt_len as u32,
+                params: state.params.clone(),
+                seed: state.params.seed,
+                block_tables: vec![state.blocks.clone()],
+                num_computed_tokens: state.computed as u32,
+            });
+        }
+        while state.blocks.len() < num_blocks {
+            let block = self.free_blocks.pop().unwrap();
+            state.blocks.push(block);
+            plan.grown.push(GrownTable { slot: state.slot, group: 0, block });
+        }
+        let sample = state.left() == count;
+        plan.scheduled.push(Scheduled {
+            slot: state.slot,
+            num_computed_tokens: state.computed as u32,
+            num_new_tokens: count as u32,
+            logits: match (state.params.prompt_logprobs, sample) {
+                (Some(_), _) => LogitRows::All,
+                (None, true) => LogitRows::Last,
+                (None, false) => LogitRows::None,
+            },
+            sample,
+        });
+    }
+
+    fn take_output(&mut self) {
+        let of_slot = |seqs: &[Seq], slot| seqs.iter().position(|seq| seq.slot == slot).unwrap();
+        for (slot, position, logprobs) in self.out.prompt_logprobs.drain(..) {
+            let seq = of_slot(&self.seqs, slot);
+            self.seqs[seq].logprobs[position as usize] = Some(logprobs);
+        }
+        for row in &self.out.rows {
+            let seq = of_slot(&self.seqs, row.slot);
+            self.seqs[seq].tokens.extend_from_slice(self.out.tokens_of(row));
+            self.seqs[seq].logprobs.extend_from_slice(self.out.logprobs_of(row));
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! The runner against independent implementations: tiny random checkpoints of every family with what Hugging Face
+//! transformers makes of them (`tests/data/golden/`), and two small trained models (`../shared/data/models`).
+//!
+//! `driver.rs` plays the scheduler by hand, so that each way of cutting, placing and sharing can be asked for.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "clippy knows the bodies of tests, not their helpers"
+)]
+
+mod checkpoints;
+mod contract;
+mod driver;
+mod families;
+mod invariance;
+mod trained;
