@@ -1,1 +1,28 @@
-//! placeholder
+//! The CPU backend: SIMD kernels over a barrier thread pool.
+//!
+//! Invariants:
+//! * a dot product has one order of additions (lane `i % LANES`, then a fixed tree), whatever the number of rows, the
+//!   tile it is computed in, or the thread that computes it; so the thread count never changes a bit;
+//! * attention cuts keys at multiples of [`ops::attention::TILE`] absolute positions, whatever the block size;
+//! * weights keep the checkpoint's type and stream through memory once for a whole group of tokens;
+//! * a panic in a kernel becomes a [`quire_core::ExecError`], never a hang; indices from a step are checked before a
+//!   pointer is made of them.
+//!
+//! Reading order: [`pool`]; [`simd`] (what an instruction set must offer), [`element`], [`buffer`]; [`weights`], [`kv`];
+//! [`ops`]; [`backend`] ties them to the trait. A new instruction set is one more file in `simd` and one more arm in
+//! [`simd::dispatch`].
+// Register tiles are small matrices; `acc[r][m] += w[r] * x[m]` reads best with its indices.
+#![allow(clippy::needless_range_loop)]
+
+pub mod backend;
+pub mod buffer;
+pub mod element;
+pub mod kv;
+pub mod ops;
+pub mod pool;
+pub mod simd;
+pub mod weights;
+
+pub use backend::{CpuBackend, CpuConfig};
+pub use pool::default_threads;
+pub use simd::Isa;

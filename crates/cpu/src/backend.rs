@@ -1,0 +1,331 @@
+//! The trait's implementation: checks, then hands each operation to [`crate::ops`].
+
+use quire_backend::convert::to_f32;
+use quire_backend::{
+    AddNorm, Attention, Backend, BackendError, Embed, GraphKey, KvLayout, Linear, LinearSource, LogitKind,
+    LogitRow, Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepBuffer, StepInput,
+};
+use quire_core::{
+    ExecError, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId, TokenLogprobs,
+};
+
+use crate::Isa;
+use crate::buffer::{Aligned, CpuBuf, Shared};
+use crate::kv::CpuKv;
+use crate::ops::attention::attention;
+use crate::ops::embed::embed_row;
+use crate::ops::linear::{Input, Rows, linear};
+use crate::ops::mlp::{MlpArgs, mlp};
+use crate::ops::norm::AddNormRow;
+use crate::ops::rope::{CpuRope, RopeRow, SharedLayer};
+use crate::ops::sample::{SampleRow, Scratch, sanitize};
+use crate::ops::{MIN_WORK, grain};
+use crate::pool::{Pool, default_threads};
+use crate::simd::dispatch;
+use crate::weights::CpuWeight;
+
+/// How to use the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuConfig {
+    /// Threads, the caller's included; at least 1.
+    pub threads: usize,
+    /// The instruction set to use at most; the machine's own limit holds anyway.
+    pub max_isa: Isa,
+}
+
+impl Default for CpuConfig {
+    /// Everything the process may use.
+    fn default() -> Self {
+        Self { threads: default_threads(), max_isa: Isa::detect() }
+    }
+}
+
+/// Computes on the calling thread and its pool, inside the calls.
+pub struct CpuBackend {
+    pool: Pool,
+    isa: Isa,
+    step: StepBuffer,
+    /// `[T]` sequence of each row.
+    row_seqs: Vec<u32>,
+    results: Vec<Option<RowResult>>,
+    /// One per thread.
+    scratch: Vec<Scratch>,
+}
+
+/// What `sample` found for one logit row.
+enum RowResult {
+    Sampled(Slot, TokenId, Option<TokenLogprobs>),
+    Prompt(Slot, u32, TokenLogprobs),
+}
+
+impl CpuBackend {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// The system refuses a thread.
+    pub fn new(config: CpuConfig) -> Result<Self, BackendError> {
+        let threads = config.threads.max(1);
+        Ok(Self {
+            pool: Pool::new(threads)?,
+            isa: config.max_isa.min(Isa::detect()),
+            step: StepBuffer::default(),
+            row_seqs: Vec::new(),
+            results: Vec::new(),
+            scratch: (0..threads).map(|_| Scratch::default()).collect(),
+        })
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// How many rows make a piece, if a row costs `work` multiply-adds.
+    fn row_grain(&self, work: usize) -> usize {
+        grain(self.step.num_tokens(), work, self.pool.num_threads())
+    }
+}
+
+fn failed(message: String) -> BackendError {
+    BackendError::Device(ExecError { device: "cpu".into(), message })
+}
+
+/// A buffer has room for `rows` rows and exactly, or at least, `cols` columns.
+fn expect_shape(op: &str, buf: &CpuBuf, rows: usize, cols: usize) -> Result<(), BackendError> {
+    if buf.rows >= rows && buf.cols == cols {
+        return Ok(());
+    }
+    let (have_rows, have_cols) = (buf.rows, buf.cols);
+    Err(failed(format!("{op}: needs a buffer of [{rows}, {cols}], got [{have_rows}, {have_cols}]")))
+}
+
+impl Backend for CpuBackend {
+    type Buf = CpuBuf;
+    type Weight = CpuWeight;
+    type Norm = Vec<f32>;
+    type Rope = CpuRope;
+    type Kv = CpuKv;
+
+    const INLINE: bool = true;
+
+    fn name(&self) -> String {
+        "cpu".into()
+    }
+
+    fn load_linear(&mut self, source: &LinearSource<'_>) -> Result<CpuWeight, BackendError> {
+        CpuWeight::load(source)
+    }
+
+    fn load_norm(&mut self, name: &str, weight: TensorView<'_>) -> Result<Vec<f32>, BackendError> {
+        to_f32(name, &weight)
+    }
+
+    fn load_rope(&mut self, table: &RopeTable) -> Result<CpuRope, BackendError> {
+        CpuRope::new(table)
+    }
+
+    fn alloc(&mut self, rows: usize, cols: usize) -> Result<CpuBuf, BackendError> {
+        let len = rows.saturating_mul(cols);
+        Ok(CpuBuf { values: Aligned::zeroed(len, "activations")?, rows, cols })
+    }
+
+    fn alloc_kv(&mut self, layout: &KvLayout) -> Result<CpuKv, BackendError> {
+        CpuKv::new(layout)
+    }
+
+    fn prepare(&mut self, input: &StepInput<'_>) -> Result<(), BackendError> {
+        self.step.copy_from(input);
+        self.results.clear();
+        self.row_seqs.clear();
+        for s in 0..self.step.num_seqs() {
+            let rows = self.step.rows_of(s).len();
+            self.row_seqs.extend(std::iter::repeat_n(s as u32, rows));
+        }
+        let (rows, tokens) = (self.row_seqs.len(), self.step.num_tokens());
+        if rows != tokens || self.step.positions.len() != tokens || self.step.slot_mapping.len() != tokens {
+            return Err(failed(format!("step {}: its arrays disagree about {tokens} tokens", input.step)));
+        }
+        Ok(())
+    }
+
+    fn run(
+        &mut self,
+        _key: Option<GraphKey>,
+        mut body: impl FnMut(&mut Self) -> Result<(), BackendError>,
+    ) -> Result<(), BackendError> {
+        body(self)
+    }
+
+    fn copy_blocks(&mut self, kv: &mut CpuKv) -> Result<(), BackendError> {
+        let copies = &self.step.block_copies;
+        let kv = Shared::new(std::slice::from_mut(kv));
+        self.pool.split(copies.len(), copies.len(), |_, range| {
+            // SAFETY: one piece, so one call.
+            let kv = unsafe { kv.slice(0, 1) };
+            copies[range].iter().for_each(|&copy| kv[0].copy_block(copy));
+        })?;
+        Ok(())
+    }
+
+    fn embed(&mut self, op: Embed<'_, Self>) -> Result<(), BackendError> {
+        let tokens = self.step.num_tokens();
+        expect_shape("embed", op.out, tokens, op.table.in_features)?;
+        let (grain, out) = (self.row_grain(op.table.in_features), op.out.shared());
+        let ids = &self.step.token_ids;
+        self.pool.split(tokens, grain, |_, rows| {
+            rows.for_each(|t| embed_row(op.table, ids[t], t, out));
+        })?;
+        Ok(())
+    }
+
+    fn add_norm(&mut self, op: AddNorm<'_, Self>) -> Result<(), BackendError> {
+        let (tokens, cols, isa) = (self.step.num_tokens(), op.weight.len(), self.isa);
+        for buf in [&*op.residual, &*op.out].into_iter().chain(op.delta) {
+            expect_shape("add_norm", buf, tokens, cols)?;
+        }
+        let (residual, out) = (op.residual.shared(), op.out.shared());
+        let grain = self.row_grain(2 * cols);
+        self.pool.split(tokens, grain, |_, rows| {
+            for t in rows {
+                // SAFETY: `isa` was detected; row `t` belongs to this piece alone.
+                unsafe {
+                    let (residual, out) = (residual.row(t), out.row(t));
+                    let delta = op.delta.map(|delta| delta.row(t));
+                    dispatch(isa, AddNormRow { residual, delta, weight: op.weight, eps: op.eps, out });
+                }
+            }
+        })?;
+        Ok(())
+    }
+
+    fn linear(&mut self, op: Linear<'_, Self>) -> Result<(), BackendError> {
+        let tokens = self.step.num_tokens();
+        expect_shape("linear input", op.x, tokens, op.weight.in_features)?;
+        expect_shape("linear output", op.out, tokens, op.weight.out_features)?;
+        let x = Input::new(op.x, Rows::First(tokens));
+        Ok(linear(&mut self.pool, self.isa, op.weight, x, op.out.shared())?)
+    }
+
+    fn rope_and_cache(&mut self, op: RopeAndCache<'_, Self>) -> Result<(), BackendError> {
+        let RopeAndCache { qkv, shape, qk_norm, eps, rope, kv, layer } = op;
+        let (step, isa) = (&self.step, self.isa);
+        expect_shape("rope_and_cache", qkv, step.num_tokens(), shape.qkv_size())?;
+        let (q_size, kv_size) = (shape.q_size(), shape.kv_size());
+        let qk_norm = qk_norm.map(|(q, k)| (&q[..], &k[..]));
+        let cache = SharedLayer::new(&mut kv.layers[layer]);
+        let qkv = qkv.shared();
+        let grain = self.row_grain(4 * shape.qkv_size());
+        self.pool.split(step.num_tokens(), grain, |_, rows| {
+            for t in rows {
+                // SAFETY: `isa` was detected; row `t` and its cache slot belong to this piece alone.
+                unsafe {
+                    let row = qkv.row(t);
+                    let position = step.positions[t];
+                    dispatch(isa, RopeRow { row: &mut *row, shape, qk_norm, eps, rope, position });
+                    let (k, v) = row[q_size..].split_at(kv_size);
+                    cache.store(step.slot_mapping[t], k, v);
+                }
+            }
+        })?;
+        Ok(())
+    }
+
+    fn attention(&mut self, op: Attention<'_, Self>) -> Result<(), BackendError> {
+        let tokens = self.step.num_tokens();
+        expect_shape("attention input", op.qkv, tokens, op.shape.qkv_size())?;
+        expect_shape("attention output", op.out, tokens, op.shape.q_size())?;
+        Ok(attention(&mut self.pool, self.isa, &self.step, &self.row_seqs, op)?)
+    }
+
+    fn mlp(&mut self, op: Mlp<'_, Self>) -> Result<(), BackendError> {
+        let Mlp { x, shape, up, down, activation, scratch, out } = op;
+        let tokens = self.step.num_tokens();
+        expect_shape("mlp input", x, tokens, up.in_features)?;
+        expect_shape("mlp scratch", scratch, tokens, up.out_features)?;
+        expect_shape("mlp output", out, tokens, down.out_features)?;
+        let out = out.shared();
+        let args = MlpArgs { x, tokens, shape, up, down, activation, scratch, out };
+        Ok(mlp(&mut self.pool, self.isa, args)?)
+    }
+
+    fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError> {
+        let rows = Rows::Gather(&self.step.logit_rows);
+        expect_shape("logits input", op.x, self.step.num_tokens(), op.head.in_features)?;
+        expect_shape("logits output", op.out, rows.len(), op.head.out_features)?;
+        Ok(linear(&mut self.pool, self.isa, op.head, Input::new(op.x, rows), op.out.shared())?)
+    }
+
+    fn sample(
+        &mut self,
+        logits: &mut CpuBuf,
+        seqs: &[Option<SeqState>],
+        late: &LateInputs,
+    ) -> Result<(), BackendError> {
+        let (rows, isa) = (&self.step.logit_rows, self.isa);
+        rows.iter().try_for_each(|row| row.seq(seqs).map(|_| ()))?;
+        expect_shape("sample", logits, rows.len(), logits.cols)?;
+        self.results.clear();
+        self.results.resize_with(rows.len(), || None);
+        let (results, scratch) = (Shared::new(&mut self.results), Shared::new(&mut self.scratch));
+        let grain = (MIN_WORK / logits.cols.max(1)).max(1);
+        let logits = logits.shared();
+        self.pool.split(rows.len(), grain, |worker, range| {
+            for i in range {
+                // SAFETY: row `i` belongs to this piece, and scratch `worker` to this thread.
+                let (logits, result, scratch) =
+                    unsafe { (logits.row(i), results.slice(i, 1), scratch.slice(worker, 1)) };
+                result[0] = sample_row(isa, logits, &rows[i], seqs, late, &mut scratch[0]);
+            }
+        })?;
+        Ok(())
+    }
+
+    fn fetch(&mut self, step: StepId, out: &mut ModelRunnerOutput) -> Result<(), BackendError> {
+        out.step = step;
+        for result in self.results.drain(..).flatten() {
+            match result {
+                RowResult::Sampled(slot, token, logprobs) => out.push_row(slot, &[token], [logprobs]),
+                RowResult::Prompt(slot, position, logprobs) => {
+                    out.prompt_logprobs.push((slot, position, logprobs));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, buf: &CpuBuf, rows: usize) -> Result<Vec<f32>, BackendError> {
+        expect_shape("read", buf, rows, buf.cols)?;
+        Ok(buf.values[..rows * buf.cols].to_vec())
+    }
+
+    fn write(&mut self, buf: &mut CpuBuf, values: &[f32]) -> Result<(), BackendError> {
+        expect_shape("write", buf, values.len().div_ceil(buf.cols.max(1)), buf.cols)?;
+        buf.values[..values.len()].copy_from_slice(values);
+        Ok(())
+    }
+}
+
+fn sample_row(
+    isa: Isa,
+    logits: &mut [f32],
+    row: &LogitRow,
+    seqs: &[Option<SeqState>],
+    late: &LateInputs,
+    scratch: &mut Scratch,
+) -> Option<RowResult> {
+    let seq = row.seq(seqs).ok()?;
+    let mask = late.masks.iter().find(|(slot, _)| *slot == row.slot).map(|(_, mask)| &mask[..]);
+    sanitize(logits);
+    let sampler = SampleRow { isa, logits, row, seq, mask };
+    Some(match row.kind {
+        LogitKind::Sample => {
+            let token = sampler.choose(scratch);
+            let logprobs = seq.params.logprobs.map(|k| sampler.logprobs(token, k, scratch));
+            RowResult::Sampled(row.slot, token, logprobs)
+        }
+        LogitKind::PromptLogprob { target } => {
+            let k = seq.params.prompt_logprobs.unwrap_or(0);
+            RowResult::Prompt(row.slot, row.position, sampler.logprobs(target, k, scratch))
+        }
+    })
+}

@@ -1,0 +1,155 @@
+//! Memory that kernels read and write: cache-line aligned, and shared between threads in disjoint pieces.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::marker::PhantomData;
+
+use quire_backend::BackendError;
+
+use crate::element::Element;
+
+/// Alignment of every array: a cache line.
+const ALIGN: usize = 64;
+
+/// A zeroed, 64-byte aligned array of fixed length. Pages that are never touched cost nothing.
+pub struct Aligned<T> {
+    /// What the allocator gave: `layout(len)` bytes.
+    memory: *mut u8,
+    /// First element, inside `memory`.
+    start: *mut T,
+    len: usize,
+}
+
+// SAFETY: it owns its memory like a `Vec<T>`.
+unsafe impl<T: Send> Send for Aligned<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Aligned<T> {}
+
+/// Room for `len` elements and for moving the start to a multiple of [`ALIGN`]. The system's allocator hands out fresh
+/// zero pages for small alignments only, so the alignment is made by hand.
+fn layout<T>(len: usize) -> Option<Layout> {
+    let bytes = len.checked_mul(size_of::<T>())?.checked_add(ALIGN)?;
+    Layout::from_size_align(bytes, 16).ok()
+}
+
+impl<T: Element> Aligned<T> {
+    /// `len` zeros.
+    ///
+    /// # Errors
+    /// Out of memory; `what` names the purpose.
+    pub fn zeroed(len: usize, what: &str) -> Result<Self, BackendError> {
+        let out_of_memory = |bytes| BackendError::OutOfMemory { what: what.to_owned(), bytes };
+        let layout = layout::<T>(len).ok_or_else(|| out_of_memory(usize::MAX))?;
+        // SAFETY: the layout is not empty.
+        let memory = unsafe { alloc_zeroed(layout) };
+        if memory.is_null() {
+            return Err(out_of_memory(layout.size()));
+        }
+        // SAFETY: moves by less than ALIGN, and the layout has ALIGN bytes to spare.
+        let start = unsafe { memory.add(memory.align_offset(ALIGN)) };
+        Ok(Self { memory, start: start.cast(), len })
+    }
+}
+
+impl<T> Drop for Aligned<T> {
+    fn drop(&mut self) {
+        let layout = layout::<T>(self.len).expect("it was allocated with this layout");
+        // SAFETY: allocated by `zeroed` with this layout; elements need no drop.
+        unsafe { dealloc(self.memory, layout) };
+    }
+}
+
+impl<T: Element> std::ops::Deref for Aligned<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: `start` begins `len` initialised elements (any bits are a `T`), aligned to 64.
+        unsafe { std::slice::from_raw_parts(self.start, self.len) }
+    }
+}
+
+impl<T: Element> std::ops::DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
+    }
+}
+
+/// Activations `[rows, cols]`.
+pub struct CpuBuf {
+    pub(crate) values: Aligned<f32>,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+}
+
+impl CpuBuf {
+    /// Row `t`.
+    pub fn row(&self, t: usize) -> &[f32] {
+        &self.values[t * self.cols..(t + 1) * self.cols]
+    }
+
+    pub(crate) fn shared(&mut self) -> SharedRows<'_> {
+        SharedRows { cols: self.cols, values: Shared::new(&mut self.values) }
+    }
+}
+
+/// A slice whose disjoint parts are written by several threads.
+#[derive(Clone, Copy)]
+pub struct Shared<'a, T> {
+    start: *mut T,
+    len: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: all access goes through `slice`, whose contract forbids overlap; `T: Send` allows writing from other threads.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for Shared<'_, T> {}
+
+impl<'a, T> Shared<'a, T> {
+    /// Borrows all of `values`.
+    pub fn new(values: &'a mut [T]) -> Self {
+        Self { start: values.as_mut_ptr(), len: values.len(), borrow: PhantomData }
+    }
+
+    /// Elements `start..start + len`; panics if they are not all inside.
+    ///
+    /// # Safety
+    /// While the result lives, no other call of any copy may return an overlapping part.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn slice(&self, start: usize, len: usize) -> &'a mut [T] {
+        let end = start.checked_add(len).expect("an index that fits");
+        assert!(end <= self.len, "elements {start}..{end} of {}", self.len);
+        // SAFETY: in bounds of the borrowed slice; exclusive by contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
+
+/// Rows of a buffer, written by several threads.
+#[derive(Clone, Copy)]
+pub struct SharedRows<'a> {
+    pub(crate) cols: usize,
+    pub(crate) values: Shared<'a, f32>,
+}
+
+impl<'a> SharedRows<'a> {
+    /// Columns `from..from + len` of row `t`.
+    ///
+    /// # Safety
+    /// As [`Shared::slice`].
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn part(&self, t: usize, from: usize, len: usize) -> &'a mut [f32] {
+        assert!(from + len <= self.cols, "columns {from}..{} of {}", from + len, self.cols);
+        // SAFETY: the caller's.
+        unsafe { self.values.slice(t * self.cols + from, len) }
+    }
+
+    /// Row `t`.
+    ///
+    /// # Safety
+    /// As [`Shared::slice`].
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn row(&self, t: usize) -> &'a mut [f32] {
+        // SAFETY: the caller's.
+        unsafe { self.part(t, 0, self.cols) }
+    }
+}

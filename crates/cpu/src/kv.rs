@@ -1,0 +1,97 @@
+//! The paged cache: per layer `[num_blocks, num_kv_heads, block_size, head_dim]`, so that one head's keys within a block
+//! follow each other.
+
+use half::{bf16, f16};
+use quire_backend::convert::tensor_error;
+use quire_backend::{BackendError, KvLayerShape, KvLayout};
+use quire_core::{BlockCopy, DType};
+
+use crate::buffer::Aligned;
+use crate::element::Element;
+
+/// The cache of one KV group.
+pub struct CpuKv {
+    pub(crate) layers: Vec<KvLayer>,
+}
+
+/// K and V of a layer.
+pub(crate) enum KvLayer {
+    F32(Pages<f32>),
+    F16(Pages<f16>),
+    Bf16(Pages<bf16>),
+}
+
+/// K and V of a layer in one element type.
+pub(crate) struct Pages<T> {
+    pub k: Aligned<T>,
+    pub v: Aligned<T>,
+    pub shape: PageShape,
+}
+
+/// Where things lie in [`Pages`].
+#[derive(Clone, Copy)]
+pub(crate) struct PageShape {
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+    pub block_size: usize,
+}
+
+impl PageShape {
+    /// Elements of a block.
+    pub const fn block_len(&self) -> usize {
+        self.num_kv_heads * self.block_size * self.head_dim
+    }
+
+    /// First element of `head`'s key (or value) at `offset` within `block`.
+    #[inline(always)]
+    pub const fn at(&self, block: usize, head: usize, offset: usize) -> usize {
+        ((block * self.num_kv_heads + head) * self.block_size + offset) * self.head_dim
+    }
+}
+
+impl CpuKv {
+    pub(crate) fn new(layout: &KvLayout) -> Result<Self, BackendError> {
+        let layer = |shape: &KvLayerShape| {
+            Ok(match layout.dtype {
+                DType::F32 => KvLayer::F32(Pages::new(layout, shape)?),
+                DType::F16 => KvLayer::F16(Pages::new(layout, shape)?),
+                DType::BF16 => KvLayer::Bf16(Pages::new(layout, shape)?),
+                other => {
+                    let message = format!("type {other} is not supported on cpu yet, use f32, f16 or bf16");
+                    return Err(tensor_error("kv cache", message));
+                }
+            })
+        };
+        let layers = layout.layers.iter().map(layer).collect::<Result<_, _>>()?;
+        Ok(Self { layers })
+    }
+
+    pub(crate) fn copy_block(&mut self, copy: BlockCopy) {
+        for layer in &mut self.layers {
+            match layer {
+                KvLayer::F32(pages) => pages.copy_block(copy),
+                KvLayer::F16(pages) => pages.copy_block(copy),
+                KvLayer::Bf16(pages) => pages.copy_block(copy),
+            }
+        }
+    }
+}
+
+impl<T: Element> Pages<T> {
+    fn new(layout: &KvLayout, layer: &KvLayerShape) -> Result<Self, BackendError> {
+        let shape = PageShape {
+            num_kv_heads: layer.num_kv_heads as usize,
+            head_dim: layer.head_dim as usize,
+            block_size: layout.block_size as usize,
+        };
+        let len = layout.num_blocks as usize * shape.block_len();
+        Ok(Self { k: Aligned::zeroed(len, "kv cache")?, v: Aligned::zeroed(len, "kv cache")?, shape })
+    }
+
+    fn copy_block(&mut self, copy: BlockCopy) {
+        let len = self.shape.block_len();
+        let (src, dst) = (copy.src.0 as usize * len, copy.dst.0 as usize * len);
+        self.k.copy_within(src..src + len, dst);
+        self.v.copy_within(src..src + len, dst);
+    }
+}

@@ -1,0 +1,25 @@
+//! The embedding table's rows.
+
+use quire_core::TokenId;
+
+use crate::buffer::SharedRows;
+use crate::element::Element;
+use crate::weights::{CpuWeight, Matrix};
+
+/// Copies row `id` of `table` to row `t` of `out`. Panics if there is no such row.
+pub(crate) fn embed_row(table: &CpuWeight, id: TokenId, t: usize, out: SharedRows<'_>) {
+    let (id, cols) = (id as usize, table.in_features);
+    assert!(id < table.out_features, "token id {id} is outside the embedding of {} rows", table.out_features);
+    // SAFETY: each row `t` is written by one call.
+    let out = unsafe { out.part(t, 0, cols) };
+    let range = id * cols..(id + 1) * cols;
+    match &table.matrix {
+        Matrix::F32(matrix) => widen(&matrix[range], out),
+        Matrix::F16(matrix) => widen(&matrix[range], out),
+        Matrix::Bf16(matrix) => widen(&matrix[range], out),
+    }
+}
+
+fn widen<E: Element>(from: &[E], to: &mut [f32]) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32());
+}

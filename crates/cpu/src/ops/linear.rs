@@ -1,0 +1,199 @@
+//! Linear layers: `out = x · weightᵀ + bias`, split over output rows.
+//!
+//! A thread takes a range of weight rows and goes through the tokens in groups that stay in its L2 cache, so that weights
+//! come from memory once per group of tokens and activations come from cache.
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+use quire_backend::LogitRow;
+use quire_core::ExecError;
+
+use super::dot::dot_tile;
+use super::grain;
+use crate::buffer::{CpuBuf, SharedRows};
+use crate::element::Element;
+use crate::pool::Pool;
+use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::weights::{CpuWeight, Matrix};
+
+/// Weight rows, and tokens, of one register tile: twelve sums, as many as sixteen vector registers carry.
+const TILE_ROWS: usize = 4;
+const TILE_TOKENS: usize = 3;
+/// Weight rows at once where there is one token: enough sums to hide the latency of an addition.
+const SINGLE_ROWS: usize = 8;
+/// Floats of activations that stay in cache while weights stream by: half of a 1 MiB L2.
+const GROUP_FLOATS: usize = 128 * 1024;
+
+/// The rows of `x` that a linear layer reads.
+#[derive(Clone, Copy)]
+pub(crate) enum Rows<'a> {
+    /// Rows `0..n`.
+    First(usize),
+    /// One row per logit row.
+    Gather(&'a [LogitRow]),
+}
+
+impl Rows<'_> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::First(n) => *n,
+            Self::Gather(rows) => rows.len(),
+        }
+    }
+
+    fn index(&self, m: usize) -> usize {
+        match self {
+            Self::First(_) => m,
+            Self::Gather(rows) => rows[m].row as usize,
+        }
+    }
+}
+
+/// Columns `0..in_features` of the rows of a buffer.
+#[derive(Clone, Copy)]
+pub(crate) struct Input<'a> {
+    pub values: &'a [f32],
+    pub stride: usize,
+    pub rows: Rows<'a>,
+}
+
+impl<'a> Input<'a> {
+    pub(crate) fn new(buf: &'a CpuBuf, rows: Rows<'a>) -> Self {
+        Self { values: &buf.values, stride: buf.cols, rows }
+    }
+
+    /// Row `m`, at least `k` elements long.
+    fn row(&self, m: usize, k: usize) -> *const f32 {
+        let start = self.rows.index(m) * self.stride;
+        self.values[start..start + k].as_ptr()
+    }
+}
+
+/// The whole operation.
+pub(crate) fn linear(
+    pool: &mut Pool,
+    isa: Isa,
+    weight: &CpuWeight,
+    x: Input<'_>,
+    out: SharedRows<'_>,
+) -> Result<(), ExecError> {
+    let tokens = x.rows.len();
+    let n = weight.out_features;
+    let pieces = n.div_ceil(SINGLE_ROWS);
+    let work = SINGLE_ROWS * weight.in_features * tokens;
+    let grain = grain(pieces, work, pool.num_threads());
+    pool.split(pieces, grain, |_, pieces| {
+        let rows = pieces.start * SINGLE_ROWS..(pieces.end * SINGLE_ROWS).min(n);
+        // SAFETY: `isa` was detected; each thread has weight rows, that is columns of `out`, of its own.
+        unsafe { linear_rows(isa, weight, rows, x, out) };
+    })
+}
+
+/// Output columns `rows` for all tokens.
+///
+/// # Safety
+/// `isa` is available; nobody else touches these columns of `out`.
+pub(crate) unsafe fn linear_rows(
+    isa: Isa,
+    weight: &CpuWeight,
+    rows: Range<usize>,
+    x: Input<'_>,
+    out: SharedRows<'_>,
+) {
+    let (k, bias) = (weight.in_features, weight.bias.as_deref());
+    // SAFETY: the caller's.
+    unsafe {
+        match &weight.matrix {
+            Matrix::F32(matrix) => dispatch(isa, Gemm::<f32> { matrix, k, bias, rows, x, out }),
+            Matrix::F16(matrix) => dispatch(isa, Gemm::<f16> { matrix, k, bias, rows, x, out }),
+            Matrix::Bf16(matrix) => dispatch(isa, Gemm::<bf16> { matrix, k, bias, rows, x, out }),
+        }
+    }
+}
+
+struct Gemm<'a, E> {
+    matrix: &'a [E],
+    k: usize,
+    bias: Option<&'a [f32]>,
+    rows: Range<usize>,
+    x: Input<'a>,
+    out: SharedRows<'a>,
+}
+
+impl<E: Element> Kernel for Gemm<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let tokens = self.x.rows.len();
+        let group = (GROUP_FLOATS / self.k.max(1)).next_multiple_of(TILE_TOKENS).max(TILE_TOKENS);
+        for first in (0..tokens).step_by(group) {
+            let group = first..(first + group).min(tokens);
+            // SAFETY: the caller's.
+            unsafe {
+                if group.len() == 1 {
+                    self.columns::<S, SINGLE_ROWS>(group);
+                } else {
+                    self.columns::<S, TILE_ROWS>(group);
+                }
+            }
+        }
+    }
+}
+
+impl<E: Element> Gemm<'_, E> {
+    /// All rows for one group of tokens, `R` rows at a time.
+    #[inline(always)]
+    unsafe fn columns<S: Simd, const R: usize>(&self, group: Range<usize>) {
+        let mut n = self.rows.start;
+        // SAFETY: the caller's; the tiles cover `rows` and `group`.
+        unsafe {
+            while n + R <= self.rows.end {
+                self.panel::<S, R>(n, group.clone());
+                n += R;
+            }
+            while n < self.rows.end {
+                self.panel::<S, 1>(n, group.clone());
+                n += 1;
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn panel<S: Simd, const R: usize>(&self, n: usize, group: Range<usize>) {
+        let mut m = group.start;
+        // SAFETY: the caller's.
+        unsafe {
+            if R <= TILE_ROWS {
+                while m + TILE_TOKENS <= group.end {
+                    self.tile::<S, R, TILE_TOKENS>(n, m);
+                    m += TILE_TOKENS;
+                }
+            }
+            while m < group.end {
+                self.tile::<S, R, 1>(n, m);
+                m += 1;
+            }
+        }
+    }
+
+    /// `out[m..m + M][n..n + R]`.
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const R: usize, const M: usize>(&self, n: usize, m: usize) {
+        let k = self.k;
+        let weights = &self.matrix[n * k..(n + R) * k];
+        // SAFETY: `weights` holds R rows of k, `Input::row` checks k elements; the columns are ours by contract.
+        unsafe {
+            let rows = std::array::from_fn(|r| weights.as_ptr().add(r * k));
+            let xs = std::array::from_fn(|i| self.x.row(m + i, k));
+            let dots = dot_tile::<S, E, R, M>(rows, xs, k);
+            for i in 0..M {
+                let out = self.out.part(m + i, n, R);
+                for r in 0..R {
+                    out[r] = dots[r][i] + self.bias.map_or(0.0, |bias| bias[n + r]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! Norm and rotation of q and k, and k and v into the cache: one pass over a `qkv` row.
+
+use half::{bf16, f16};
+use quire_backend::{AttnShape, BackendError, RopeTable};
+
+use super::norm::norm_in_place;
+use crate::buffer::{Aligned, Shared};
+use crate::element::Element;
+use crate::kv::{KvLayer, PageShape, Pages};
+use crate::simd::{Kernel, Simd};
+
+/// Sines and cosines of all positions.
+pub struct CpuRope {
+    half: usize,
+    /// `[max_positions, 2, half]`: cosines, then sines.
+    table: Aligned<f32>,
+}
+
+impl CpuRope {
+    pub(crate) fn new(source: &RopeTable) -> Result<Self, BackendError> {
+        let half = source.inv_freq.len();
+        let mut table = Aligned::zeroed(source.max_positions as usize * 2 * half, "rope table")?;
+        for position in 0..source.max_positions {
+            let row = &mut table[position as usize * 2 * half..][..2 * half];
+            let (cos, sin) = row.split_at_mut(half);
+            for i in 0..half {
+                (sin[i], cos[i]) = source.sin_cos(position, i);
+            }
+        }
+        Ok(Self { half, table })
+    }
+
+    /// Cosines and sines of a position. Panics past the last.
+    fn at(&self, position: u32) -> (&[f32], &[f32]) {
+        let start = position as usize * 2 * self.half;
+        assert!(start < self.table.len(), "position {position} is past the rope table");
+        self.table[start..start + 2 * self.half].split_at(self.half)
+    }
+}
+
+/// One row.
+pub(crate) struct RopeRow<'a> {
+    pub row: &'a mut [f32],
+    pub shape: AttnShape,
+    pub qk_norm: Option<(&'a [f32], &'a [f32])>,
+    pub eps: f32,
+    pub rope: Option<&'a CpuRope>,
+    pub position: u32,
+}
+
+impl Kernel for RopeRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let head_dim = self.shape.head_dim as usize;
+        let (q, kv) = self.row.split_at_mut(self.shape.q_size());
+        let k = &mut kv[..self.shape.kv_size()];
+        let angles = self.rope.map(|rope| rope.at(self.position));
+        let weights = self.qk_norm.unzip();
+        for (heads, weight) in [(q, weights.0), (k, weights.1)] {
+            for head in heads.chunks_exact_mut(head_dim) {
+                if let Some(weight) = weight {
+                    // SAFETY: the caller's.
+                    unsafe { norm_in_place::<S>(head, weight, self.eps) };
+                }
+                if let Some((cos, sin)) = angles {
+                    rotate(head, cos, sin);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let half = cos.len();
+    let (low, high) = head[..2 * half].split_at_mut(half);
+    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
+}
+
+/// A layer's cache, written by several threads, each its own slots.
+#[derive(Clone, Copy)]
+pub(crate) enum SharedLayer<'a> {
+    F32(SharedPages<'a, f32>),
+    F16(SharedPages<'a, f16>),
+    Bf16(SharedPages<'a, bf16>),
+}
+
+#[derive(Clone, Copy)]
+pub(crate) struct SharedPages<'a, T> {
+    k: Shared<'a, T>,
+    v: Shared<'a, T>,
+    shape: PageShape,
+}
+
+impl<'a> SharedLayer<'a> {
+    pub(crate) fn new(layer: &'a mut KvLayer) -> Self {
+        match layer {
+            KvLayer::F32(pages) => Self::F32(SharedPages::new(pages)),
+            KvLayer::F16(pages) => Self::F16(SharedPages::new(pages)),
+            KvLayer::Bf16(pages) => Self::Bf16(SharedPages::new(pages)),
+        }
+    }
+
+    /// Stores a row's keys and values at `slot`.
+    ///
+    /// # Safety
+    /// No other thread writes this slot.
+    pub(crate) unsafe fn store(&self, slot: u32, k: &[f32], v: &[f32]) {
+        // SAFETY: the caller's.
+        unsafe {
+            match self {
+                Self::F32(pages) => pages.store(slot, k, v),
+                Self::F16(pages) => pages.store(slot, k, v),
+                Self::Bf16(pages) => pages.store(slot, k, v),
+            }
+        }
+    }
+}
+
+impl<'a, T: Element> SharedPages<'a, T> {
+    fn new(pages: &'a mut Pages<T>) -> Self {
+        Self { k: Shared::new(&mut pages.k), v: Shared::new(&mut pages.v), shape: pages.shape }
+    }
+
+    unsafe fn store(&self, slot: u32, k: &[f32], v: &[f32]) {
+        let (block, offset) = (slot as usize / self.shape.block_size, slot as usize % self.shape.block_size);
+        let head_dim = self.shape.head_dim;
+        let heads = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));
+        for (head, (k, v)) in heads.enumerate() {
+            let at = self.shape.at(block, head, offset);
+            // SAFETY: slots are disjoint, and this one is ours by contract.
+            let (k_out, v_out) = unsafe { (self.k.slice(at, head_dim), self.v.slice(at, head_dim)) };
+            k_out.iter_mut().zip(k).for_each(|(to, from)| *to = T::from_f32(*from));
+            v_out.iter_mut().zip(v).for_each(|(to, from)| *to = T::from_f32(*from));
+        }
+    }
+}

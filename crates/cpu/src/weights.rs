@@ -1,0 +1,104 @@
+//! Linear layers and embedding tables as they lie in memory: row-major, in the checkpoint's own type.
+
+use half::{bf16, f16};
+use quire_backend::convert::{check_tensor, matrix_shape, tensor_error, to_f32};
+use quire_backend::{BackendError, LinearSource};
+use quire_core::{DType, QuantFormat, Shard};
+
+use crate::buffer::Aligned;
+use crate::element::Element;
+
+/// A linear layer `[out_features, in_features]`.
+pub struct CpuWeight {
+    pub(crate) matrix: Matrix,
+    pub(crate) bias: Option<Vec<f32>>,
+    pub(crate) out_features: usize,
+    pub(crate) in_features: usize,
+}
+
+/// Its elements.
+pub(crate) enum Matrix {
+    F32(Aligned<f32>),
+    F16(Aligned<f16>),
+    Bf16(Aligned<bf16>),
+}
+
+impl CpuWeight {
+    /// Concatenates the parts of `source`. Parts of different types are widened to f32.
+    pub(crate) fn load(source: &LinearSource<'_>) -> Result<Self, BackendError> {
+        let name = source.name;
+        if source.quant != QuantFormat::None {
+            return Err(tensor_error(
+                name,
+                format!("quantization {:?} is not supported on cpu yet", source.quant),
+            ));
+        }
+        if source.shard != Shard::WHOLE {
+            return Err(tensor_error(name, format!("{:?} is not supported on cpu yet", source.shard)));
+        }
+        let first = source.parts.first().ok_or_else(|| tensor_error(name, "has no parts"))?;
+        let (_, in_features) = matrix_shape(name, &first.weight)?;
+        let mut out_features = 0;
+        for part in source.parts {
+            let (rows, cols) = matrix_shape(name, &part.weight)?;
+            if cols != in_features {
+                return Err(tensor_error(name, format!("parts have {in_features} and {cols} columns")));
+            }
+            check_tensor(name, &part.weight)?;
+            out_features += rows;
+        }
+        let dtype = first.weight.dtype;
+        let uniform = source.parts.iter().all(|part| part.weight.dtype == dtype);
+        let len = out_features * in_features;
+        let matrix = match dtype {
+            DType::BF16 if uniform => Matrix::Bf16(concat(source, len, bf16::from_le_bytes)?),
+            DType::F16 if uniform => Matrix::F16(concat(source, len, f16::from_le_bytes)?),
+            _ => Matrix::F32(widen(source, len)?),
+        };
+        let bias = load_bias(source, out_features)?;
+        Ok(Self { matrix, bias, out_features, in_features })
+    }
+}
+
+/// Copies parts of 16-bit elements.
+fn concat<T: Element>(
+    source: &LinearSource<'_>,
+    len: usize,
+    from_le_bytes: impl Fn([u8; 2]) -> T,
+) -> Result<Aligned<T>, BackendError> {
+    let mut matrix = Aligned::zeroed(len, source.name)?;
+    let elements = source.parts.iter().flat_map(|part| part.weight.data.as_chunks::<2>().0);
+    matrix.iter_mut().zip(elements).for_each(|(to, from)| *to = from_le_bytes(*from));
+    Ok(matrix)
+}
+
+fn widen(source: &LinearSource<'_>, len: usize) -> Result<Aligned<f32>, BackendError> {
+    let mut matrix = Aligned::zeroed(len, source.name)?;
+    let mut done = 0;
+    for part in source.parts {
+        let values = to_f32(source.name, &part.weight)?;
+        matrix[done..done + values.len()].copy_from_slice(&values);
+        done += values.len();
+    }
+    Ok(matrix)
+}
+
+/// The biases of all parts, zero where a part has none; `None` if no part has one.
+fn load_bias(source: &LinearSource<'_>, out_features: usize) -> Result<Option<Vec<f32>>, BackendError> {
+    if source.parts.iter().all(|part| part.bias.is_none()) {
+        return Ok(None);
+    }
+    let mut all = Vec::with_capacity(out_features);
+    for part in source.parts {
+        let rows = part.weight.shape[0];
+        match &part.bias {
+            Some(bias) if bias.num_elements() == rows => all.extend(to_f32(source.name, bias)?),
+            Some(bias) => {
+                let shape = bias.shape;
+                return Err(tensor_error(source.name, format!("bias has shape {shape:?} for {rows} rows")));
+            }
+            None => all.resize(all.len() + rows, 0.0),
+        }
+    }
+    Ok(Some(all))
+}
