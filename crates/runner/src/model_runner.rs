@@ -32,6 +32,8 @@ pub struct ModelRunner<B: Backend> {
     memory: MemoryPlan,
     in_flight: Option<InFlight>,
     late: LateInputs,
+    /// [`Backend::INLINE`]: the work is done in `collect`.
+    inline: bool,
 }
 
 /// A step between `submit` and `collect`.
@@ -76,6 +78,7 @@ impl<B: Backend> ModelRunner<B> {
             memory: MemoryPlan::new(spec, config),
             in_flight: None,
             late: LateInputs::default(),
+            inline: B::INLINE,
             backend,
             decoder,
             workspace,
@@ -130,7 +133,7 @@ impl<B: Backend> ModelRunner<B> {
     /// Runs what is left of a step, and waits for it.
     fn finish(&mut self, step: &InFlight, out: &mut ModelRunnerOutput) -> Result<(), ExecError> {
         let mut cursor = step.cursor;
-        let mut is_enqueued = !B::INLINE;
+        let mut is_enqueued = !self.inline;
         loop {
             if !is_enqueued {
                 cursor = self.forward_pass(&step.plan, cursor)?;
@@ -176,7 +179,7 @@ impl<B: Backend> Executor for ModelRunner<B> {
         let applied = self.batch.apply(&plan).and_then(|()| self.pass.check(&plan, &self.batch));
         applied.map_err(|error| self.bad_plan(&error))?;
         let mut cursor = Cursor::default();
-        if !B::INLINE {
+        if !self.inline {
             cursor = self.forward_pass(&plan, cursor)?;
         }
         self.in_flight = Some(InFlight { plan, cursor, is_sampled: false });
@@ -189,7 +192,7 @@ impl<B: Backend> Executor for ModelRunner<B> {
             Err(error) => return Err(self.bad_plan(&error)),
         }
         self.late.masks.clone_from(&late.masks);
-        if B::INLINE { Ok(()) } else { self.sample_pass() }
+        if self.inline { Ok(()) } else { self.sample_pass() }
     }
 
     fn collect(&mut self, step: StepId, out: &mut ModelRunnerOutput) -> Result<(), ExecError> {
@@ -205,5 +208,85 @@ impl<B: Backend> Executor for ModelRunner<B> {
         out.clear();
         out.step = step;
         self.finish(&in_flight, out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quire_backend::reference::RefBackend;
+    use quire_core::{
+        BlockId, DType, LogitRows, NewSeq, QuantFormat, RequestId, SamplingParams, Scheduled, Slot, TokenId,
+    };
+    use quire_model::ModelSpec;
+
+    use super::*;
+
+    fn runner() -> ModelRunner<RefBackend> {
+        let spec = ModelSpec::from_config_json(
+            r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 32,
+                "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50,
+                "max_position_embeddings": 128, "tie_word_embeddings": true}"#,
+        );
+        let config = RunnerConfig {
+            max_num_seqs: 2,
+            max_num_batched_tokens: 128,
+            max_model_len: 128,
+            block_size: 128,
+            num_blocks: 2,
+            kv_dtype: DType::F32,
+            quant: QuantFormat::None,
+        };
+        ModelRunner::load(RefBackend::new(), &Checkpoint::dummy(spec.unwrap(), 1), &config, |_| {}).unwrap()
+    }
+
+    /// Two prompts with all their log-probabilities in one step, then two steps of decoding.
+    fn plans() -> Vec<SchedulerOutput> {
+        let params =
+            SamplingParams { prompt_logprobs: Some(2), logprobs: Some(2), ..SamplingParams::greedy(9) };
+        let new = [70, 40].into_iter().enumerate().map(|(slot, len)| NewSeq {
+            slot: Slot(slot as u32),
+            request: RequestId(0),
+            index: 0,
+            tokens: (0..len as TokenId).map(|i| (i * i + 3) % 50).collect(),
+            prompt_len: len,
+            params: Arc::new(params.clone()),
+            seed: 0,
+            block_tables: vec![vec![BlockId(slot as u32)]],
+            num_computed_tokens: 0,
+        });
+        let row = |slot, num_computed_tokens, num_new_tokens, logits| Scheduled {
+            slot: Slot(slot),
+            num_computed_tokens,
+            num_new_tokens,
+            logits,
+            sample: true,
+        };
+        let step = |step, scheduled| SchedulerOutput { step: StepId(step), scheduled, ..Default::default() };
+        let mut first = step(0, vec![row(0, 0, 70, LogitRows::All), row(1, 0, 40, LogitRows::All)]);
+        first.new = new.collect();
+        let decode =
+            |start: u32| vec![row(0, 70 + start, 1, LogitRows::Last), row(1, 40 + start, 1, LogitRows::Last)];
+        vec![first, step(1, decode(0)), step(2, decode(1))]
+    }
+
+    #[test]
+    fn work_enqueued_in_submit_gives_what_work_in_collect_gives() {
+        let (mut inline, mut enqueued) = (runner(), runner());
+        assert!(inline.inline);
+        enqueued.inline = false;
+        let collect = |runner: &mut ModelRunner<RefBackend>, plan| {
+            let mut out = ModelRunnerOutput::default();
+            let step = runner.submit(Arc::new(plan)).unwrap();
+            runner.sample(step, &LateInputs::default()).unwrap();
+            runner.collect(step, &mut out).unwrap();
+            out
+        };
+        for (a, b) in plans().into_iter().zip(plans()) {
+            let (a, b) = (collect(&mut inline, a), collect(&mut enqueued, b));
+            assert_eq!(a.rows.len(), 2);
+            assert_eq!((&a.rows, &a.tokens, &a.logprobs), (&b.rows, &b.tokens, &b.logprobs));
+            assert_eq!(a.prompt_logprobs, b.prompt_logprobs);
+            assert!(a.step > StepId(0) || a.prompt_logprobs.len() == 69 + 39, "two passes");
+        }
     }
 }
