@@ -13,6 +13,7 @@ use quire_core::{
 use tokio::sync::Notify;
 
 use crate::dispatch::{Mailbox, Registry, SeqDelta};
+use crate::metrics::{EngineMetrics, Rejection};
 use crate::snapshot::{EngineSnapshot, SharedSnapshot};
 
 /// What a caller asks of an engine; ids and times are added by [`EngineClient::submit`].
@@ -69,6 +70,7 @@ pub(crate) struct Shared {
     pub(crate) hasher: BlockHasher,
     pub(crate) registry: Registry,
     pub(crate) snapshot: SharedSnapshot,
+    pub(crate) metrics: EngineMetrics,
     /// Live continuations: accepted and not finished.
     pub(crate) live: AtomicU32,
     pub(crate) idle: Notify,
@@ -78,12 +80,13 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(limits: Limits, hasher: BlockHasher) -> Self {
+    pub(crate) fn new(limits: Limits, hasher: BlockHasher, metrics: EngineMetrics) -> Self {
         Self {
             limits,
             hasher,
             registry: Registry::default(),
             snapshot: SharedSnapshot::default(),
+            metrics,
             live: AtomicU32::new(0),
             idle: Notify::new(),
             state: AtomicU8::new(EngineState::Ready as u8),
@@ -159,8 +162,8 @@ impl EngineClient {
     pub fn submit(&self, spec: RequestSpec) -> Result<RequestHandle, RequestError> {
         match self.state() {
             EngineState::Ready => {}
-            EngineState::Draining => return Err(RequestError::Unavailable { state: "draining" }),
-            EngineState::Dead => return Err(RequestError::Unavailable { state: "dead" }),
+            EngineState::Draining => return Err(self.unavailable("draining")),
+            EngineState::Dead => return Err(self.unavailable("dead")),
         }
         let shared = &self.shared;
         let now = shared.now();
@@ -185,15 +188,22 @@ impl EngineClient {
         let id = request.id;
         let mailbox = Arc::new(Mailbox::new(n));
         shared.registry.insert(id, Arc::clone(&mailbox));
+        shared.metrics.accepted(&request);
         let handle = RequestHandle { id, mailbox, inbox: self.inbox.clone(), unfinished: n };
         let sent = self.inbox.send(Command::Add(request)).is_ok();
         // The engine marks itself dead before it empties its inbox for the last time, so a request sent while it was
         // alive is always ended by it; one sent later may never be seen.
         if !sent || self.state() == EngineState::Dead {
             shared.registry.remove(id);
-            return Err(RequestError::Unavailable { state: "dead" });
+            shared.metrics.withdrawn(id);
+            return Err(self.unavailable("dead"));
         }
         Ok(handle)
+    }
+
+    fn unavailable(&self, state: &'static str) -> RequestError {
+        self.shared.metrics.rejected(Rejection::Unavailable);
+        RequestError::Unavailable { state }
     }
 
     /// Takes `n` places among `max_num_seqs` running and `max_queued_requests` waiting ones.
@@ -204,6 +214,7 @@ impl EngineClient {
             live.checked_add(n).filter(|&total| total <= capacity)
         });
         let Err(live) = taken else { return Ok(()) };
+        self.shared.metrics.rejected(Rejection::QueueFull);
         let snapshot = self.snapshot();
         Err(RequestError::Overloaded {
             queued: live.saturating_sub(limits.max_num_seqs),
