@@ -119,6 +119,17 @@ impl Generation {
         &self.prompt_token_ids
     }
 
+    /// Choices of the request.
+    pub fn num_choices(&self) -> usize {
+        self.choices.len()
+    }
+
+    /// The text of the prompt's first token, which has no log-probability to come with.
+    pub fn first_prompt_token_text(&self) -> String {
+        let first = self.prompt_token_ids.first();
+        first.and_then(|&id| self.rules.tokenizer.token_text(id)).unwrap_or_default()
+    }
+
     /// One entry per prompt token, the first always `None`; empty unless asked for. Complete by the first piece.
     pub fn prompt_logprobs(&self) -> &[Option<TokenLogprob>] {
         &self.prompt_logprobs.entries
@@ -127,6 +138,11 @@ impl Generation {
     /// Prompt and cached tokens, and the generated tokens of all choices that have ended. Complete after the last piece.
     pub fn usage(&self) -> TokenUsage {
         TokenUsage { completion_tokens: self.completion_tokens, ..self.prompt_usage() }
+    }
+
+    /// Whether every piece has been read, so that [`Generation::usage`] is complete.
+    pub fn is_finished(&self) -> bool {
+        self.open == 0 && self.ready.is_empty()
     }
 
     fn prompt_usage(&self) -> TokenUsage {

@@ -1,0 +1,200 @@
+//! `quire.v1.Inference`.
+
+use std::hash::{BuildHasher, RandomState};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use quire_llm::{GenerateRequest, Generation, Lifecycle, Llm, Prompt, TenantId};
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+
+use crate::proto::inference_server::Inference;
+use crate::{convert, proto, status};
+
+/// Longest accepted `x-request-id`.
+const MAX_REQUEST_ID: usize = 128;
+
+/// The service over whatever model the lifecycle holds.
+pub struct InferenceService {
+    lifecycle: Lifecycle,
+    version: &'static str,
+    ids: RandomState,
+    count: std::sync::atomic::AtomicU64,
+}
+
+impl InferenceService {
+    /// `version` is reported by `GetModelInfo`.
+    pub fn new(lifecycle: Lifecycle, version: &'static str) -> Self {
+        Self { lifecycle, version, ids: RandomState::new(), count: std::sync::atomic::AtomicU64::new(0) }
+    }
+
+    fn llm(&self) -> Result<&Llm, Status> {
+        self.lifecycle.llm().map_err(|error| status::of(&error))
+    }
+
+    /// The model, if `name` means it.
+    fn llm_named(&self, name: &str) -> Result<&Llm, Status> {
+        let llm = self.llm()?;
+        if name.is_empty() || llm.serves(name) {
+            return Ok(llm);
+        }
+        Err(Status::not_found(format!("the model `{name}` is not served here; `{}` is", llm.name())))
+    }
+
+    /// The client's id if it is a harmless one, else a new one.
+    fn request_id<T>(&self, request: &Request<T>) -> String {
+        let given = request.metadata().get("x-request-id").and_then(|value| value.to_str().ok());
+        let harmless = |id: &&str| {
+            let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+            !id.is_empty() && id.len() <= MAX_REQUEST_ID && id.bytes().all(plain)
+        };
+        given.filter(harmless).map_or_else(|| format!("gen-{:016x}", self.next_id()), str::to_owned)
+    }
+
+    fn next_id(&self) -> u64 {
+        self.ids.hash_one(self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
+    }
+
+    async fn start(
+        &self,
+        request: Request<proto::GenerateRequest>,
+    ) -> Result<(String, String, Generation), Status> {
+        let id = self.request_id(&request);
+        let timeout = timeout(&request)?;
+        let tenant = request.extensions().get::<TenantId>().copied().unwrap_or_default();
+        let message = request.into_inner();
+        let llm = self.llm_named(&message.model)?;
+        let generate = convert::request(message).map_err(|error| status::of(&error))?;
+        let generate = GenerateRequest { tenant, timeout, ..generate };
+        let generation = llm.generate(generate).await.map_err(|error| status::of(&error))?;
+        Ok((id, llm.name().to_owned(), generation))
+    }
+}
+
+/// `grpc-timeout`: up to eight digits and a unit (gRPC over HTTP/2, "Requests").
+fn timeout<T>(request: &Request<T>) -> Result<Option<Duration>, Status> {
+    let Some(value) = request.metadata().get("grpc-timeout") else { return Ok(None) };
+    let parse = |text: &str| {
+        let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+        let valid = (1..=8).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
+        let amount: u64 = digits.parse().ok().filter(|_| valid)?;
+        match unit {
+            "H" => Some(Duration::from_secs(amount * 3600)),
+            "M" => Some(Duration::from_secs(amount * 60)),
+            "S" => Some(Duration::from_secs(amount)),
+            "m" => Some(Duration::from_millis(amount)),
+            "u" => Some(Duration::from_micros(amount)),
+            "n" => Some(Duration::from_nanos(amount)),
+            _ => None,
+        }
+    };
+    let duration = value.to_str().ok().and_then(parse);
+    duration
+        .map(Some)
+        .ok_or_else(|| Status::invalid_argument("grpc-timeout: must be digits and one of H M S m u n"))
+}
+
+#[tonic::async_trait]
+impl Inference for InferenceService {
+    type GenerateStreamStream = ChunkStream;
+
+    async fn generate(
+        &self,
+        request: Request<proto::GenerateRequest>,
+    ) -> Result<Response<proto::GenerateResponse>, Status> {
+        let (id, model, mut generation) = self.start(request).await?;
+        let choices = generation.collect().await.map_err(|error| status::of(&error))?;
+        Ok(Response::new(proto::GenerateResponse {
+            id,
+            model,
+            choices: choices.into_iter().map(convert::choice).collect(),
+            usage: Some(convert::usage(generation.usage())),
+            prompt_token_ids: generation.prompt_token_ids().to_vec(),
+            prompt_logprobs: convert::prompt_logprobs(generation.prompt_logprobs()),
+        }))
+    }
+
+    async fn generate_stream(
+        &self,
+        request: Request<proto::GenerateRequest>,
+    ) -> Result<Response<ChunkStream>, Status> {
+        let (id, _, generation) = self.start(request).await?;
+        Ok(Response::new(ChunkStream { id, generation, first: true }))
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<proto::TokenizeRequest>,
+    ) -> Result<Response<proto::TokenizeResponse>, Status> {
+        let message = request.into_inner();
+        let ids = self.llm()?.tokenize(Prompt::Text(message.text), Some(!message.no_special_tokens)).await;
+        let ids = ids.map_err(|error| status::of(&error))?;
+        Ok(Response::new(proto::TokenizeResponse { ids }))
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<proto::DetokenizeRequest>,
+    ) -> Result<Response<proto::DetokenizeResponse>, Status> {
+        let message = request.into_inner();
+        let text = self.llm()?.detokenize(message.ids, message.skip_special_tokens).await;
+        let text = text.map_err(|error| status::of(&error))?;
+        Ok(Response::new(proto::DetokenizeResponse { text }))
+    }
+
+    async fn get_model_info(
+        &self,
+        _: Request<proto::GetModelInfoRequest>,
+    ) -> Result<Response<proto::ModelInfo>, Status> {
+        let llm = self.llm()?;
+        let limits = llm.engine().limits();
+        Ok(Response::new(proto::ModelInfo {
+            model: llm.name().to_owned(),
+            vocab_size: limits.vocab_size,
+            max_model_len: limits.max_model_len,
+            max_num_seqs: limits.max_num_seqs,
+            max_num_batched_tokens: limits.max_num_batched_tokens,
+            block_size: limits.block_size,
+            num_blocks: limits.num_blocks,
+            eos_token_ids: llm.eos_token_ids().to_vec(),
+            version: self.version.to_owned(),
+        }))
+    }
+}
+
+/// The answer to `GenerateStream`. Dropping it cancels the request.
+pub struct ChunkStream {
+    id: String,
+    generation: Generation,
+    first: bool,
+}
+
+impl ChunkStream {
+    fn chunk(&mut self, delta: quire_llm::ChoiceDelta) -> proto::GenerateChunk {
+        let mut chunk = proto::GenerateChunk { id: self.id.clone(), ..proto::GenerateChunk::default() };
+        if std::mem::take(&mut self.first) {
+            chunk.prompt_token_ids = self.generation.prompt_token_ids().to_vec();
+            chunk.prompt_logprobs = convert::prompt_logprobs(self.generation.prompt_logprobs());
+        }
+        chunk.choice = Some(convert::choice(delta));
+        if self.generation.is_finished() {
+            chunk.usage = Some(convert::usage(self.generation.usage()));
+        }
+        chunk
+    }
+}
+
+impl Stream for ChunkStream {
+    type Item = Result<proto::GenerateChunk, Status>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        let item = match ready!(this.generation.poll_next(cx)) {
+            None => None,
+            Some(Ok(delta)) => Some(Ok(this.chunk(delta))),
+            Some(Err(error)) => Some(Err(status::of(&error))),
+        };
+        Poll::Ready(item)
+    }
+}
