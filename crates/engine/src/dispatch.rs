@@ -11,13 +11,13 @@ use std::task::{Context, Poll, Waker};
 
 use dashmap::DashMap;
 use parking_lot::Mutex;
-use quire_core::{FinishReason, ModelRunnerOutput, RequestId, TokenId, TokenLogprobs, Usage};
+use quire_core::{FinishReason, Micros, ModelRunnerOutput, RequestId, TokenId, TokenLogprobs, Usage};
 use quire_scheduler::{SeqEvent, SeqEventKind};
 use tokio::sync::mpsc::Receiver;
 
 use crate::client::Shared;
 use crate::core::StepStats;
-use crate::metrics::EngineMetrics;
+use crate::snapshot::EngineSnapshot;
 
 /// A piece of one continuation.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -131,11 +131,12 @@ pub(crate) async fn run(
     shared: Arc<Shared>,
     mut steps: Receiver<StepMessage>,
     recycle: Sender<StepMessage>,
-    metrics: EngineMetrics,
 ) {
+    let mut rate = FinishRate::default();
     while let Some(mut message) = steps.recv().await {
-        metrics.record(&message);
-        deliver(&shared, &mut message);
+        shared.metrics.record(&message);
+        let ended = deliver(&shared, &mut message);
+        shared.snapshot.store(snapshot(&message.stats, rate.update(message.stats.at, ended)));
         message.events.clear();
         message.output.clear();
         // The engine thread may have ended; then the buffers just go.
@@ -143,18 +144,54 @@ pub(crate) async fn run(
     }
 }
 
-fn deliver(shared: &Shared, message: &mut StepMessage) {
+fn snapshot(stats: &StepStats, finish_rate: f64) -> EngineSnapshot {
+    EngineSnapshot {
+        num_running: stats.scheduler.running,
+        num_waiting: stats.scheduler.waiting,
+        kv_usage: stats.scheduler.kv_usage,
+        finish_rate,
+        last_step_ms: stats.at.0 / 1000,
+    }
+}
+
+/// Continuations ended per second, over windows of at least one second, each weighted by half.
+#[derive(Default)]
+struct FinishRate {
+    window_start: Micros,
+    ended: u32,
+    per_second: f64,
+}
+
+impl FinishRate {
+    fn update(&mut self, now: Micros, ended: u32) -> f64 {
+        self.ended += ended;
+        let seconds = now.since(self.window_start).as_secs_f64();
+        if seconds >= 1.0 {
+            let latest = f64::from(self.ended) / seconds;
+            self.per_second = if self.per_second > 0.0 { 0.5 * (self.per_second + latest) } else { latest };
+            self.window_start = now;
+            self.ended = 0;
+        }
+        self.per_second
+    }
+}
+
+/// Sorts the step into mailboxes; returns how many continuations ended.
+fn deliver(shared: &Shared, message: &mut StepMessage) -> u32 {
+    let mut ended = 0;
     for event in &message.events {
         let Some(mailbox) = shared.registry.get(event.request) else { continue };
         let output = &mut message.output;
         let open = mailbox.update(event.index, |delta| apply(event, output, delta));
         if matches!(event.kind, SeqEventKind::Finished { .. }) {
+            ended += 1;
             shared.release(1);
             if open == 0 {
                 shared.registry.remove(event.request);
             }
         }
     }
+    ended
 }
 
 fn apply(event: &SeqEvent, output: &mut ModelRunnerOutput, delta: &mut SeqDelta) {

@@ -42,17 +42,20 @@ impl Engine {
     /// # Errors
     /// The operating system refused the thread.
     pub fn start(
-        config: EngineConfig,
+        mut config: EngineConfig,
         executor: Box<dyn Executor>,
         runtime: &tokio::runtime::Handle,
     ) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared::new(config.limits, config.hasher));
+        // The client's admission is the bound; a burst may be entirely in the scheduler's queue before the first step.
+        config.scheduler.max_queued_requests =
+            config.limits.max_num_seqs.saturating_add(config.limits.max_queued_requests);
+        let metrics = EngineMetrics::new(&config.model_name);
+        let shared = Arc::new(Shared::new(config.limits, config.hasher, metrics));
         let (inbox, commands) = mpsc::channel();
         let (steps, step_receiver) = async_mpsc::channel(STEP_CHANNEL_CAPACITY);
         let (recycle, recycled) = mpsc::channel();
         let (outcome_sender, outcome) = watch::channel(None);
-        let metrics = EngineMetrics::new(&config.model_name);
-        runtime.spawn(dispatch::run(Arc::clone(&shared), step_receiver, recycle, metrics));
+        runtime.spawn(dispatch::run(Arc::clone(&shared), step_receiver, recycle));
         let core = EngineCore::new(config.scheduler, executor);
         let shell = Shell { core, shared: Arc::clone(&shared), commands, steps, recycled };
         let thread = std::thread::Builder::new().name("quire-engine".into()).spawn(move || {
@@ -138,9 +141,10 @@ impl Shell {
 
     fn step(&mut self) -> Result<(), ExecError> {
         let started = Instant::now();
-        let result = self.core.step(self.shared.now());
+        let shared = &self.shared;
+        let result = self.core.step_with(|| shared.now());
         self.publish(started);
-        result
+        result.map(drop)
     }
 
     /// Hands the step's buffers to the dispatcher and takes used ones back.
