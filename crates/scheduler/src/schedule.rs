@@ -93,7 +93,8 @@ impl Scheduler {
             let hot = self.seqs.hot(seq);
             let (prefilling, start) = (hot.prefilling, hot.num_computed_tokens);
             let num_new_tokens = if prefilling {
-                let room = pass.tokens.saturating_sub(pass.decodes_left);
+                // The first in order advances whatever the others need.
+                let room = pass.tokens.saturating_sub(pass.decodes_left).max(u32::from(at == 1));
                 hot.num_schedulable().min(room).min(self.config.max_prefill_chunk)
             } else {
                 pass.decodes_left -= 1;
