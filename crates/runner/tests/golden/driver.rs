@@ -1,6 +1,7 @@
 //! A scheduler of no intelligence: does to a [`ModelRunner`] exactly what a test asks for.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use quire_backend::Backend;
 use quire_backend::reference::RefBackend;
@@ -8,6 +9,7 @@ use quire_core::{
     BlockCopy, BlockId, DType, Executor, GrownTable, LateInputs, LogitRows, ModelRunnerOutput, NewSeq,
     QuantFormat, RequestId, SamplingParams, Scheduled, SchedulerOutput, Slot, StepId, TokenId, TokenLogprobs,
 };
+use quire_cpu::{CpuBackend, CpuConfig};
 use quire_model::Checkpoint;
 use quire_runner::{ModelRunner, RunnerConfig};
 
@@ -19,6 +21,15 @@ pub trait TestBackend: Backend {
 impl TestBackend for RefBackend {
     fn make() -> Self {
         Self::new()
+    }
+}
+
+impl TestBackend for CpuBackend {
+    /// With another number of threads each time, which must not show anywhere.
+    fn make() -> Self {
+        static MADE: AtomicUsize = AtomicUsize::new(0);
+        let threads = 1 + MADE.fetch_add(1, Ordering::Relaxed) % 3;
+        Self::new(CpuConfig { threads, ..CpuConfig::default() }).unwrap()
     }
 }
 

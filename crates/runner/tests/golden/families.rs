@@ -1,16 +1,15 @@
 //! Every family's logits and greedy tokens.
 
-use quire_backend::reference::RefBackend;
-
 use crate::checkpoints::{Family, Prompt, families, max_error};
 use crate::driver::{Driver, TestBackend, config, greedy};
 
 /// The bound on a logit, with f32 activations and an f32 cache.
 const TOLERANCE: f32 = 1e-4;
 
-#[test]
-fn reference_backend_agrees_with_transformers() {
-    families().iter().for_each(agrees::<RefBackend>);
+test_on_each_backend!(agrees_with_transformers);
+
+fn agrees_with_transformers<B: TestBackend>() {
+    families().iter().for_each(agrees::<B>);
 }
 
 fn agrees<B: TestBackend>(family: &Family) {
@@ -27,7 +26,7 @@ fn agrees<B: TestBackend>(family: &Family) {
             driver = Driver::new(&family.checkpoint, &config(case.max_model_len, 16));
         }
     }
-    println!("{:18} max |logit error| {worst:.2e}", family.name);
+    println!("{:18} {:9} max |logit error| {worst:.2e}", family.name, B::make().name());
     assert!(worst <= TOLERANCE, "{}: {worst}", family.name);
 }
 

@@ -2,40 +2,22 @@
 
 use std::sync::Arc;
 
-use quire_backend::reference::RefBackend;
 use quire_core::{SamplingParams, TokenLogprobs};
 
 use crate::checkpoints::{Case, Family, families, family_named};
 use crate::driver::{Driver, Seq, TestBackend, config, greedy};
 
-#[test]
-fn reference_backend_ignores_chunks_blocks_and_company() {
-    families().iter().for_each(ignores_chunks_blocks_and_company::<RefBackend>);
-}
+test_on_each_backend!(
+    ignores_chunks_blocks_and_company,
+    resumes_preempted_sequences,
+    continues_cached_prefixes,
+    forks_with_block_copies,
+    cuts_steps_with_many_logit_rows,
+    obeys_late_masks,
+);
 
-#[test]
-fn reference_backend_resumes_preempted_sequences() {
-    families().iter().for_each(resumes_preempted_sequences::<RefBackend>);
-}
-
-#[test]
-fn reference_backend_continues_cached_prefixes() {
-    families().iter().for_each(continues_cached_prefixes::<RefBackend>);
-}
-
-#[test]
-fn reference_backend_forks_with_block_copies() {
-    families().iter().for_each(forks_with_block_copies::<RefBackend>);
-}
-
-#[test]
-fn reference_backend_cuts_steps_with_many_logit_rows() {
-    cuts_steps_with_many_logit_rows::<RefBackend>(&family_named("llama3"));
-}
-
-#[test]
-fn reference_backend_obeys_late_masks() {
-    obeys_late_masks::<RefBackend>(&family_named("llama3"));
+fn for_each_case(test: impl Fn(&Family, &Case)) {
+    families().iter().for_each(|family| family.cases.iter().for_each(|case| test(family, case)));
 }
 
 /// How the prompt at `index` is sampled: with all log-probabilities, with those of the output only, and by chance with
@@ -91,8 +73,8 @@ fn assert_same(got: &Seq, want: &Seq, context: &str) {
     }
 }
 
-fn ignores_chunks_blocks_and_company<B: TestBackend>(family: &Family) {
-    for case in &family.cases {
+fn ignores_chunks_blocks_and_company<B: TestBackend>() {
+    for_each_case(|family, case| {
         let want = alone::<B>(family, case);
         for (chunk, block_size) in [(1, 16), (7, 1), (16, 32), (7, 16)] {
             let (mut driver, seqs) = together::<B>(family, case, block_size);
@@ -107,11 +89,11 @@ fn ignores_chunks_blocks_and_company<B: TestBackend>(family: &Family) {
                 assert_same(got, want, &context);
             }
         }
-    }
+    });
 }
 
-fn resumes_preempted_sequences<B: TestBackend>(family: &Family) {
-    for case in &family.cases {
+fn resumes_preempted_sequences<B: TestBackend>() {
+    for_each_case(|family, case| {
         let want = alone::<B>(family, case);
         let (mut driver, seqs) = together::<B>(family, case, 16);
         driver.run(&seqs, 16, |seq| want[seq].output().len().min(9));
@@ -120,11 +102,11 @@ fn resumes_preempted_sequences<B: TestBackend>(family: &Family) {
         for (got, want) in driver.seqs.iter().zip(&want) {
             assert_same(got, want, &format!("{}, resumed", family.name));
         }
-    }
+    });
 }
 
-fn continues_cached_prefixes<B: TestBackend>(family: &Family) {
-    for case in &family.cases {
+fn continues_cached_prefixes<B: TestBackend>() {
+    for_each_case(|family, case| {
         let want = alone::<B>(family, case);
         let longest = (0..want.len()).max_by_key(|&i| want[i].prompt_len).unwrap();
         let (prompt, want) = (&case.prompts[longest].ids, &want[longest]);
@@ -139,11 +121,11 @@ fn continues_cached_prefixes<B: TestBackend>(family: &Family) {
         for &seq in &seqs {
             assert_same(&driver.seqs[seq], want, &format!("{}, cached prefix {seq}", family.name));
         }
-    }
+    });
 }
 
-fn forks_with_block_copies<B: TestBackend>(family: &Family) {
-    for case in &family.cases {
+fn forks_with_block_copies<B: TestBackend>() {
+    for_each_case(|family, case| {
         let want = alone::<B>(family, case);
         let (mut driver, seqs) = together::<B>(family, case, 16);
         driver.run(&seqs, 16, |_| 1);
@@ -153,12 +135,13 @@ fn forks_with_block_copies<B: TestBackend>(family: &Family) {
         for &seq in &all {
             assert_same(&driver.seqs[seq], &want[seq % want.len()], &format!("{}, fork {seq}", family.name));
         }
-    }
+    });
 }
 
 /// Two prompts of 70 tokens want a row of logits for each; the buffer has 64. Rows that decode, and rows
 /// that want one row of logits or none, stand before, between and behind them.
-fn cuts_steps_with_many_logit_rows<B: TestBackend>(family: &Family) {
+fn cuts_steps_with_many_logit_rows<B: TestBackend>() {
+    let family = &family_named("llama3");
     let case = &family.cases[0];
     let want = alone::<B>(family, case);
     let which = |seq: usize| [1, 3, 1, 3, 0, 2][seq];
@@ -180,7 +163,8 @@ fn cuts_steps_with_many_logit_rows<B: TestBackend>(family: &Family) {
     }
 }
 
-fn obeys_late_masks<B: TestBackend>(family: &Family) {
+fn obeys_late_masks<B: TestBackend>() {
+    let family = &family_named("llama3");
     let case = &family.cases[0];
     let want = alone::<B>(family, case);
     let (mut driver, seqs) = together::<B>(family, case, 16);

@@ -8,6 +8,18 @@
     reason = "clippy knows the bodies of tests, not their helpers"
 )]
 
+/// Runs each of these generic functions as a test on every backend.
+macro_rules! test_on_each_backend {
+    ($($name:ident),* $(,)?) => {
+        mod reference {
+            $(#[test] fn $name() { super::$name::<quire_backend::reference::RefBackend>(); })*
+        }
+        mod cpu {
+            $(#[test] fn $name() { super::$name::<quire_cpu::CpuBackend>(); })*
+        }
+    };
+}
+
 mod checkpoints;
 mod contract;
 mod driver;

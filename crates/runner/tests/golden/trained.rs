@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use quire_backend::reference::RefBackend;
 use quire_model::Checkpoint;
 use serde_json::Value;
 
@@ -16,14 +15,14 @@ const TOLERANCE: f32 = 1e-4;
 /// Below this lead of the best token over the next, implementations may differ.
 const MIN_MARGIN: f64 = 1e-3;
 
-#[test]
-fn reference_backend_agrees_on_stories260k() {
-    agrees::<RefBackend>("stories260k");
+test_on_each_backend!(agrees_on_stories260k, agrees_on_tinystories_656k);
+
+fn agrees_on_stories260k<B: TestBackend>() {
+    agrees::<B>("stories260k");
 }
 
-#[test]
-fn reference_backend_agrees_on_tinystories_656k() {
-    agrees::<RefBackend>("tinystories-656k");
+fn agrees_on_tinystories_656k<B: TestBackend>() {
+    agrees::<B>("tinystories-656k");
 }
 
 fn agrees<B: TestBackend>(name: &str) {
@@ -45,7 +44,8 @@ fn agrees<B: TestBackend>(name: &str) {
     }
     let perplexity = perplexity::<B>(&checkpoint, &ids(&reference["eval_text"]["ids"]));
     let want = reference["eval_text"]["perplexity"].as_f64().unwrap();
-    println!("{name:18} max |error| {worst:.2e}; perplexity {perplexity:.5}, expected {want}");
+    let backend = B::make().name();
+    println!("{name:18} {backend:9} max |error| {worst:.2e}; perplexity {perplexity:.5}, expected {want}");
     assert!(worst <= TOLERANCE, "{name}: {worst}");
     assert!((perplexity - want).abs() <= 1e-4 * want, "{name}: perplexity {perplexity}, expected {want}");
 }
