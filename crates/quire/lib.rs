@@ -1,1 +1,101 @@
-//! Quire, the application shell.
+//! The application shell: command line, configuration, wiring. The only place that knows flags, environment and TOML.
+//!
+//! Reading order: [`cli`] and [`args`] (what can be asked), [`layers`] (where settings come from), [`config`] (what they
+//! become), then one module a command: [`serve`], [`run`], [`inspect`], [`doctor`], [`sim_cmd`]; and what they
+//! share: [`model`] with [`hub`], [`metrics`] with [`process`], [`machine`], [`units`], [`logging`].
+#![forbid(unsafe_code)]
+
+pub mod args;
+pub mod cli;
+pub mod config;
+pub mod doctor;
+pub mod hub;
+mod inspect;
+pub mod layers;
+pub mod logging;
+pub mod machine;
+pub mod metrics;
+pub mod model;
+pub mod process;
+pub mod units;
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::CommandFactory;
+
+use crate::cli::{Cli, Command};
+use crate::layers::LayerError;
+
+/// Why a command ends with a status other than 0. Messages are for people; nothing branches on them.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Failure(String);
+
+type Result<T, E = Failure> = std::result::Result<T, E>;
+
+impl Failure {
+    /// Standard output went away or is full.
+    fn output(error: io::Error) -> Self {
+        Self(format!("cannot write the output: {error}"))
+    }
+}
+
+/// Errors of the parts, whose texts say everything already.
+macro_rules! failure_from {
+    ($($error:ty),* $(,)?) => {
+        $(impl From<$error> for Failure {
+            fn from(error: $error) -> Self {
+                Self(error.to_string())
+            }
+        })*
+    };
+}
+failure_from!(config::ConfigError, model::SourceError, String);
+
+/// The program: reads the command line and runs it.
+pub fn main() -> ExitCode {
+    process::mark_start();
+    let argv: Vec<OsString> = std::env::args_os().collect();
+    let parsed = match layers::parse(&argv, std::env::vars_os()) {
+        Ok(parsed) => parsed,
+        Err(LayerError::Cli(error)) => error.exit(),
+        Err(error) => return fail(&error),
+    };
+    match dispatch(parsed.cli.command, &parsed.warnings) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &dyn std::error::Error) -> ExitCode {
+    // Without standard error there is nobody to tell; the status remains.
+    let _ = writeln!(io::stderr(), "error: {error}");
+    ExitCode::FAILURE
+}
+
+fn dispatch(command: Command, warnings: &[String]) -> Result<()> {
+    let mut out = io::stdout();
+    match command {
+        Command::Inspect(args) => {
+            start_logging(args.common.log_format, "warn", warnings)?;
+            inspect::inspect(&args, &mut out)
+        }
+        Command::Doctor => doctor::doctor(&mut out).map_err(Failure::output),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "quire", &mut script);
+            out.write_all(&script).map_err(Failure::output)
+        }
+        _ => Err(Failure("not yet".into())),
+    }
+}
+
+fn start_logging(format: args::LogFormat, level: &str, warnings: &[String]) -> Result<()> {
+    logging::init(format, level)?;
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    Ok(())
+}

@@ -1,1 +1,5 @@
-fn main() {}
+//! Quire: see the library of the same name.
+
+fn main() -> std::process::ExitCode {
+    quire::main()
+}

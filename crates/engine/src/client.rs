@@ -290,7 +290,8 @@ impl RequestHandle {
 impl Drop for RequestHandle {
     fn drop(&mut self) {
         if self.unfinished > 0 {
-            let _ = self.inbox.send(Command::Finish { id: self.id, index: None, reason: FinishReason::Abort });
+            let _ =
+                self.inbox.send(Command::Finish { id: self.id, index: None, reason: FinishReason::Abort });
         }
     }
 }

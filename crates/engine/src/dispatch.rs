@@ -127,11 +127,7 @@ impl Registry {
 }
 
 /// Runs until the engine thread hangs up.
-pub(crate) async fn run(
-    shared: Arc<Shared>,
-    mut steps: Receiver<StepMessage>,
-    recycle: Sender<StepMessage>,
-) {
+pub(crate) async fn run(shared: Arc<Shared>, mut steps: Receiver<StepMessage>, recycle: Sender<StepMessage>) {
     let mut rate = FinishRate::default();
     while let Some(mut message) = steps.recv().await {
         shared.metrics.record(&message);

@@ -80,7 +80,9 @@ impl Engine {
         let result = outcome.wait_for(Option::is_some).await;
         match result {
             Ok(value) => value.clone().unwrap_or(Ok(())),
-            Err(_) => Err(ExecError { device: "engine".into(), message: "the engine thread vanished".into() }),
+            Err(_) => {
+                Err(ExecError { device: "engine".into(), message: "the engine thread vanished".into() })
+            }
         }
     }
 }
@@ -109,7 +111,10 @@ impl Shell {
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.run()));
         let result = result.unwrap_or_else(|panic| {
             let message = panic_message(panic.as_ref());
-            Err(ExecError { device: "engine".into(), message: format!("panic in the engine thread: {message}") })
+            Err(ExecError {
+                device: "engine".into(),
+                message: format!("panic in the engine thread: {message}"),
+            })
         });
         self.shared.advance_state(EngineState::Dead);
         let reason = if result.is_ok() { FinishReason::Abort } else { FinishReason::Error };

@@ -1,0 +1,277 @@
+//! Every setting, once: as a flag, and by the same name as a TOML key and an environment variable (see `layers.rs`).
+//!
+//! What is `Option` here has a default that depends on the model or the machine; `config.rs` decides it.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use quire_core::DType;
+
+use crate::units::{Bytes, parse_duration};
+
+/// Where a command finds its settings beside the command line.
+#[derive(Args, Clone, Debug)]
+pub struct CommonArgs {
+    /// Read settings from this TOML file; its keys are the names of the flags. Environment variables
+    /// (QUIRE_MAX_NUM_SEQS=8) override the file, and flags override both
+    #[arg(long, value_name = "FILE", help_heading = "General")]
+    pub config: Option<PathBuf>,
+    /// How log lines look; QUIRE_LOG sets their level (error, warn, info, debug, trace)
+    #[arg(long, value_name = "FORMAT", default_value = "text", help_heading = "General")]
+    pub log_format: LogFormat,
+}
+
+/// What to run and how: shared by `serve`, `run` and `inspect`.
+#[derive(Args, Clone, Debug)]
+pub struct EngineArgs {
+    /// A directory with config.json and safetensors files, or a hub id such as Qwen/Qwen3-0.6B (downloaded once;
+    /// HF_ENDPOINT, HF_HOME and HF_TOKEN are honoured). Nothing: the built-in demo model
+    #[arg(value_name = "MODEL")]
+    pub model: Option<String>,
+    /// Where to run
+    #[arg(long, default_value = "auto", help_heading = "Model")]
+    pub device: Device,
+    /// Compute threads [default: the cores this process may use]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Model")]
+    pub threads: Option<u32>,
+    /// Element type of weights and activations; auto keeps the checkpoint's
+    #[arg(long, default_value = "auto", help_heading = "Model")]
+    pub dtype: DTypeArg,
+    /// Store linear weights in fewer bits
+    #[arg(long, value_name = "FORMAT", default_value = "none", help_heading = "Model")]
+    pub quantize: Quantize,
+    /// dummy: random weights of the shape in config.json
+    #[arg(long, value_name = "FORMAT", default_value = "auto", help_heading = "Model")]
+    pub load_format: LoadFormat,
+    /// mock: made-up tokens instead of a model's, for tests of everything around it
+    #[arg(long, value_name = "EXECUTOR", default_value = "auto", help_heading = "Model")]
+    pub executor: ExecutorArg,
+    /// Use this Jinja file instead of the model's own chat template
+    #[arg(long, value_name = "FILE", help_heading = "Model")]
+    pub chat_template: Option<PathBuf>,
+    /// Longest sequence in tokens, prompt and answer [default: the model's, if the KV cache can hold it]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Batching")]
+    pub max_model_len: Option<u32>,
+    /// Sequences in one batch [default: 64 on CPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536), help_heading = "Batching")]
+    pub max_num_seqs: Option<u32>,
+    /// Tokens computed in one step, over all sequences [default: 512 on CPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1048576), help_heading = "Batching")]
+    pub max_num_batched_tokens: Option<u32>,
+    /// Requests that may wait; more are refused with 429
+    #[arg(long, value_name = "N", default_value_t = 256, help_heading = "Batching")]
+    pub max_queued_requests: u32,
+    /// The same bytes for the same request, whoever shares the batch; always on on CPU
+    #[arg(long, value_name = "MODE", default_value = "auto", help_heading = "Batching")]
+    pub batch_invariant: Switch,
+    /// Tokens in one KV block, a power of two
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=256), help_heading = "KV cache")]
+    pub block_size: u32,
+    /// Do not reuse the KV of prompts that begin alike
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", help_heading = "KV cache")]
+    pub no_prefix_cache: bool,
+    /// Memory for keys and values, such as 4GiB [default: what the limits can use, at most 4 GiB and 40 % of free RAM]
+    #[arg(long, value_name = "SIZE", help_heading = "KV cache")]
+    pub kv_cache_memory: Option<Bytes>,
+    /// Element type of keys and values; auto follows --dtype
+    #[arg(long, value_name = "DTYPE", default_value = "auto", help_heading = "KV cache")]
+    pub kv_cache_dtype: KvDType,
+    /// Share of GPU memory to use; no effect on CPU
+    #[arg(long, value_name = "SHARE", default_value_t = 0.92, help_heading = "KV cache")]
+    pub gpu_memory_utilization: f64,
+    /// GPUs to split the model over
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Model")]
+    pub tensor_parallel_size: u32,
+}
+
+/// What only a server needs.
+#[derive(Args, Clone, Debug)]
+pub struct ServerArgs {
+    /// Address to listen on; 0.0.0.0 for every interface
+    #[arg(long, default_value = "127.0.0.1", help_heading = "Server")]
+    pub host: IpAddr,
+    /// HTTP port; 0 takes a free one and prints it
+    #[arg(long, default_value_t = 8000, help_heading = "Server")]
+    pub port: u16,
+    /// gRPC port; 0 takes a free one and prints it
+    #[arg(long, default_value_t = 8001, help_heading = "Server")]
+    pub grpc_port: u16,
+    /// The model's name in the API [default: the hub id, the directory's name, or quire-demo]
+    #[arg(long, value_name = "NAME", help_heading = "Server")]
+    pub served_model_name: Option<String>,
+    /// Clients must send this key (Authorization: Bearer KEY); better in QUIRE_API_KEY, where `ps` does not show it
+    #[arg(long, value_name = "KEY", help_heading = "Server")]
+    pub api_key: Option<String>,
+    /// How long running answers may take to finish after SIGTERM or Ctrl-C
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration, help_heading = "Server")]
+    pub shutdown_timeout: Duration,
+    /// vllm: /metrics also has the names that tools for vLLM look for
+    #[arg(long, value_name = "SET", default_value = "vllm", help_heading = "Server")]
+    pub metrics_compat: MetricsCompat,
+    /// Where quotas are counted
+    #[arg(long, value_name = "STORE", default_value = "memory", hide = true)]
+    pub quota_store: String,
+    /// Tenants with keys, quotas and weights.
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub tenants: Option<PathBuf>,
+    /// Goal for the time to the first token.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, hide = true)]
+    pub ttft_target: Option<Duration>,
+    /// Goal for the time between tokens.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, hide = true)]
+    pub itl_target: Option<Duration>,
+    /// Certificate chain (PEM).
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub tls_cert: Option<PathBuf>,
+    /// Private key (PEM).
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub tls_key: Option<PathBuf>,
+}
+
+/// Defines a set of words for one flag.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $word:literal),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+        pub enum $name {
+            $($(#[$variant_doc])* #[value(name = $word)] $variant),*
+        }
+
+        impl $name {
+            /// The word on the command line.
+            pub const fn word(self) -> &'static str {
+                match self { $(Self::$variant => $word),* }
+            }
+        }
+    };
+}
+
+words! {
+    /// `--device`
+    Device {
+        /// The best there is
+        Auto = "auto",
+        /// The processor
+        Cpu = "cpu",
+        /// NVIDIA GPUs
+        Cuda = "cuda",
+    }
+}
+words! {
+    /// `--dtype`
+    DTypeArg {
+        /// The checkpoint's
+        Auto = "auto",
+        /// bfloat16
+        Bf16 = "bf16",
+        /// IEEE half
+        F16 = "f16",
+        /// IEEE single
+        F32 = "f32",
+    }
+}
+words! {
+    /// `--kv-cache-dtype`
+    KvDType {
+        /// As --dtype
+        Auto = "auto",
+        /// IEEE single
+        F32 = "f32",
+        /// bfloat16
+        Bf16 = "bf16",
+        /// IEEE half
+        F16 = "f16",
+        /// 8-bit integers
+        Int8 = "int8",
+        /// 8-bit floats
+        Fp8 = "fp8",
+    }
+}
+words! {
+    /// `--quantize`
+    Quantize {
+        /// As in the checkpoint
+        None = "none",
+        /// 8-bit integers
+        Int8 = "int8",
+        /// 4-bit integers
+        Int4 = "int4",
+        /// 8-bit floats
+        Fp8 = "fp8",
+    }
+}
+words! {
+    /// `--load-format`
+    LoadFormat {
+        /// The checkpoint's files
+        Auto = "auto",
+        /// Random weights
+        Dummy = "dummy",
+    }
+}
+words! {
+    /// `--executor`
+    ExecutorArg {
+        /// The model
+        Auto = "auto",
+        /// Made-up tokens
+        Mock = "mock",
+    }
+}
+words! {
+    /// `--batch-invariant`
+    Switch {
+        /// As the device does best
+        Auto = "auto",
+        /// Always
+        On = "on",
+        /// Never
+        Off = "off",
+    }
+}
+words! {
+    /// `--metrics-compat`
+    MetricsCompat {
+        /// quire_* and vllm:* names
+        Vllm = "vllm",
+        /// quire_* names alone
+        None = "none",
+    }
+}
+words! {
+    /// `--log-format`
+    LogFormat {
+        /// For people
+        Text = "text",
+        /// One JSON object a line
+        Json = "json",
+    }
+}
+
+impl DTypeArg {
+    /// The type, unless it is left to the checkpoint.
+    pub const fn dtype(self) -> Option<DType> {
+        match self {
+            Self::Auto => None,
+            Self::Bf16 => Some(DType::BF16),
+            Self::F16 => Some(DType::F16),
+            Self::F32 => Some(DType::F32),
+        }
+    }
+}
+
+impl KvDType {
+    /// The type, unless it follows the model.
+    pub const fn dtype(self) -> Option<DType> {
+        match self {
+            Self::Auto => None,
+            Self::F32 => Some(DType::F32),
+            Self::Bf16 => Some(DType::BF16),
+            Self::F16 => Some(DType::F16),
+            Self::Int8 => Some(DType::I8),
+            Self::Fp8 => Some(DType::F8E4M3),
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! The command line: which commands there are and what they take.
+
+use std::ops::Range;
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::args::{CommonArgs, EngineArgs, ServerArgs};
+
+const EXAMPLES: &str = "\
+Examples:
+  quire serve                                    serve the built-in demo model on http://127.0.0.1:8000
+  quire serve Qwen/Qwen3-0.6B                    download a model from the hub once, then serve it
+  quire serve ./my-model --port 9000             serve a local checkpoint
+  quire run -p 'Hello!'                          one answer, in the terminal
+  quire inspect ./my-model                       what a checkpoint is and what memory it needs
+  quire doctor                                   what this machine offers";
+
+/// High-throughput batched LLM serving: continuous batching, paged KV cache, one binary.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "quire", version, about, after_help = EXAMPLES, max_term_width = 110, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Subcommand, Clone, Debug)]
+pub enum Command {
+    /// Serve a model over HTTP (OpenAI's API) and gRPC
+    Serve(ServeArgs),
+    /// Chat with a model in the terminal
+    Run(RunArgs),
+    /// Show a model's architecture, tensors and memory plan without loading its weights
+    Inspect(InspectArgs),
+    /// Show what this machine offers: cores, SIMD, memory bandwidth, GPU
+    Doctor,
+    /// Run the real scheduler and engine on made-up workloads, and check every invariant
+    Sim(SimArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell; for bash: source <(quire completions bash)
+        shell: Shell,
+    },
+}
+
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  quire serve
+  quire serve Qwen/Qwen3-0.6B --host 0.0.0.0 --max-num-seqs 32 --kv-cache-memory 2GiB
+  quire serve --config quire.toml
+  QUIRE_API_KEY=secret quire serve ./my-model
+
+Then:
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{\"model\": \"quire-demo\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello!\"}]}'
+
+Every flag is also a TOML key (max_num_seqs = 32) and an environment variable (QUIRE_MAX_NUM_SEQS=32).";
+
+/// `quire serve`
+#[derive(Args, Clone, Debug)]
+#[command(after_help = SERVE_EXAMPLES, args_override_self = true)]
+pub struct ServeArgs {
+    /// What to run.
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// How to offer it.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Files and logs.
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  quire run                                      chat with the built-in demo model
+  quire run -p 'What is Quire?'                  one answer to standard output
+  cat question.txt | quire run ./my-model        the question comes from a pipe
+
+While chatting: Ctrl-C stops the answer, /clear forgets the conversation, /exit or Ctrl-D leaves.";
+
+/// `quire run`
+#[derive(Args, Clone, Debug)]
+#[command(after_help = RUN_EXAMPLES, args_override_self = true)]
+pub struct RunArgs {
+    /// What to run.
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// Answer this and leave
+    #[arg(short, long, value_name = "PROMPT")]
+    pub prompt: Option<String>,
+    /// Instructions for the whole conversation
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// 0 always takes the most likely token [default: the model's]
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f32>,
+    /// Longest answer in tokens [default: what fits]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: Option<u32>,
+    /// Makes random choices repeatable
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Files and logs.
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+/// `quire inspect`
+#[derive(Args, Clone, Debug)]
+#[command(args_override_self = true)]
+pub struct InspectArgs {
+    /// What to look at.
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// List every tensor, not only one layer's
+    #[arg(long)]
+    pub all_tensors: bool,
+    /// Files and logs.
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+/// `quire sim`
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:\n  quire sim --seed 7\n  quire sim --seeds 0..500")]
+pub struct SimArgs {
+    /// Run this one seed
+    #[arg(long, value_name = "N", conflicts_with = "seeds")]
+    pub seed: Option<u64>,
+    /// Run the seeds from A up to but not including B
+    #[arg(long, value_name = "A..B", value_parser = parse_seeds)]
+    pub seeds: Option<Range<u64>>,
+}
+
+fn parse_seeds(text: &str) -> Result<Range<u64>, String> {
+    let wrong = || format!("`{text}` is not a range of seeds; write for example 0..500");
+    let (start, end) = text.split_once("..").ok_or_else(wrong)?;
+    let range = start.parse().map_err(|_| wrong())?..end.parse().map_err(|_| wrong())?;
+    if range.is_empty() { Err(wrong()) } else { Ok(range) }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn contract_of_the_command_line() {
+        let serve = "quire serve MODEL --host 127.0.0.1 --port 8000 --grpc-port 8001 --served-model-name NAME \
+            --device auto --threads 2 --dtype auto --quantize none --load-format auto --executor auto \
+            --max-model-len 9 --max-num-seqs 9 --max-num-batched-tokens 9 --max-queued-requests 9 --block-size 16 \
+            --no-prefix-cache --batch-invariant auto --kv-cache-memory 4GiB --kv-cache-dtype auto \
+            --gpu-memory-utilization 0.92 --tensor-parallel-size 1 --ttft-target 2s --itl-target 50ms \
+            --config quire.toml --api-key KEY --tenants tenants.toml --quota-store memory --chat-template FILE \
+            --metrics-compat vllm --log-format text --shutdown-timeout 60s --tls-cert c --tls-key k";
+        Cli::try_parse_from(serve.split_whitespace()).unwrap();
+        for line in [
+            "quire run -p hi",
+            "quire inspect MODEL",
+            "quire doctor",
+            "quire sim --seed 1",
+            "quire sim --seeds 0..9",
+            "quire completions bash",
+        ] {
+            Cli::try_parse_from(line.split_whitespace()).unwrap();
+        }
+        for line in [
+            "quire serve --portt 1",
+            "quire serve --dtype f64",
+            "quire sim --seeds 9..9",
+            "quire serve --port 70000",
+        ] {
+            assert!(Cli::try_parse_from(line.split_whitespace()).is_err(), "{line}");
+        }
+    }
+}

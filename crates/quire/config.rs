@@ -1,0 +1,389 @@
+//! Settings, model and machine -> one frozen [`Config`]: every default decided, every contradiction refused.
+
+use std::fmt;
+
+use quire_core::{DType, Limits, QuantFormat};
+use quire_model::{Mixer, ModelSpec, RopeScaling};
+use quire_runner::{MemoryPlan, RunnerConfig};
+
+use crate::args::{Device, EngineArgs, Quantize, ServerArgs, Switch};
+use crate::machine;
+use crate::units::{Bytes, grouped};
+
+/// Default of `--max-num-seqs` on CPU: more sequences than this no longer share one read of the weights cheaply.
+const CPU_MAX_NUM_SEQS: u32 = 64;
+/// Default of `--max-num-batched-tokens` on CPU: a step of some tens of milliseconds for a model of a few hundred
+/// million parameters, so that decoding sequences do not stall behind a prompt.
+const CPU_MAX_NUM_BATCHED_TOKENS: u32 = 512;
+/// Default bound of `--kv-cache-memory`.
+const MAX_DEFAULT_KV: u64 = 4 << 30;
+/// Default share of free memory for keys and values.
+const DEFAULT_KV_SHARE: f64 = 0.4;
+
+/// A setting that cannot be met.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("--{flag}: {message}")]
+pub struct ConfigError {
+    /// The flag to change.
+    pub flag: &'static str,
+    /// What is wrong and what would do.
+    pub message: String,
+}
+
+/// What the machine offers, as far as defaults depend on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Machine {
+    /// Cores this process may use.
+    pub cores: u32,
+    /// Memory that can be used now.
+    pub available_memory: Bytes,
+}
+
+impl Machine {
+    /// This machine. Where the system does not say how much memory is free, 4 GiB are assumed.
+    pub fn detect() -> Self {
+        let available_memory = machine::available_memory().unwrap_or(Bytes(4 << 30));
+        Self { cores: machine::usable_cores(), available_memory }
+    }
+}
+
+/// How one engine runs. Nothing in it is optional.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Compute threads.
+    pub threads: u32,
+    /// Sizes of the runner.
+    pub runner: RunnerConfig,
+    /// Where the memory goes.
+    pub memory: MemoryPlan,
+    /// Bounds of requests.
+    pub limits: Limits,
+    /// Whether prompts that begin alike share their KV.
+    pub prefix_cache: bool,
+    /// Tokens of context the model itself could take.
+    pub model_context: u32,
+}
+
+impl Config {
+    /// Decides everything.
+    ///
+    /// # Errors
+    /// A setting names a feature that this build does not have, contradicts another, or does not fit the model or memory.
+    pub fn resolve(args: &EngineArgs, spec: &ModelSpec, machine: &Machine) -> Result<Self, ConfigError> {
+        check_supported(args, spec)?;
+        let max_num_seqs = args.max_num_seqs.unwrap_or(CPU_MAX_NUM_SEQS);
+        let max_num_batched_tokens =
+            args.max_num_batched_tokens.unwrap_or_else(|| CPU_MAX_NUM_BATCHED_TOKENS.max(max_num_seqs));
+        if max_num_batched_tokens < max_num_seqs {
+            let message = format!(
+                "{max_num_batched_tokens} is less than one token for each of {max_num_seqs} sequences; raise it or lower \
+                 --max-num-seqs"
+            );
+            return Err(error("max-num-batched-tokens", message));
+        }
+        let model_context = u32::try_from(spec.max_model_len()).unwrap_or(u32::MAX);
+        let wanted_len = wanted_model_len(args, spec, model_context)?;
+        let mut runner = RunnerConfig {
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_model_len: wanted_len,
+            block_size: args.block_size,
+            num_blocks: 1,
+            kv_dtype: args.kv_cache_dtype.dtype().unwrap_or_else(|| default_kv_dtype(spec.dtype)),
+            quant: QuantFormat::None,
+        };
+        runner.num_blocks = num_blocks(args, spec, &runner, machine)?;
+        runner.max_model_len = fitting_model_len(args, &runner)?;
+        let limits = Limits {
+            vocab_size: u32::try_from(spec.vocab_size).unwrap_or(u32::MAX),
+            max_model_len: runner.max_model_len,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_queued_requests: args.max_queued_requests,
+            block_size: runner.block_size,
+            num_blocks: runner.num_blocks,
+            ..Limits::default()
+        };
+        Ok(Self {
+            threads: args.threads.unwrap_or(machine.cores),
+            memory: MemoryPlan::new(spec, &runner),
+            runner,
+            limits,
+            prefix_cache: !args.no_prefix_cache,
+            model_context,
+        })
+    }
+}
+
+/// Refuses server settings whose feature does not exist yet.
+///
+/// # Errors
+/// The first of them.
+pub fn check_server(args: &ServerArgs) -> Result<(), ConfigError> {
+    let missing = [
+        (
+            "tls-cert",
+            args.tls_cert.is_some(),
+            "TLS is not supported yet; terminate it in a proxy in front of Quire",
+        ),
+        (
+            "tls-key",
+            args.tls_key.is_some(),
+            "TLS is not supported yet; terminate it in a proxy in front of Quire",
+        ),
+        (
+            "tenants",
+            args.tenants.is_some(),
+            "tenants are not supported yet; --api-key sets one key for all clients",
+        ),
+        (
+            "quota-store",
+            args.quota_store != "memory",
+            "quotas are not supported yet; the only store is `memory`",
+        ),
+        ("ttft-target", args.ttft_target.is_some(), "latency targets are not supported yet"),
+        ("itl-target", args.itl_target.is_some(), "latency targets are not supported yet"),
+    ];
+    match missing.into_iter().find(|(_, given, _)| *given) {
+        Some((flag, _, message)) => Err(error(flag, message.into())),
+        None if args.api_key.as_ref().is_some_and(|key| key.trim().is_empty()) => {
+            Err(error("api-key", "must not be empty".into()))
+        }
+        None => Ok(()),
+    }
+}
+
+fn check_supported(args: &EngineArgs, spec: &ModelSpec) -> Result<(), ConfigError> {
+    let fail = |flag, message: &str| Err(error(flag, message.into()));
+    if args.device == Device::Cuda {
+        return fail("device", "CUDA is not supported yet; use cpu");
+    }
+    if args.tensor_parallel_size != 1 {
+        return fail(
+            "tensor-parallel-size",
+            "splitting a model over GPUs is not supported yet; leave it at 1",
+        );
+    }
+    if args.quantize != Quantize::None {
+        return fail("quantize", "quantization is not supported yet; leave it at none");
+    }
+    if args.batch_invariant == Switch::Off {
+        return fail("batch-invariant", "the CPU backend is always batch invariant; use auto or on");
+    }
+    if !(args.gpu_memory_utilization > 0.0 && args.gpu_memory_utilization <= 1.0) {
+        return fail("gpu-memory-utilization", "must be above 0 and at most 1");
+    }
+    if !args.block_size.is_power_of_two() {
+        return fail("block-size", "must be a power of two");
+    }
+    if let Some(dtype) = args.dtype.dtype().filter(|&dtype| dtype != spec.dtype) {
+        let stored = spec.dtype;
+        let message = format!(
+            "{dtype} differs from the checkpoint's {stored}, and converting is not supported yet; use auto"
+        );
+        return Err(error("dtype", message));
+    }
+    if let Some(dtype @ (DType::I8 | DType::F8E4M3)) = args.kv_cache_dtype.dtype() {
+        let message = format!("{dtype} keys and values are not supported yet; use auto, bf16, f16 or f32");
+        return Err(error("kv-cache-dtype", message));
+    }
+    Ok(())
+}
+
+/// What the user asked for, or else what the model was made for.
+fn wanted_model_len(args: &EngineArgs, spec: &ModelSpec, model_context: u32) -> Result<u32, ConfigError> {
+    let Some(wanted) = args.max_model_len else { return Ok(model_context) };
+    let Mixer::Gqa(gqa) = &spec.layers[0].mixer;
+    // Dynamic scaling adapts to any length; every other kind is fixed by the checkpoint.
+    let extends = matches!(gqa.rope.scaling, RopeScaling::Dynamic { .. });
+    if wanted > model_context && !extends {
+        let message = format!("{wanted} is more than the {model_context} positions this model knows");
+        return Err(error("max-model-len", message));
+    }
+    Ok(wanted)
+}
+
+/// bf16 models keep bf16 keys and values; for others f32 costs memory but no accuracy.
+fn default_kv_dtype(model: DType) -> DType {
+    if model == DType::BF16 { DType::BF16 } else { DType::F32 }
+}
+
+/// Blocks in the pool: as many as the user's memory holds, or else as many as the limits can use within the default budget.
+fn num_blocks(
+    args: &EngineArgs,
+    spec: &ModelSpec,
+    runner: &RunnerConfig,
+    machine: &Machine,
+) -> Result<u32, ConfigError> {
+    let plan = MemoryPlan::new(spec, runner);
+    let blocks = match args.kv_cache_memory {
+        Some(budget) => plan.num_blocks_in(budget.0),
+        None => {
+            let share = (machine.available_memory.0 as f64 * DEFAULT_KV_SHARE) as u64;
+            let useful = u64::from(runner.max_num_seqs) * u64::from(runner.max_blocks_per_seq());
+            plan.num_blocks_in(share.min(MAX_DEFAULT_KV)).min(u32::try_from(useful).unwrap_or(u32::MAX))
+        }
+    };
+    // With one block, a sequence of one block could never be copied or preempted; two are the least that can work.
+    if blocks < 2 {
+        let needed = Bytes(2 * plan.kv_block_bytes);
+        return Err(error(
+            "kv-cache-memory",
+            format!("two KV blocks of this model need {needed}; give it more memory"),
+        ));
+    }
+    Ok(blocks)
+}
+
+/// The longest sequence the pool can hold, unless the user insists on a longer one.
+fn fitting_model_len(args: &EngineArgs, runner: &RunnerConfig) -> Result<u32, ConfigError> {
+    let pool = u64::from(runner.num_blocks) * u64::from(runner.block_size);
+    let wanted = u64::from(runner.max_model_len);
+    if wanted <= pool {
+        return Ok(runner.max_model_len);
+    }
+    if args.max_model_len.is_some() {
+        let message = format!(
+            "{wanted} tokens do not fit the KV cache, which holds {pool}; lower it or raise --kv-cache-memory"
+        );
+        return Err(error("max-model-len", message));
+    }
+    Ok(pool as u32)
+}
+
+fn error(flag: &'static str, message: String) -> ConfigError {
+    ConfigError { flag, message }
+}
+
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (runner, memory) = (&self.runner, &self.memory);
+        writeln!(
+            f,
+            "memory   weights {}, KV cache {} ({} tokens in {} blocks of {}, {}), workspace {}",
+            Bytes(memory.weight_bytes),
+            Bytes(memory.kv_bytes()),
+            grouped(memory.kv_tokens()),
+            grouped(runner.num_blocks.into()),
+            runner.block_size,
+            runner.kv_dtype,
+            Bytes(memory.workspace_bytes),
+        )?;
+        write!(f, "limits   {} tokens a sequence", grouped(runner.max_model_len.into()))?;
+        if runner.max_model_len < self.model_context {
+            write!(f, " (of the model's {})", grouped(self.model_context.into()))?;
+        }
+        write!(
+            f,
+            ", {} sequences and {} tokens a step, {} requests queued; prefix cache {}",
+            runner.max_num_seqs,
+            grouped(runner.max_num_batched_tokens.into()),
+            self.limits.max_queued_requests,
+            if self.prefix_cache { "on" } else { "off" },
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Command, ServeArgs};
+
+    fn args(flags: &str) -> ServeArgs {
+        let line = ["quire", "serve"].into_iter().chain(flags.split_whitespace());
+        match Cli::try_parse_from(line).unwrap().command {
+            Command::Serve(args) => args,
+            other => panic!("expected serve, got {other:?}"),
+        }
+    }
+
+    /// 2 layers, 2 KV heads of 16, bf16: 256 bytes of KV a token, 4 KiB a block of 16.
+    fn spec() -> ModelSpec {
+        ModelSpec::from_config_json(
+            r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+                "max_position_embeddings": 256, "torch_dtype": "bfloat16", "tie_word_embeddings": true}"#,
+        )
+        .unwrap()
+    }
+
+    const ROOMY: Machine = Machine { cores: 6, available_memory: Bytes(1 << 40) };
+
+    fn resolve(flags: &str, machine: &Machine) -> Result<Config, ConfigError> {
+        Config::resolve(&args(flags).engine, &spec(), machine)
+    }
+
+    #[test]
+    fn defaults_come_from_model_and_machine() {
+        let config = resolve("", &ROOMY).unwrap();
+        assert_eq!(config.threads, 6);
+        assert_eq!((config.limits.max_model_len, config.limits.vocab_size), (256, 100));
+        assert_eq!(config.runner.num_blocks, 64 * 256 / 16, "what the limits can use, not more");
+        assert_eq!(config.runner.kv_dtype, DType::BF16);
+        assert!(config.prefix_cache);
+        let f32_spec = ModelSpec { dtype: DType::F16, ..spec() };
+        let config = Config::resolve(&args("").engine, &f32_spec, &ROOMY).unwrap();
+        assert_eq!(config.runner.kv_dtype, DType::F32);
+    }
+
+    #[test]
+    fn little_memory_shortens_sequences() {
+        let small = Machine { cores: 1, available_memory: Bytes(100 << 10) };
+        let config = resolve("", &small).unwrap();
+        assert_eq!(config.runner.num_blocks, 10, "40 % of 100 KiB in blocks of 4 KiB");
+        assert_eq!(config.limits.max_model_len, 160);
+        assert!(config.to_string().contains("(of the model's 256)"), "{config}");
+        let error = resolve("--max-model-len 256", &small).unwrap_err();
+        assert!(error.flag == "max-model-len" && error.message.contains("holds 160"), "{error}");
+        let none = Machine { cores: 1, available_memory: Bytes(4096) };
+        assert_eq!(resolve("", &none).unwrap_err().flag, "kv-cache-memory");
+    }
+
+    #[test]
+    fn explicit_memory_is_used_in_full() {
+        let config = resolve("--kv-cache-memory 64MiB", &ROOMY).unwrap();
+        assert_eq!(
+            config.memory.kv_bytes(),
+            64 << 20,
+            "what running sequences leave serves the prefix cache"
+        );
+        assert_eq!(resolve("--kv-cache-memory 5KiB", &ROOMY).unwrap_err().flag, "kv-cache-memory");
+    }
+
+    #[test]
+    fn every_missing_feature_names_its_flag() {
+        for (flags, flag) in [
+            ("--device cuda", "device"),
+            ("--tensor-parallel-size 2", "tensor-parallel-size"),
+            ("--quantize int8", "quantize"),
+            ("--batch-invariant off", "batch-invariant"),
+            ("--dtype f16", "dtype"),
+            ("--kv-cache-dtype fp8", "kv-cache-dtype"),
+            ("--gpu-memory-utilization 1.5", "gpu-memory-utilization"),
+            ("--block-size 12", "block-size"),
+            ("--max-model-len 257", "max-model-len"),
+            ("--max-num-seqs 64 --max-num-batched-tokens 63", "max-num-batched-tokens"),
+        ] {
+            assert_eq!(resolve(flags, &ROOMY).unwrap_err().flag, flag, "{flags}");
+        }
+        for (flags, flag) in [
+            ("--tls-cert a", "tls-cert"),
+            ("--tls-key a", "tls-key"),
+            ("--tenants a", "tenants"),
+            ("--quota-store redis://x", "quota-store"),
+            ("--ttft-target 2s", "ttft-target"),
+            ("--itl-target 50ms", "itl-target"),
+            ("--api-key=", "api-key"),
+        ] {
+            assert_eq!(check_server(&args(flags).server).unwrap_err().flag, flag, "{flags}");
+        }
+        resolve(
+            "--device cpu --dtype bf16 --quantize none --batch-invariant on --kv-cache-dtype f32",
+            &ROOMY,
+        )
+        .unwrap();
+        check_server(&args("--api-key k --quota-store memory").server).unwrap();
+    }
+}

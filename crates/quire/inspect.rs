@@ -1,0 +1,109 @@
+//! `quire inspect`: what a checkpoint is and what memory it needs, from its headers alone.
+
+use std::io::{self, Write};
+
+use quire_model::{Checkpoint, Ffn, FfnShape, Head, Mixer, ModelSpec, QkNorm, TensorInfo};
+
+use crate::cli::InspectArgs;
+use crate::config::{Config, Machine};
+use crate::model::LocalModel;
+use crate::units::{Bytes, grouped};
+use crate::{Failure, Result};
+
+/// Prints the report.
+pub(crate) fn inspect(args: &InspectArgs, out: &mut impl Write) -> Result<()> {
+    let checkpoint = LocalModel::from_args(&args.engine)?.open(args.engine.load_format)?;
+    let spec = checkpoint.spec();
+    let config = Config::resolve(&args.engine, spec, &Machine::detect());
+    let mut print = || -> io::Result<()> {
+        print_spec(out, spec)?;
+        print_tensors(out, &checkpoint, args.all_tensors)?;
+        match &config {
+            Ok(config) => writeln!(out, "\n{config}\n         {} in all", Bytes(config.memory.total_bytes())),
+            Err(error) => writeln!(out, "\nno memory plan: {error}"),
+        }
+    };
+    print().map_err(Failure::output)
+}
+
+/// One line about a model, as `serve` prints it too.
+pub(crate) fn headline(spec: &ModelSpec) -> String {
+    let parameters = match spec.num_parameters() {
+        count @ 0..10_000_000 => format!("{:.1} M", count as f64 / 1e6),
+        count @ 10_000_000..1_000_000_000 => format!("{:.0} M", count as f64 / 1e6),
+        count => format!("{:.2} B", count as f64 / 1e9),
+    };
+    format!("{}, {parameters} parameters in {}", spec.architecture, spec.dtype)
+}
+
+fn print_spec(out: &mut impl Write, spec: &ModelSpec) -> io::Result<()> {
+    writeln!(out, "{}", headline(spec))?;
+    let head = if spec.head == Head::Tied { "tied to the embedding" } else { "its own weights" };
+    writeln!(out, "  layers        {}", spec.layers.len())?;
+    writeln!(out, "  hidden size   {}", spec.hidden_size)?;
+    writeln!(out, "  vocabulary    {}; output head {head}", grouped(spec.vocab_size as u64))?;
+    writeln!(out, "  context       {} tokens", grouped(spec.max_model_len() as u64))?;
+    let layer = &spec.layers[0];
+    let Mixer::Gqa(gqa) = &layer.mixer;
+    let mut extras = Vec::new();
+    if gqa.qk_norm == QkNorm::PerHead {
+        extras.push("QK-norm".to_owned());
+    }
+    if gqa.qkv_bias {
+        extras.push("bias on QKV".to_owned());
+    }
+    if let Some(window) = gqa.window {
+        extras.push(format!("sliding window {}", grouped(window.into())));
+    }
+    let extras = if extras.is_empty() { String::new() } else { format!("; {}", extras.join(", ")) };
+    writeln!(
+        out,
+        "  attention     {} query and {} KV heads of {}{extras}",
+        gqa.num_heads, gqa.num_kv_heads, gqa.head_dim
+    )?;
+    writeln!(out, "  rope          theta {}, scaling {:?}", gqa.rope.theta, gqa.rope.scaling)?;
+    let Ffn::Dense(ffn) = &layer.ffn;
+    let shape = if ffn.shape == FfnShape::Gated { "gated " } else { "" };
+    writeln!(out, "  feed-forward  {} wide, {shape}{:?}", ffn.intermediate_size, ffn.activation)?;
+    writeln!(out, "  KV a token    {}", Bytes(spec.kv_bytes_per_token(spec.dtype)))?;
+    writeln!(out, "  tokens        bos {:?}, eos {:?}", spec.bos_token_id, spec.eos_token_ids)
+}
+
+/// The tensors; those of all layers after the first are left out unless `all`, because layers look alike.
+fn print_tensors(out: &mut impl Write, checkpoint: &Checkpoint, all: bool) -> io::Result<()> {
+    let tensors = checkpoint.tensors();
+    let total: u64 = tensors.iter().map(|tensor| tensor.bytes).sum();
+    writeln!(out, "\n{} tensors, {}", tensors.len(), Bytes(total))?;
+    let shown: Vec<&TensorInfo> = tensors
+        .iter()
+        .filter(|tensor| all || layer_of(&tensor.name).is_none_or(|layer| layer == 0))
+        .collect();
+    let width = shown.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0);
+    for tensor in &shown {
+        let shape = format!("{:?}", tensor.shape);
+        writeln!(
+            out,
+            "  {:width$}  {:4}  {shape:16}  {:>9}  {}",
+            tensor.name,
+            tensor.dtype,
+            Bytes(tensor.bytes),
+            tensor.file
+        )?;
+    }
+    if shown.len() < tensors.len() {
+        writeln!(
+            out,
+            "  … and {} more in the layers after the first (--all-tensors)",
+            tensors.len() - shown.len()
+        )?;
+    }
+    for name in checkpoint.ignored_tensors() {
+        writeln!(out, "  not used by this architecture: {name}")?;
+    }
+    Ok(())
+}
+
+/// The number between dots in a tensor's name.
+fn layer_of(name: &str) -> Option<usize> {
+    name.split('.').find_map(|part| part.parse().ok())
+}

@@ -1,0 +1,161 @@
+//! The metrics page: what the recorder holds, in the order of [`metric_names::ALL`], with `vllm:` names beside ours.
+//!
+//! Every family is described on the page from the first second, so that a dashboard can tell "zero" from "not there".
+//! Histograms always have buckets: the exporter would render one without as a summary, which cannot be aggregated.
+
+use std::collections::HashMap;
+use std::fmt::Write;
+
+use metrics::gauge;
+use metrics_exporter_prometheus::{
+    BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
+};
+use quire_core::metric_names::{self, Family, Kind};
+
+use crate::args::MetricsCompat;
+use crate::process;
+
+/// Renders the page.
+#[derive(Clone)]
+pub struct MetricsPage {
+    handle: PrometheusHandle,
+    compat: MetricsCompat,
+}
+
+/// A recorder that has buckets for every histogram, and the page that reads it.
+///
+/// # Errors
+/// A histogram has no buckets.
+pub fn recorder(compat: MetricsCompat) -> Result<(PrometheusRecorder, MetricsPage), BuildError> {
+    let mut builder = PrometheusBuilder::new();
+    for family in metric_names::ALL {
+        if let Kind::Histogram(buckets) = family.kind {
+            builder = builder.set_buckets_for_metric(Matcher::Full(family.name.into()), buckets)?;
+        }
+    }
+    let recorder = builder.build_recorder();
+    let handle = recorder.handle();
+    Ok((recorder, MetricsPage { handle, compat }))
+}
+
+/// Makes a recorder that of the whole process and registers what is known from the start.
+///
+/// # Errors
+/// There is one already, or [`recorder`] failed.
+pub fn install(compat: MetricsCompat) -> Result<MetricsPage, String> {
+    let (recorder, page) = recorder(compat).map_err(|error| error.to_string())?;
+    metrics::set_global_recorder(recorder).map_err(|error| error.to_string())?;
+    register_process_wide("cpu");
+    Ok(page)
+}
+
+/// Series that exist once a process and need no engine.
+fn register_process_wide(backend: &'static str) {
+    let commit = option_env!("QUIRE_COMMIT").unwrap_or("unknown");
+    let labels = [("version", env!("CARGO_PKG_VERSION")), ("commit", commit), ("backend", backend)];
+    gauge!(metric_names::BUILD_INFO.name, &labels).set(1.0);
+    gauge!(metric_names::HTTP_INFLIGHT.name).set(0.0);
+    metrics::counter!(metric_names::CLIENT_DISCONNECTS.name).absolute(0);
+    // Registering is enough: it shows with a count of zero.
+    let _ = metrics::histogram!(metric_names::TOKENIZE_SECONDS.name);
+}
+
+impl MetricsPage {
+    /// Moves what was recorded since the last call into buckets; without it, observations pile up between two scrapes.
+    pub fn run_upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+
+    /// The page in Prometheus' text format.
+    pub fn render(&self) -> String {
+        let text = self.handle.render();
+        let mut samples = split_by_family(&text);
+        let process = process::samples();
+        for (family, value) in &process {
+            samples.entry(family.name).or_default().push(format!("{} {value}", family.name));
+        }
+        let mut page = String::with_capacity(2 * text.len());
+        for family in metric_names::ALL {
+            let lines = samples.remove(family.name).unwrap_or_default();
+            write_family(&mut page, family, family.name, &lines);
+            if self.compat == MetricsCompat::Vllm {
+                write_aliases(&mut page, family, &lines);
+            }
+        }
+        page
+    }
+}
+
+/// The sample lines of each family. Counters and gauges are sorted, because the recorder yields them in random order;
+/// lines of histograms keep theirs.
+fn split_by_family(text: &str) -> HashMap<&str, Vec<String>> {
+    let mut families = HashMap::new();
+    let mut current: Option<(&str, bool, Vec<String>)> = None;
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = rest.split_once(' ').unwrap_or((rest, ""));
+            close(&mut families, current.take());
+            current = Some((name, kind == "histogram", Vec::new()));
+        } else if !line.is_empty()
+            && !line.starts_with('#')
+            && let Some((_, _, lines)) = &mut current
+        {
+            lines.push(line.to_owned());
+        }
+    }
+    close(&mut families, current);
+    families
+}
+
+fn close<'a>(families: &mut HashMap<&'a str, Vec<String>>, family: Option<(&'a str, bool, Vec<String>)>) {
+    let Some((name, is_histogram, mut lines)) = family else { return };
+    if !is_histogram {
+        lines.sort_unstable();
+    }
+    families.insert(name, lines);
+}
+
+fn write_family(page: &mut String, family: &Family, name: &str, lines: &[String]) {
+    let kind = match family.kind {
+        Kind::Counter => "counter",
+        Kind::Gauge => "gauge",
+        Kind::Histogram(_) => "histogram",
+    };
+    // Writing to a string cannot fail.
+    let _ = writeln!(page, "# HELP {name} {}\n# TYPE {name} {kind}", family.help);
+    for line in lines {
+        page.push_str(line);
+        page.push('\n');
+    }
+    page.push('\n');
+}
+
+/// The same samples once more, under each alias and with its buckets alone. Buckets are cumulative, so leaving some out
+/// is right.
+fn write_aliases(page: &mut String, family: &Family, lines: &[String]) {
+    for alias in family.aliases {
+        let is_histogram = !alias.buckets.is_empty();
+        let keeps = |line: &&String| match bucket_bound(line) {
+            Some(bound) if is_histogram => alias.buckets.contains(&bound),
+            _ => true,
+        };
+        let renamed: Vec<String> = lines
+            .iter()
+            .filter(keeps)
+            .filter_map(|line| line.strip_prefix(family.name))
+            .map(|rest| format!("{}{rest}", alias.name))
+            .collect();
+        write_family(page, family, alias.name, &renamed);
+    }
+}
+
+/// The finite upper bound of a `_bucket` line.
+fn bucket_bound(line: &str) -> Option<f64> {
+    let (_, rest) = line.rsplit_once("le=\"")?;
+    let bound: f64 = rest.split('"').next()?.parse().ok()?;
+    bound.is_finite().then_some(bound)
+}
+
+#[cfg(test)]
+#[path = "metrics_tests.rs"]
+mod tests;
