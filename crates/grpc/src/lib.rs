@@ -7,10 +7,11 @@
 //!
 //! `build.rs` compiles `proto/` with protox, so no protoc is needed.
 //!
-//! Reading order: `proto/quire/v1/inference.proto`, [`service`], [`convert`], [`status`], [`server`].
+//! Reading order: `proto/quire/v1/inference.proto`, [`service`], [`convert`], [`status`], [`server`], `observe`.
 #![forbid(unsafe_code)]
 
 pub mod convert;
+mod observe;
 pub mod server;
 pub mod service;
 pub mod status;

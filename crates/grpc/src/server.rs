@@ -13,9 +13,9 @@ use tonic::{Request, Status};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::proto;
 use crate::proto::inference_server::InferenceServer;
 use crate::service::InferenceService;
+use crate::{observe, proto};
 
 /// The name under which health is reported, besides the empty one.
 const SERVICE: &str = "quire.v1.Inference";
@@ -44,6 +44,7 @@ pub async fn serve(
     config: ServerConfig,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), tonic::transport::Error> {
+    observe::create_series();
     let auth = Auth { keys: config.keys };
     let (reporter, health) = tonic_health::server::health_reporter();
     let watcher = tokio::spawn(report_health(reporter, config.lifecycle.clone()));

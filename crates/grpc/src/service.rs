@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use quire_llm::{GenerateRequest, Generation, Lifecycle, Llm, Prompt, TenantId};
 use tokio_stream::Stream;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
+use crate::observe::{Call, observe};
 use crate::proto::inference_server::Inference;
 use crate::{convert, proto, status};
 
@@ -70,6 +71,38 @@ impl InferenceService {
         let generation = llm.generate(generate).await.map_err(|error| status::of(&error))?;
         Ok((id, llm.name().to_owned(), generation))
     }
+
+    async fn answer(
+        &self,
+        request: Request<proto::GenerateRequest>,
+    ) -> Result<proto::GenerateResponse, Status> {
+        let (id, model, mut generation) = self.start(request).await?;
+        let choices = generation.collect().await.map_err(|error| status::of(&error))?;
+        Ok(proto::GenerateResponse {
+            id,
+            model,
+            choices: choices.into_iter().map(convert::choice).collect(),
+            usage: Some(convert::usage(generation.usage())),
+            prompt_token_ids: generation.prompt_token_ids().to_vec(),
+            prompt_logprobs: convert::prompt_logprobs(generation.prompt_logprobs()),
+        })
+    }
+
+    fn model_info(&self) -> Result<proto::ModelInfo, Status> {
+        let llm = self.llm()?;
+        let limits = llm.engine().limits();
+        Ok(proto::ModelInfo {
+            model: llm.name().to_owned(),
+            vocab_size: limits.vocab_size,
+            max_model_len: limits.max_model_len,
+            max_num_seqs: limits.max_num_seqs,
+            max_num_batched_tokens: limits.max_num_batched_tokens,
+            block_size: limits.block_size,
+            num_blocks: limits.num_blocks,
+            eos_token_ids: llm.eos_token_ids().to_vec(),
+            version: self.version.to_owned(),
+        })
+    }
 }
 
 /// `grpc-timeout`: up to eight digits and a unit (gRPC over HTTP/2, "Requests").
@@ -103,63 +136,48 @@ impl Inference for InferenceService {
         &self,
         request: Request<proto::GenerateRequest>,
     ) -> Result<Response<proto::GenerateResponse>, Status> {
-        let (id, model, mut generation) = self.start(request).await?;
-        let choices = generation.collect().await.map_err(|error| status::of(&error))?;
-        Ok(Response::new(proto::GenerateResponse {
-            id,
-            model,
-            choices: choices.into_iter().map(convert::choice).collect(),
-            usage: Some(convert::usage(generation.usage())),
-            prompt_token_ids: generation.prompt_token_ids().to_vec(),
-            prompt_logprobs: convert::prompt_logprobs(generation.prompt_logprobs()),
-        }))
+        observe("Generate", self.answer(request)).await
     }
 
     async fn generate_stream(
         &self,
         request: Request<proto::GenerateRequest>,
     ) -> Result<Response<ChunkStream>, Status> {
-        let (id, _, generation) = self.start(request).await?;
-        Ok(Response::new(ChunkStream { id, generation, first: true }))
+        let mut call = Call::new("GenerateStream");
+        let (id, _, generation) = self.start(request).await.inspect_err(|status| call.end(status.code()))?;
+        Ok(Response::new(ChunkStream { id, generation, first: true, call }))
     }
 
     async fn tokenize(
         &self,
         request: Request<proto::TokenizeRequest>,
     ) -> Result<Response<proto::TokenizeResponse>, Status> {
-        let message = request.into_inner();
-        let ids = self.llm()?.tokenize(Prompt::Text(message.text), Some(!message.no_special_tokens)).await;
-        let ids = ids.map_err(|error| status::of(&error))?;
-        Ok(Response::new(proto::TokenizeResponse { ids }))
+        observe("Tokenize", async {
+            let message = request.into_inner();
+            let prompt = Prompt::Text(message.text);
+            let ids = self.llm()?.tokenize(prompt, Some(!message.no_special_tokens)).await;
+            ids.map(|ids| proto::TokenizeResponse { ids }).map_err(|error| status::of(&error))
+        })
+        .await
     }
 
     async fn detokenize(
         &self,
         request: Request<proto::DetokenizeRequest>,
     ) -> Result<Response<proto::DetokenizeResponse>, Status> {
-        let message = request.into_inner();
-        let text = self.llm()?.detokenize(message.ids, message.skip_special_tokens).await;
-        let text = text.map_err(|error| status::of(&error))?;
-        Ok(Response::new(proto::DetokenizeResponse { text }))
+        observe("Detokenize", async {
+            let message = request.into_inner();
+            let text = self.llm()?.detokenize(message.ids, message.skip_special_tokens).await;
+            text.map(|text| proto::DetokenizeResponse { text }).map_err(|error| status::of(&error))
+        })
+        .await
     }
 
     async fn get_model_info(
         &self,
         _: Request<proto::GetModelInfoRequest>,
     ) -> Result<Response<proto::ModelInfo>, Status> {
-        let llm = self.llm()?;
-        let limits = llm.engine().limits();
-        Ok(Response::new(proto::ModelInfo {
-            model: llm.name().to_owned(),
-            vocab_size: limits.vocab_size,
-            max_model_len: limits.max_model_len,
-            max_num_seqs: limits.max_num_seqs,
-            max_num_batched_tokens: limits.max_num_batched_tokens,
-            block_size: limits.block_size,
-            num_blocks: limits.num_blocks,
-            eos_token_ids: llm.eos_token_ids().to_vec(),
-            version: self.version.to_owned(),
-        }))
+        observe("GetModelInfo", async { self.model_info() }).await
     }
 }
 
@@ -168,6 +186,7 @@ pub struct ChunkStream {
     id: String,
     generation: Generation,
     first: bool,
+    call: Call,
 }
 
 impl ChunkStream {
@@ -191,9 +210,14 @@ impl Stream for ChunkStream {
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
         let item = match ready!(this.generation.poll_next(cx)) {
-            None => None,
+            None => {
+                this.call.end(Code::Ok);
+                None
+            }
             Some(Ok(delta)) => Some(Ok(this.chunk(delta))),
-            Some(Err(error)) => Some(Err(status::of(&error))),
+            Some(Err(error)) => {
+                Some(Err(status::of(&error)).inspect_err(|status: &Status| this.call.end(status.code())))
+            }
         };
         Poll::Ready(item)
     }
