@@ -1,0 +1,127 @@
+//! The accept loop: HTTP/1.1 and HTTP/2 on one port, bounded, and ended with care.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tower::Service;
+
+use crate::router::router;
+use crate::state::AppState;
+
+/// Connections at once; more wait in the kernel's queue.
+const MAX_CONNECTIONS: usize = 10_000;
+
+/// Header lines of a request.
+const MAX_HEADERS: usize = 100;
+
+/// Bytes of a request's head.
+const MAX_HEADER_BYTES: usize = 32 << 10;
+
+/// A request's head must be there by then. An idle connection is closed after the same time.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Streams of one HTTP/2 connection.
+const MAX_HTTP2_STREAMS: u32 = 128;
+
+/// Reset streams that an HTTP/2 client may leave behind faster than we notice.
+const MAX_PENDING_RESETS: usize = 200;
+
+/// After an accept error (usually: no file descriptors left) others get time to close theirs.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// After the shutdown signal, connections have this long to send what they still hold.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Serves until `shutdown` resolves, then lets open connections finish their answers and returns.
+///
+/// A drain happens before that: [`AppState::set_draining`] refuses inference while health and metrics go on
+/// answering; resolve `shutdown` when the last stream has ended.
+pub async fn serve(listener: TcpListener, state: AppState, shutdown: impl Future<Output = ()>) {
+    let app = router(state);
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let graceful = GracefulShutdown::new();
+    let mut shutdown = pin!(shutdown);
+    loop {
+        let next = async {
+            let permit =
+                Arc::clone(&connections).acquire_owned().await.expect("the semaphore is never closed");
+            (listener.accept().await, permit)
+        };
+        tokio::select! {
+            (accepted, permit) = next => match accepted {
+                Ok((stream, _)) => {
+                    tokio::spawn(connection(stream, app.clone(), graceful.watcher(), permit));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+            () = &mut shutdown => break,
+        }
+    }
+    drop(listener);
+    if tokio::time::timeout(CLOSE_TIMEOUT, graceful.shutdown()).await.is_err() {
+        tracing::warn!("connections were still open after {CLOSE_TIMEOUT:?}");
+    }
+}
+
+async fn connection(stream: TcpStream, app: Router, watcher: Watcher, permit: OwnedSemaphorePermit) {
+    // Tokens are small writes; each is to leave at once.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "cannot set TCP_NODELAY");
+    }
+    let spoke = Arc::new(AtomicBool::new(false));
+    let service = {
+        let spoke = Arc::clone(&spoke);
+        tower::util::service_fn(move |request| {
+            spoke.store(true, Ordering::Relaxed);
+            app.clone().call(request)
+        })
+    };
+    let builder = builder();
+    let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+    let mut connection = pin!(watcher.watch(connection.into_owned()));
+    let outcome = tokio::select! {
+        outcome = &mut connection => outcome,
+        () = tokio::time::sleep(HEADER_TIMEOUT) => {
+            if !spoke.load(Ordering::Relaxed) {
+                // Not one whole request yet, not even enough to tell the protocol.
+                return;
+            }
+            connection.await
+        }
+    };
+    if let Err(error) = outcome {
+        tracing::debug!(%error, "a connection ended with an error");
+    }
+    drop(permit);
+}
+
+fn builder() -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_HEADER_BYTES)
+        .header_read_timeout(HEADER_TIMEOUT);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_HTTP2_STREAMS)
+        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
+        .max_header_list_size(MAX_HEADER_BYTES as u32)
+        .keep_alive_interval(Duration::from_secs(30))
+        .keep_alive_timeout(Duration::from_secs(20));
+    builder
+}
