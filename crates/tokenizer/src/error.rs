@@ -1,5 +1,6 @@
 //! What can go wrong while loading or using a tokenizer.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 /// The result of tokenizer calls.
@@ -47,12 +48,12 @@ pub enum TokenizerError {
 }
 
 impl TokenizerError {
-    pub(crate) fn invalid(file: impl ToString, reason: impl ToString) -> Self {
-        Self::Invalid { file: file.to_string(), reason: reason.to_string() }
+    pub(crate) fn invalid(file: impl Into<String>, reason: &dyn Display) -> Self {
+        Self::Invalid { file: file.into(), reason: reason.to_string() }
     }
 
-    pub(crate) fn unsupported(file: impl ToString, reason: impl ToString) -> Self {
-        Self::Unsupported { file: file.to_string(), reason: reason.to_string() }
+    pub(crate) fn unsupported(file: impl Into<String>, reason: String) -> Self {
+        Self::Unsupported { file: file.into(), reason }
     }
 }
 
@@ -68,6 +69,9 @@ pub(crate) fn read_optional(path: &Path) -> Result<Option<Vec<u8>>> {
 /// Reads and parses a JSON file; `None` when it does not exist.
 pub(crate) fn read_json(path: &Path) -> Result<Option<serde_json::Value>> {
     read_optional(path)?
-        .map(|bytes| serde_json::from_slice(&bytes).map_err(|e| TokenizerError::invalid(path.display(), e)))
+        .map(|bytes| {
+            serde_json::from_slice(&bytes)
+                .map_err(|e| TokenizerError::invalid(path.display().to_string(), &e))
+        })
         .transpose()
 }

@@ -49,7 +49,7 @@ impl Tokenizer {
         let mut configs = Configs::default();
         if let Some(bytes) = tokenizer_config_json {
             configs.tokenizer = serde_json::from_slice(bytes)
-                .map_err(|e| TokenizerError::invalid("tokenizer_config.json", e))?;
+                .map_err(|e| TokenizerError::invalid("tokenizer_config.json", &e))?;
         }
         Self::new(load::parse_document(tokenizer_json, "tokenizer.json")?, &configs)
     }
@@ -57,7 +57,7 @@ impl Tokenizer {
     fn new(mut hf: tokenizers::Tokenizer, configs: &Configs) -> Result<Self> {
         // Files of embedding models ask for truncation and padding; here both are the caller's to decide.
         hf.with_padding(None);
-        hf.with_truncation(None).map_err(|e| TokenizerError::invalid("tokenizer.json", e))?;
+        hf.with_truncation(None).map_err(|e| TokenizerError::invalid("tokenizer.json", &e))?;
 
         let decoder = serde_json::to_value(hf.get_decoder()).unwrap_or(Value::Null);
         let scheme = Scheme::of_decoder(&decoder);

@@ -33,7 +33,7 @@ pub(super) fn from_dir(dir: &Path) -> Result<BTreeMap<String, String>> {
 /// Name to source of the templates in the bytes of a `tokenizer_config.json`.
 pub(super) fn from_config_bytes(bytes: &[u8]) -> Result<BTreeMap<String, String>> {
     let file = "tokenizer_config.json";
-    let config = serde_json::from_slice(bytes).map_err(|e| TokenizerError::invalid(file, e))?;
+    let config = serde_json::from_slice(bytes).map_err(|e| TokenizerError::invalid(file, &e))?;
     from_config(&config, file)
 }
 
@@ -44,20 +44,21 @@ fn from_config(config: &Value, file: &str) -> Result<BTreeMap<String, String>> {
             Ok(BTreeMap::from([(super::template::DEFAULT.to_owned(), source.clone())]))
         }
         Some(Value::Array(list)) => list.iter().take(MAX_TEMPLATES).map(|entry| named(entry, file)).collect(),
-        Some(_) => Err(TokenizerError::invalid(file, "chat_template is neither a string nor a list")),
+        Some(_) => Err(TokenizerError::invalid(file, &"chat_template is neither a string nor a list")),
     }
 }
 
 fn named(entry: &Value, file: &str) -> Result<(String, String)> {
     match (entry["name"].as_str(), entry["template"].as_str()) {
         (Some(name), Some(source)) => Ok((name.to_owned(), source.to_owned())),
-        _ => Err(TokenizerError::invalid(file, "an entry of chat_template lacks `name` or `template`")),
+        _ => Err(TokenizerError::invalid(file, &"an entry of chat_template lacks `name` or `template`")),
     }
 }
 
 fn insert_file(sources: &mut BTreeMap<String, String>, name: &str, path: &Path) -> Result<()> {
     if let Some(bytes) = read_optional(path)? {
-        let source = String::from_utf8(bytes).map_err(|e| TokenizerError::invalid(path.display(), e))?;
+        let source =
+            String::from_utf8(bytes).map_err(|e| TokenizerError::invalid(path.display().to_string(), &e))?;
         sources.insert(name.to_owned(), source);
     }
     Ok(())

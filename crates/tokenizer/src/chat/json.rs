@@ -15,7 +15,8 @@ pub(super) fn install(env: &mut Environment<'static>) {
     env.add_filter("tojson", tojson);
 }
 
-fn tojson(state: &State, value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> {
+#[expect(clippy::needless_pass_by_value, reason = "the types that minijinja hands to a filter")]
+fn tojson(state: &State, value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> {
     if args.len() > 4 {
         return Err(Error::from(ErrorKind::TooManyArguments));
     }
@@ -42,7 +43,7 @@ fn tojson(state: &State, value: Value, args: Rest<Value>, kwargs: Kwargs) -> Res
         (item, key) = (first.to_string(), second.to_string());
     }
     let mut writer = Writer { out: String::new(), ensure_ascii, indent, item, key, sort_keys };
-    writer.value(&value, 0)?;
+    writer.value(value, 0)?;
     state.consume_fuel(writer.out.len() as u64 / 16)?;
     Ok(Value::from(writer.out))
 }
@@ -97,7 +98,7 @@ impl Writer {
             Ok(float) if !value.is_integer() => match float {
                 _ if float.is_nan() => self.out.push_str("NaN"),
                 _ if float.is_infinite() => {
-                    self.out.push_str(if float > 0.0 { "Infinity" } else { "-Infinity" })
+                    self.out.push_str(if float > 0.0 { "Infinity" } else { "-Infinity" });
                 }
                 _ => self.out.push_str(&float_repr(float)),
             },

@@ -35,7 +35,7 @@ impl Configs {
 
 /// Parses a `tokenizer.json`.
 pub(crate) fn parse_document(bytes: &[u8], file: &str) -> Result<tokenizers::Tokenizer> {
-    tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| TokenizerError::invalid(file, e))
+    tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| TokenizerError::invalid(file, &e))
 }
 
 /// Loads the tokenizer of a checkpoint directory: `tokenizer.json` if there is one, else another vocabulary file.
@@ -57,7 +57,7 @@ pub(crate) fn from_dir(dir: &Path, configs: &Configs) -> Result<tokenizers::Toke
     } else {
         return Err(TokenizerError::Missing { dir: dir.to_path_buf() });
     };
-    serde_json::from_value(document).map_err(|e| TokenizerError::invalid(path, e))
+    serde_json::from_value(document).map_err(|e| TokenizerError::invalid(path, &e))
 }
 
 fn read_named(dir: &Path, name: &str) -> Result<Option<(String, Vec<u8>)>> {

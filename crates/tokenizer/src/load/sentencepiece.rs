@@ -47,7 +47,7 @@ struct Proto {
 /// The `tokenizer.json` document for this model; `config` is `tokenizer_config.json` or `Null`.
 pub(super) fn document(bytes: &[u8], config: &Value, file: &str) -> Result<Value> {
     let proto = Proto::parse(bytes)
-        .ok_or_else(|| TokenizerError::invalid(file, "neither a tiktoken file nor a SentencePiece model"))?;
+        .ok_or_else(|| TokenizerError::invalid(file, &"neither a tiktoken file nor a SentencePiece model"))?;
     if proto.model_type != MODEL_TYPE_BPE {
         return Err(TokenizerError::unsupported(
             file,
@@ -57,7 +57,7 @@ pub(super) fn document(bytes: &[u8], config: &Value, file: &str) -> Result<Value
     let ids: HashMap<&str, usize> =
         proto.pieces.iter().enumerate().map(|(id, piece)| (piece.text.as_str(), id)).collect();
     let unk = proto.pieces.iter().find(|piece| piece.kind == piece_type::UNKNOWN);
-    let unk = unk.ok_or_else(|| TokenizerError::invalid(file, "the model has no unknown piece"))?;
+    let unk = unk.ok_or_else(|| TokenizerError::invalid(file, &"the model has no unknown piece"))?;
     let flag = |key: &str, default: bool| config.get(key).and_then(Value::as_bool).unwrap_or(default);
 
     let bos = usize::try_from(proto.bos_id).ok().filter(|_| flag("add_bos_token", true));

@@ -102,7 +102,7 @@ fn parse_ranks(bytes: &[u8], file: &str) -> Result<Vec<String>> {
         let entry = parse_line(line).filter(|&(_, rank)| rank == ranks.len());
         let (token, _) = entry.ok_or_else(|| {
             let expected = format!("line {}: expected `<base64> {}`", number + 1, ranks.len());
-            TokenizerError::invalid(file, expected)
+            TokenizerError::invalid(file, &expected)
         })?;
         ranks.push(token.into_iter().map(byte_to_char).collect());
     }

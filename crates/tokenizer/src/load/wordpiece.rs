@@ -10,14 +10,14 @@ const MAX_CHARS_PER_WORD: usize = 100;
 
 /// The `tokenizer.json` document for this vocabulary; `config` is `tokenizer_config.json` or `Null`.
 pub(super) fn document(bytes: &[u8], config: &Value, file: &str) -> Result<Value> {
-    let text = std::str::from_utf8(bytes).map_err(|e| TokenizerError::invalid(file, e))?;
+    let text = std::str::from_utf8(bytes).map_err(|e| TokenizerError::invalid(file, &e))?;
     let mut vocab = Map::new();
     for (id, line) in text.lines().enumerate() {
         vocab.insert(line.trim_end_matches('\r').to_owned(), id.into());
     }
     let id_of = |token: &str| {
         let id = vocab.get(token).and_then(Value::as_u64);
-        id.map(|id| id as usize).ok_or_else(|| TokenizerError::invalid(file, format!("no {token} token")))
+        id.map(|id| id as usize).ok_or_else(|| TokenizerError::invalid(file, &format!("no {token} token")))
     };
     let (cls, sep) = (id_of("[CLS]")?, id_of("[SEP]")?);
     id_of("[UNK]")?;
