@@ -72,6 +72,9 @@ impl Scheduler {
                 if data.table.first_live > self.kv.first_visible_block(hot.num_computed_tokens) {
                     return fail("a visible block was given back");
                 }
+                if data.table.live().len() as u32 > self.kv.peak_blocks(hot.num_existing_tokens()) {
+                    return fail("it holds blocks that no row can see");
+                }
                 if !self.running.contains(&seq) {
                     return fail("it runs but is not in the batch");
                 }

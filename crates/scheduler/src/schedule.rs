@@ -300,7 +300,11 @@ impl Scheduler {
             data.usage.first_scheduled = self.now;
             let output = (data.params.max_tokens as usize).min(RESERVED_OUTPUT_TOKENS);
             data.generated.reserve(output);
-            data.table.blocks.reserve(output / block_size as usize + 1);
+            let blocks = output / block_size as usize + 1;
+            data.table.blocks.reserve(blocks);
+            if hot.publish_at != u32::MAX {
+                data.later_hashes.reserve(blocks);
+            }
             let kind = SeqEventKind::Started { cached_tokens: data.usage.cached_tokens };
             events.push(SeqEvent { request: hot.request, index: hot.index, kind });
         }

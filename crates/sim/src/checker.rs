@@ -103,9 +103,10 @@ impl Checker {
         std::mem::take(&mut self.answers)
     }
 
-    /// Looks at everything one call of `step` reported.
+    /// Looks at everything one call of `step` reported, which began at `began` and ended at `now`.
     pub(crate) fn check_step(
         &mut self,
+        began: u64,
         now: u64,
         events: &[SeqEvent],
         output: &ModelRunnerOutput,
@@ -117,6 +118,9 @@ impl Checker {
         }
         for (id, client) in &mut self.live {
             client.age += 1;
+            if client.request.deadline.is_some_and(|deadline| deadline.0 <= began) {
+                return Err(format!("request {id} outlives its deadline"));
+            }
             if client.age > client.bound {
                 return Err(format!("request {id} starves: not done after {} steps", client.age));
             }

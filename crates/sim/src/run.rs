@@ -177,10 +177,11 @@ impl Run {
     fn step(&mut self) -> Result<(), String> {
         self.num_calls += 1;
         let world = Arc::clone(&self.world);
+        let began = lock(&world).now;
         let outcome = self.core.step_with(|| Micros(lock(&world).now)).map_err(|error| error.message)?;
         self.core.check_invariants()?;
         let now = lock(&self.world).now;
-        self.checker.check_step(now, self.core.events(), self.core.output())?;
+        self.checker.check_step(began, now, self.core.events(), self.core.output())?;
         let idle = outcome.submitted.is_none() && outcome.collected.is_none();
         if idle && self.core.events().is_empty() {
             return Err("the engine has work but does nothing".into());
