@@ -11,7 +11,7 @@
 //!   order;
 //! * nothing is allocated after start.
 //!
-//! Reading order: [`step_input`], [`ops`], [`backend`], [`reference`] with [`sampling_rng`], [`conformance`]; [`convert`]
+//! Reading order: [`step_input`], [`ops`], [`backend`], [`mod@reference`] with [`sampling_rng`], [`conformance`]; [`convert`]
 //! helps to load.
 #![forbid(unsafe_code)]
 

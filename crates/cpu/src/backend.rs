@@ -3,7 +3,7 @@
 use quire_backend::convert::to_f32;
 use quire_backend::{
     AddNorm, Attention, Backend, BackendError, Embed, GraphKey, KvLayout, Linear, LinearSource, LogitKind,
-    LogitRow, Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepBuffer, StepInput,
+    LogitRow, Logits, Mlp, MlpShape, RopeAndCache, RopeTable, SeqState, StepBuffer, StepInput,
 };
 use quire_core::{
     ExecError, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId, TokenLogprobs,
@@ -90,7 +90,7 @@ fn failed(message: String) -> BackendError {
     BackendError::Device(ExecError { device: "cpu".into(), message })
 }
 
-/// A buffer has room for `rows` rows and exactly, or at least, `cols` columns.
+/// A buffer has at least `rows` rows of exactly `cols` columns.
 fn expect_shape(op: &str, buf: &CpuBuf, rows: usize, cols: usize) -> Result<(), BackendError> {
     if buf.rows >= rows && buf.cols == cols {
         return Ok(());
@@ -121,7 +121,7 @@ impl Backend for CpuBackend {
     }
 
     fn load_rope(&mut self, table: &RopeTable) -> Result<CpuRope, BackendError> {
-        CpuRope::new(table)
+        CpuRope::new(&mut self.pool, table)
     }
 
     fn alloc(&mut self, rows: usize, cols: usize) -> Result<CpuBuf, BackendError> {
@@ -242,6 +242,11 @@ impl Backend for CpuBackend {
         let tokens = self.step.num_tokens();
         expect_shape("mlp input", x, tokens, up.in_features)?;
         expect_shape("mlp scratch", scratch, tokens, up.out_features)?;
+        let parts = if shape == MlpShape::Gated { 2 } else { 1 };
+        if up.out_features != parts * down.in_features {
+            let (up, down) = (up.out_features, down.in_features);
+            return Err(failed(format!("mlp: up has {up} rows for {parts} times {down} columns of down")));
+        }
         expect_shape("mlp output", out, tokens, down.out_features)?;
         let out = out.shared();
         let args = MlpArgs { x, tokens, shape, up, down, activation, scratch, out };

@@ -24,5 +24,8 @@ pub mod simd;
 pub mod weights;
 
 pub use backend::{CpuBackend, CpuConfig};
+pub use buffer::CpuBuf;
+pub use kv::CpuKv;
 pub use pool::default_threads;
 pub use simd::Isa;
+pub use weights::CpuWeight;

@@ -4,7 +4,7 @@ use quire_backend::conformance;
 use quire_cpu::{CpuBackend, CpuConfig, Isa};
 
 fn backend(threads: usize, max_isa: Isa) -> CpuBackend {
-    CpuBackend::new(CpuConfig { threads, max_isa }).unwrap()
+    CpuBackend::new(CpuConfig { threads, max_isa }).expect("threads can be started")
 }
 
 #[test]

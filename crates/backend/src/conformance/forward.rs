@@ -32,121 +32,119 @@ const BASE: Shape = Shape {
     max_rows: 256,
 };
 
+const SHORT: &[u32] = &[1, 17, 5, 33, 40];
+const LONG: &[u32] = &[150, 64, 65, 3];
+
 /// Shapes with the lengths of the sequences to run.
-fn grid() -> Vec<(Shape, &'static [u32])> {
-    use DType::{BF16, F16};
-    const SHORT: &[u32] = &[1, 17, 5, 33, 40];
-    const LONG: &[u32] = &[150, 64, 65, 3];
-    vec![
-        (BASE, SHORT),
-        (
-            Shape {
-                name: "bf16 weights, head_dim 8, no grouping, block size 1",
-                attn: heads(8, 8, 8),
-                rotary_dim: 8,
-                vocab: 1000,
-                weight_dtype: BF16,
-                block_size: 1,
-                num_blocks: 120,
-                ..BASE
-            },
-            SHORT,
-        ),
-        (
-            Shape {
-                name: "bf16 weights and cache, head_dim 64, one kv head, qk norm",
-                attn: heads(4, 1, 64),
-                rotary_dim: 64,
-                qk_norm: true,
-                weight_dtype: BF16,
-                kv_dtype: BF16,
-                ..BASE
-            },
-            SHORT,
-        ),
-        (
-            Shape {
-                name: "f16 weights and cache, head_dim 128, window 5, block size 32",
-                attn: heads(2, 1, 128),
-                rotary_dim: 128,
-                window: Some(5),
-                weight_dtype: F16,
-                kv_dtype: F16,
-                block_size: 32,
-                num_blocks: 10,
-                ..BASE
-            },
-            SHORT,
-        ),
-        (
-            Shape {
-                name: "bias, three query heads per kv head, window 17, long",
-                attn: heads(6, 2, 16),
-                bias: true,
-                window: Some(17),
-                ..BASE
-            },
-            LONG,
-        ),
-        (Shape { name: "long, across attention tiles", weight_dtype: BF16, ..BASE }, LONG),
-        (
-            Shape {
-                name: "long, window 70 across tiles, bf16 cache",
-                window: Some(70),
-                kv_dtype: BF16,
-                block_size: 32,
-                num_blocks: 12,
-                ..BASE
-            },
-            LONG,
-        ),
-        (
-            Shape {
-                name: "plain feed-forward with gelu, partial rotation, odd widths",
-                hidden: 50,
-                ffn: 101,
-                attn: heads(3, 1, 10),
-                rotary_dim: 4,
-                bias: true,
-                vocab: 77,
-                mlp: MlpShape::Plain,
-                activation: Activation::GeluTanh,
-                ..BASE
-            },
-            SHORT,
-        ),
-        (
-            Shape {
-                name: "no positions, exact gelu",
-                rotary_dim: 0,
-                activation: Activation::Gelu,
-                weight_dtype: F16,
-                ..BASE
-            },
-            SHORT,
-        ),
-        (Shape { name: "relu", activation: Activation::Relu, mlp: MlpShape::Plain, ..BASE }, &[9, 2]),
-        (
-            Shape {
-                name: "hidden 256, ffn 704, head_dim 64",
-                hidden: 256,
-                ffn: 704,
-                attn: heads(4, 2, 64),
-                rotary_dim: 64,
-                qk_norm: true,
-                weight_dtype: BF16,
-                kv_dtype: BF16,
-                ..BASE
-            },
-            &[40, 1, 18],
-        ),
-    ]
-}
+const GRID: &[(Shape, &[u32])] = &[
+    (BASE, SHORT),
+    (
+        Shape {
+            name: "bf16 weights, head_dim 8, no grouping, block size 1",
+            attn: heads(8, 8, 8),
+            rotary_dim: 8,
+            vocab: 1000,
+            weight_dtype: DType::BF16,
+            block_size: 1,
+            num_blocks: 120,
+            ..BASE
+        },
+        SHORT,
+    ),
+    (
+        Shape {
+            name: "bf16 weights and cache, head_dim 64, one kv head, qk norm",
+            attn: heads(4, 1, 64),
+            rotary_dim: 64,
+            qk_norm: true,
+            weight_dtype: DType::BF16,
+            kv_dtype: DType::BF16,
+            ..BASE
+        },
+        SHORT,
+    ),
+    (
+        Shape {
+            name: "f16 weights and cache, head_dim 128, window 5, block size 32",
+            attn: heads(2, 1, 128),
+            rotary_dim: 128,
+            window: Some(5),
+            weight_dtype: DType::F16,
+            kv_dtype: DType::F16,
+            block_size: 32,
+            num_blocks: 10,
+            ..BASE
+        },
+        SHORT,
+    ),
+    (
+        Shape {
+            name: "bias, three query heads per kv head, window 17, long",
+            attn: heads(6, 2, 16),
+            bias: true,
+            window: Some(17),
+            ..BASE
+        },
+        LONG,
+    ),
+    (Shape { name: "long, across attention tiles", weight_dtype: DType::BF16, ..BASE }, LONG),
+    (
+        Shape {
+            name: "long, window 70 across tiles, bf16 cache",
+            window: Some(70),
+            kv_dtype: DType::BF16,
+            block_size: 32,
+            num_blocks: 12,
+            ..BASE
+        },
+        LONG,
+    ),
+    (
+        Shape {
+            name: "plain feed-forward with gelu, partial rotation, odd widths",
+            hidden: 50,
+            ffn: 101,
+            attn: heads(3, 1, 10),
+            rotary_dim: 4,
+            bias: true,
+            vocab: 77,
+            mlp: MlpShape::Plain,
+            activation: Activation::GeluTanh,
+            ..BASE
+        },
+        SHORT,
+    ),
+    (
+        Shape {
+            name: "no positions, exact gelu",
+            rotary_dim: 0,
+            activation: Activation::Gelu,
+            weight_dtype: DType::F16,
+            ..BASE
+        },
+        SHORT,
+    ),
+    (Shape { name: "relu", activation: Activation::Relu, mlp: MlpShape::Plain, ..BASE }, &[9, 2]),
+    (
+        Shape {
+            name: "hidden 256, ffn 704, head_dim 64",
+            hidden: 256,
+            ffn: 704,
+            attn: heads(4, 2, 64),
+            rotary_dim: 64,
+            qk_norm: true,
+            weight_dtype: DType::BF16,
+            kv_dtype: DType::BF16,
+            ..BASE
+        },
+        &[40, 1, 18],
+    ),
+];
 
 pub(super) fn run<B: Backend>(tolerance: Tolerance, make: &mut impl FnMut() -> B) {
-    for (shape, lens) in grid() {
-        values_and_invariance(&shape, lens, tolerance, make);
-        block_copies(&shape, make);
+    for (shape, lens) in GRID {
+        values_and_invariance(shape, lens, tolerance, make);
+        block_copies(shape, make);
     }
 }
 

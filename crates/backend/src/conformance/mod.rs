@@ -7,7 +7,7 @@
 //! Every body handed to [`crate::Backend::run`] is run twice, and keys recur with other lengths, so that a backend which
 //! records and replays is tested on replays. A failure panics with the name of the case.
 //!
-//! Reading order: [`random`], [`model`], [`schedule`], [`forward`], [`sampling`].
+//! Reading order: `random`, `model`, `schedule`, `forward`, `sampling`.
 
 mod forward;
 mod model;

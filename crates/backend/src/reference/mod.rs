@@ -1,7 +1,7 @@
 //! The slow, readable definition of every operation: loops over rows and heads, f32 activations, f64 sums.
 //!
 //! It is not made to be fast, and it allocates freely. A new operation or a wider one is written here first.
-//! Reading order: [`linear`], [`norm`], [`rope`], [`attention`], [`mlp`], [`sampler`].
+//! Reading order: `linear`, `norm`, `rope`, `attention`, `mlp`, `sampler`.
 
 mod attention;
 mod linear;

@@ -170,10 +170,13 @@ impl<E: Element> Gemm<'_, E> {
                     self.tile::<S, R, TILE_TOKENS>(n, m);
                     m += TILE_TOKENS;
                 }
+                if m + 2 == group.end {
+                    self.tile::<S, R, 2>(n, m);
+                    m += 2;
+                }
             }
-            while m < group.end {
+            if m < group.end {
                 self.tile::<S, R, 1>(n, m);
-                m += 1;
             }
         }
     }

@@ -7,6 +7,7 @@ use super::norm::norm_in_place;
 use crate::buffer::{Aligned, Shared};
 use crate::element::Element;
 use crate::kv::{KvLayer, PageShape, Pages};
+use crate::pool::Pool;
 use crate::simd::{Kernel, Simd};
 
 /// Sines and cosines of all positions.
@@ -17,16 +18,19 @@ pub struct CpuRope {
 }
 
 impl CpuRope {
-    pub(crate) fn new(source: &RopeTable) -> Result<Self, BackendError> {
+    pub(crate) fn new(pool: &mut Pool, source: &RopeTable) -> Result<Self, BackendError> {
         let half = source.inv_freq.len();
         let mut table = Aligned::zeroed(source.max_positions as usize * 2 * half, "rope table")?;
-        for position in 0..source.max_positions {
-            let row = &mut table[position as usize * 2 * half..][..2 * half];
-            let (cos, sin) = row.split_at_mut(half);
-            for i in 0..half {
-                (sin[i], cos[i]) = source.sin_cos(position, i);
+        let rows = Shared::new(&mut table);
+        pool.split(source.max_positions as usize, 256, |_, positions| {
+            for position in positions {
+                // SAFETY: each position's row is written once.
+                let (cos, sin) = unsafe { rows.slice(position * 2 * half, 2 * half) }.split_at_mut(half);
+                for i in 0..half {
+                    (sin[i], cos[i]) = source.sin_cos(position as u32, i);
+                }
             }
-        }
+        })?;
         Ok(Self { half, table })
     }
 
