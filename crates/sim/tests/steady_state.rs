@@ -1,8 +1,8 @@
 //! A steady decode step allocates nothing: neither the scheduler nor the engine core around it.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use quire_core::{
     BlockHasher, CacheSalt, ExecutorLimits, Micros, Request, RequestId, SamplingParams, TenantId,
@@ -13,12 +13,15 @@ use quire_sim::{MockExecutor, MockTiming};
 
 struct Counting;
 
-static NUM_ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+thread_local! {
+    /// Per thread, because the test harness allocates beside us.
+    static NUM_ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
 
 // SAFETY: every call is passed on unchanged to the system allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        NUM_ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        NUM_ALLOCATIONS.set(NUM_ALLOCATIONS.get() + 1);
         // SAFETY: the caller keeps the contract of `alloc`.
         unsafe { System.alloc(layout) }
     }
@@ -73,14 +76,14 @@ fn measure(depth: u32, num_seqs: u32) -> (u64, f64) {
         core.step(Micros(now)).expect("the mock does not fail");
     }
     assert_eq!(core.stats().running, num_seqs);
-    let before = NUM_ALLOCATIONS.load(Ordering::Relaxed);
+    let before = NUM_ALLOCATIONS.get();
     let started = std::time::Instant::now();
     for now in 0..NUM_STEPS {
         core.step(Micros(u64::from(now) + 100)).expect("the mock does not fail");
         assert_eq!(core.step_stats().num_sampled, num_seqs);
     }
     let us = started.elapsed().as_secs_f64() * 1e6 / f64::from(NUM_STEPS);
-    (NUM_ALLOCATIONS.load(Ordering::Relaxed) - before, us)
+    (NUM_ALLOCATIONS.get() - before, us)
 }
 
 #[test]
