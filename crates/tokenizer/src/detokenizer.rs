@@ -197,6 +197,7 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn carry_equals_from_utf8_lossy_however_the_bytes_are_cut() {
@@ -223,5 +224,44 @@ mod tests {
         let mut lead = Lead::FirstToken('▁');
         assert_eq!(&*strip_lead(&mut lead, b"  a", || Some("▁▁a".to_owned())), b"a");
         assert_eq!(&*strip_lead(&mut lead, b" b", || None), b" b");
+    }
+
+    /// For every kind of decoder, random sequences decode as the decoder does with the whole sequence at hand.
+    #[test]
+    fn all_kinds_of_decoders_agree_with_the_library() {
+        let space = json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
+        let fallback = json!({"type": "ByteFallback"});
+        let fuse = json!({"type": "Fuse"});
+        let strip = json!({"type": "Strip", "content": " ", "start": 2, "stop": 0});
+        let sequence = |steps: &[&serde_json::Value]| json!({"type": "Sequence", "decoders": steps});
+        let metaspace = |scheme: &str| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true});
+        for decoder in [
+            json!(null),
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}),
+            json!({"type": "WordPiece", "prefix": "##", "cleanup": true}),
+            json!({"type": "BPEDecoder", "suffix": "</w>"}),
+            metaspace("always"),
+            metaspace("never"),
+            sequence(&[&space, &fallback, &fuse]),
+            sequence(&[&space, &fallback, &fuse, &strip]),
+            sequence(&[&space, &fuse, &strip]),
+        ] {
+            let texts = ["▁", "▁▁a", "b</w>", "##c", ".", "n't", "Ġd", "é", "<0x41>", "世"];
+            let vocab: serde_json::Map<_, _> =
+                texts.iter().enumerate().map(|(id, text)| ((*text).to_owned(), json!(id))).collect();
+            let model = json!({"type": "BPE", "vocab": vocab, "merges": []});
+            let document = json!({"version": "1.0", "added_tokens": [], "decoder": decoder, "model": model});
+            let tokenizer = Tokenizer::from_parts(document.to_string().as_bytes(), None).unwrap();
+            let mut state = 1u64;
+            for round in 0..500u64 {
+                let mut next = || {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(round);
+                    (state >> 40) as usize
+                };
+                let ids: Vec<TokenId> = (0..next() % 40).map(|_| (next() % texts.len()) as TokenId).collect();
+                let whole = tokenizer.decode_contextual(&ids, false);
+                assert_eq!(tokenizer.decode(&ids, false), whole, "{decoder}: {ids:?}");
+            }
+        }
     }
 }

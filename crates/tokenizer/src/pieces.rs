@@ -71,21 +71,28 @@ impl Scheme {
         Some(Self::Text { replace, byte_fallback, lead })
     }
 
-    /// The bytes of one token that is not the first.
-    fn bytes_of(&self, token: &str) -> Vec<u8> {
+    /// Appends the bytes of one token that is not the first.
+    fn push_bytes(&self, token: &str, out: &mut Vec<u8>) {
+        let start = out.len();
         match self {
             Self::ByteLevel => {
-                let bytes: Option<Vec<u8>> = token.chars().map(char_to_byte).collect();
-                bytes.unwrap_or_else(|| token.as_bytes().to_vec())
+                for c in token.chars() {
+                    let Some(byte) = char_to_byte(c) else {
+                        // A token with a character outside of the alphabet stands for itself.
+                        out.truncate(start);
+                        return out.extend_from_slice(token.as_bytes());
+                    };
+                    out.push(byte);
+                }
             }
             Self::Text { replace, byte_fallback, .. } => {
                 let text = replace.iter().fold(token.to_owned(), |text, (from, to)| text.replace(from, to));
                 match byte_of(&text).filter(|_| *byte_fallback) {
-                    Some(byte) => vec![byte],
-                    None => text.into_bytes(),
+                    Some(byte) => out.push(byte),
+                    None => out.extend_from_slice(text.as_bytes()),
                 }
             }
-            Self::Contextual => token.as_bytes().to_vec(),
+            Self::Contextual => out.extend_from_slice(token.as_bytes()),
         }
     }
 }
@@ -125,23 +132,42 @@ pub(crate) struct Pieces {
     flags: Vec<u8>,
 }
 
+/// Ids beyond twice the number of tokens that are still asked for.
+const MAX_GAP: usize = 1 << 16;
+
 const EXISTS: u8 = 1;
 const SPECIAL: u8 = 2;
 
 impl Pieces {
-    /// Builds the table from an iterator over all ids from 0: token text and whether it is special, or `None` for
-    /// an id without a token.
-    pub fn new(scheme: &Scheme, tokens: impl Iterator<Item = Option<(String, bool)>>) -> Self {
+    /// Builds the table of a vocabulary with `count` tokens. `token` gives the text of an id and whether it is special,
+    /// or `None` for an id without a token; ids are asked for from 0 until all tokens are found.
+    pub fn new(scheme: &Scheme, count: usize, token: impl Fn(u32) -> Option<(String, bool)>) -> Self {
         let mut pieces = Self { bytes: Vec::new(), ends: Vec::new(), flags: Vec::new() };
-        for token in tokens {
+        let mut found = 0;
+        // Two texts may share an id, so that fewer are found; gaps in real vocabularies are small.
+        let last = u32::try_from(2 * count + MAX_GAP).unwrap_or(u32::MAX);
+        for id in 0..last {
+            if found == count {
+                break;
+            }
             let mut flags = 0;
-            if let Some((text, special)) = token {
-                pieces.bytes.extend(scheme.bytes_of(&text));
-                flags = EXISTS | if special { SPECIAL } else { 0 };
+            if let Some((text, special)) = token(id) {
+                found += 1;
+                // A special token is written as it is, whatever the alphabet of the others.
+                if special {
+                    pieces.bytes.extend_from_slice(text.as_bytes());
+                    flags = EXISTS | SPECIAL;
+                } else {
+                    scheme.push_bytes(&text, &mut pieces.bytes);
+                    flags = EXISTS;
+                }
             }
             pieces.ends.push(u32::try_from(pieces.bytes.len()).unwrap_or(u32::MAX));
             pieces.flags.push(flags);
         }
+        let len = pieces.flags.iter().rposition(|&flags| flags != 0).map_or(0, |last| last + 1);
+        pieces.ends.truncate(len);
+        pieces.flags.truncate(len);
         pieces
     }
 
@@ -190,19 +216,31 @@ mod tests {
         let lead = Lead::Strip { content: ' ', max: 1 };
         let replace = vec![("▁".to_owned(), " ".to_owned())];
         assert_eq!(scheme, Scheme::Text { replace, byte_fallback: true, lead });
-        assert_eq!(scheme.bytes_of("▁a▁"), b" a ");
-        assert_eq!(scheme.bytes_of("<0xE4>"), [0xe4]);
-        assert_eq!(scheme.bytes_of("<0xE>"), b"<0xE>");
+        assert_eq!(bytes_of(&scheme, "▁a▁"), b" a ");
+        assert_eq!(bytes_of(&scheme, "<0xE4>"), [0xe4]);
+        assert_eq!(bytes_of(&scheme, "<0xE>"), b"<0xE>");
+        assert_eq!(bytes_of(&Scheme::ByteLevel, "Ġé"), [b' ', 0xe9]);
+        assert_eq!(bytes_of(&Scheme::ByteLevel, "Ġ世"), "Ġ世".as_bytes());
+    }
+
+    fn bytes_of(scheme: &Scheme, token: &str) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        scheme.push_bytes(token, &mut bytes);
+        bytes
     }
 
     #[test]
     fn gaps_have_no_bytes() {
-        let tokens = [Some(("a".to_owned(), false)), None, Some((String::new(), true))];
-        let pieces = Pieces::new(&Scheme::ByteLevel, tokens.into_iter());
-        assert_eq!(
-            (pieces.get(0), pieces.get(1), pieces.get(2), pieces.get(3)),
-            (Some(&b"a"[..]), None, Some(&b""[..]), None)
-        );
+        let token = |id| match id {
+            0 => Some(("a".to_owned(), false)),
+            2 => Some(("é".to_owned(), true)),
+            _ => None,
+        };
+        let pieces = Pieces::new(&Scheme::ByteLevel, 2, token);
+        assert_eq!((pieces.len(), pieces.get(0), pieces.get(1)), (3, Some(&b"a"[..]), None));
+        assert_eq!((pieces.get(2), pieces.get(3)), (Some("é".as_bytes()), None));
         assert!(pieces.is_special(2) && !pieces.is_special(1) && !pieces.is_special(9));
+        // A vocabulary that counts a token it does not have ends all the same.
+        assert_eq!(Pieces::new(&Scheme::ByteLevel, 3, token).len(), 3);
     }
 }

@@ -61,8 +61,7 @@ impl Tokenizer {
 
         let decoder = serde_json::to_value(hf.get_decoder()).unwrap_or(Value::Null);
         let scheme = Scheme::of_decoder(&decoder);
-        let size = hf.get_vocab(true).into_values().max().map_or(0, |id| id + 1);
-        let pieces = Pieces::new(&scheme, (0..size).map(|id| vocabulary_entry(&hf, id)));
+        let pieces = Pieces::new(&scheme, hf.get_vocab_size(true), |id| vocabulary_entry(&hf, id));
         let spelling = |id| vocabulary_entry(&hf, id).map(|(text, _)| text);
 
         let mut special = SpecialTokens::default();
@@ -187,7 +186,12 @@ impl Tokenizer {
 
     /// Decodes through the vocabulary's own decoder, for those whose tokens cannot be taken one by one.
     pub(crate) fn decode_contextual(&self, ids: &[TokenId], skip_special: bool) -> String {
-        self.inner.hf.decode(ids, skip_special).unwrap_or_default()
+        // Some of the library's decoders count on a first token.
+        if ids.is_empty() {
+            String::new()
+        } else {
+            self.inner.hf.decode(ids, skip_special).unwrap_or_default()
+        }
     }
 }
 

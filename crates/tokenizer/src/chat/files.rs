@@ -63,3 +63,34 @@ fn insert_file(sources: &mut BTreeMap<String, String>, name: &str, path: &Path) 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_jinja_file_comes_first_and_named_ones_add() {
+        let dir = std::env::temp_dir().join(format!("quire-chat-files-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("additional_chat_templates")).unwrap();
+        let config = json!({"chat_template": [
+            {"name": "default", "template": "old"}, {"name": "rag", "template": "r"}]});
+        std::fs::write(dir.join("tokenizer_config.json"), config.to_string()).unwrap();
+        assert_eq!(from_dir(&dir).unwrap()["default"], "old");
+        std::fs::write(dir.join("chat_template.jinja"), "new").unwrap();
+        std::fs::write(dir.join("additional_chat_templates/tool_use.jinja"), "t").unwrap();
+        let sources = from_dir(&dir).unwrap();
+        std::fs::remove_dir_all(&dir).unwrap();
+        let sources: Vec<_> = sources.iter().map(|(name, source)| (name.as_str(), source.as_str())).collect();
+        assert_eq!(sources, [("default", "new"), ("rag", "r"), ("tool_use", "t")]);
+    }
+
+    #[test]
+    fn malformed_configurations_are_named() {
+        assert!(from_config_bytes(b"{}").unwrap().is_empty());
+        for bytes in [&b"{\"chat_template\": 1}"[..], b"{\"chat_template\": [{\"name\": \"x\"}]}", b"{"] {
+            let error = from_config_bytes(bytes).unwrap_err().to_string();
+            assert!(error.starts_with("tokenizer_config.json"), "{error}");
+        }
+    }
+}

@@ -2,17 +2,20 @@
 
 use minijinja::{AutoEscape, Environment, Value};
 
+use super::python;
+
 /// Adds the `escape` filter, and the formatter that escapes inside auto-escape blocks (see `rewrite`).
 pub(super) fn install(env: &mut Environment<'static>) {
     env.add_filter("escape", escape_filter);
     env.add_filter("e", escape_filter);
     env.set_formatter(|out, state, value| {
         if matches!(state.auto_escape(), AutoEscape::Html) && !value.is_safe() {
-            out.write_str(&escape(&value.to_string()))?;
-            return Ok(());
+            return Ok(out.write_str(&escape(&python::to_str(value)))?);
         }
-        write!(out, "{value}")?;
-        Ok(())
+        match value.as_str() {
+            Some(text) => Ok(out.write_str(text)?),
+            None => Ok(out.write_str(&python::to_str(value))?),
+        }
     });
 }
 

@@ -10,6 +10,10 @@ use minijinja_contrib::pycompat;
 pub(super) fn install(env: &mut Environment<'static>) {
     env.set_unknown_method_callback(call_method);
     install_generators(env);
+    env.add_filter("string", |value: &Value| match value.kind() {
+        ValueKind::String => value.clone(),
+        _ => Value::from(to_str(value)),
+    });
     env.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     // Python's bool is a number; its strings and dicts have a length and can be indexed.
     env.add_test("number", |value: &Value| matches!(value.kind(), ValueKind::Number | ValueKind::Bool));
@@ -211,8 +215,53 @@ fn value_error(message: &'static str) -> Error {
     Error::new(ErrorKind::InvalidOperation, message)
 }
 
-/// Python's `repr` of a finite float: the shortest digits that read back the same, scientific from 1e16 and below 1e-4.
+/// Python's `str` of a value.
+pub(super) fn to_str(value: &Value) -> String {
+    let mut out = String::new();
+    match value.kind() {
+        ValueKind::Number | ValueKind::Seq | ValueKind::Map => repr(value, 0, &mut out),
+        _ => out = value.to_string(),
+    }
+    out
+}
+
+/// Python's `repr` of a value; minijinja's own differs in floats only.
+fn repr(value: &Value, depth: usize, out: &mut String) {
+    /// Deeper values are left to minijinja.
+    const MAX_DEPTH: usize = 64;
+    match value.kind() {
+        ValueKind::Number if !value.is_integer() => match f64::try_from(value.clone()) {
+            Ok(float) => out.push_str(&float_repr(float)),
+            Err(_) => out.push_str(&value.to_string()),
+        },
+        ValueKind::Seq if depth < MAX_DEPTH && !value.is_tuple() => {
+            out.push('[');
+            for (i, item) in value.try_iter().into_iter().flatten().enumerate() {
+                out.push_str(if i == 0 { "" } else { ", " });
+                repr(&item, depth + 1, out);
+            }
+            out.push(']');
+        }
+        ValueKind::Map if depth < MAX_DEPTH => {
+            out.push('{');
+            let pairs = value.as_object().and_then(|object| object.try_iter_pairs());
+            for (i, (key, item)) in pairs.into_iter().flatten().enumerate() {
+                out.push_str(if i == 0 { "" } else { ", " });
+                repr(&key, depth + 1, out);
+                out.push_str(": ");
+                repr(&item, depth + 1, out);
+            }
+            out.push('}');
+        }
+        _ => out.push_str(&format!("{value:?}")),
+    }
+}
+
+/// Python's `repr` of a float: the shortest digits that read back the same, scientific from 1e16 and below 1e-4.
 pub(super) fn float_repr(value: f64) -> String {
+    if !value.is_finite() {
+        return value.to_string().to_lowercase();
+    }
     let scientific = format!("{value:e}");
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
@@ -289,8 +338,14 @@ mod tests {
             (1.5e-5, "1.5e-05"),
             (0.0001, "0.0001"),
             (-2.5e300, "-2.5e+300"),
+            (f64::INFINITY, "inf"),
+            (f64::NAN, "nan"),
         ] {
             assert_eq!(float_repr(value), text);
         }
+        assert_eq!(
+            render("{{ {'a': [1e-7, (1, 'b'), none]}|string }}").unwrap(),
+            "{'a': [1e-07, (1, 'b'), None]}"
+        );
     }
 }

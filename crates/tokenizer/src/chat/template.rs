@@ -293,3 +293,83 @@ impl io::Write for CappedWriter {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn input(messages: Json) -> ChatInput {
+        ChatInput { messages, ..ChatInput::default() }
+    }
+
+    fn render(source: &str, input: &ChatInput) -> std::result::Result<String, TemplateError> {
+        ChatTemplate::new(source)?.render(input, &SpecialTokens::from_bos_eos(Some("<s>"), None))
+    }
+
+    #[test]
+    fn an_exception_carries_its_message() {
+        let in_macro = "{% macro m() %}{{ raise_exception('no ' ~ 1) }}{% endmacro %}{{ m() }}";
+        for source in ["{{ raise_exception('no 1') }}", in_macro] {
+            let error = render(source, &ChatInput::default()).unwrap_err();
+            assert!(matches!(&error, TemplateError::Raised(message) if message == "no 1"), "{error:?}");
+        }
+        let error = render("{% if %}", &ChatInput::default()).unwrap_err();
+        assert!(matches!(error, TemplateError::Syntax { ref name, .. } if name == "default"), "{error}");
+        let error = render("line\n{{ x.y }}", &ChatInput::default()).unwrap_err();
+        assert!(matches!(error, TemplateError::Render(_)) && error.to_string().contains(":2)"), "{error}");
+    }
+
+    #[test]
+    fn variables_and_who_wins() {
+        let mut input = input(json!([{"role": "user", "content": 1.5}]));
+        input.kwargs.insert("enable_thinking".to_owned(), json!(false));
+        input.kwargs.insert("messages".to_owned(), json!("ignored"));
+        let source = "{{ bos_token }}{{ eos_token }}{{ messages }}{{ enable_thinking }}{{ tools is none }}";
+        assert_eq!(render(source, &input).unwrap(), "<s>[{'role': 'user', 'content': 1.5}]FalseTrue");
+    }
+
+    #[test]
+    fn the_template_is_chosen_by_the_request() {
+        let sources = |names: &[&str]| names.iter().map(|n| ((*n).to_owned(), (*n).to_owned())).collect();
+        let plain = input(json!([]));
+        let tools = ChatInput { tools: Some(json!([])), ..plain.clone() };
+        let special = SpecialTokens::default();
+        let both = ChatTemplate::from_named(sources(&["default", "rag", "tool_use"])).unwrap();
+        assert_eq!(both.render(&plain, &special).unwrap(), "default");
+        assert_eq!(both.render(&tools, &special).unwrap(), "tool_use");
+        let only = ChatTemplate::from_named(sources(&["rag"])).unwrap();
+        assert_eq!(only.render(&tools, &special).unwrap(), "rag");
+        let neither = ChatTemplate::from_named(sources(&["rag", "tool_use"])).unwrap();
+        let error = neither.render(&plain, &special).unwrap_err();
+        assert!(matches!(error, TemplateError::NoDefault(ref names) if names == "rag, tool_use"));
+    }
+
+    #[test]
+    fn the_final_message_is_continued() {
+        let source = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<end>{% endfor %}";
+        let messages =
+            json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Sure, "}]);
+        let mut input = ChatInput { continue_final_message: true, ..input(messages) };
+        assert_eq!(render(source, &input).unwrap(), "<user>Hi<end><assistant>Sure,");
+        let kept = source.replace(" | trim", "");
+        assert_eq!(render(&kept, &input).unwrap(), "<user>Hi<end><assistant> Sure, ");
+        input.add_generation_prompt = true;
+        assert!(matches!(render(source, &input), Err(TemplateError::Continue(_))));
+        input.add_generation_prompt = false;
+        input.messages = json!([]);
+        assert!(matches!(render(source, &input), Err(TemplateError::Continue(_))));
+    }
+
+    #[test]
+    fn no_template_runs_for_ever_or_writes_without_bound() {
+        let loops = "{% for i in range(9999) %}{% for j in range(9999) %}";
+        for body in ["", "0123456789012345678901234567890123456789"] {
+            let source = format!("{loops}{body}{{% endfor %}}{{% endfor %}}");
+            let error = render(&source, &ChatInput::default()).unwrap_err();
+            assert!(matches!(error, TemplateError::LimitExceeded(_)), "{error:?}");
+        }
+        let recursion = "{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}";
+        assert!(matches!(render(recursion, &ChatInput::default()), Err(TemplateError::Render(_))));
+    }
+}

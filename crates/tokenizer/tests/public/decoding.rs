@@ -17,16 +17,13 @@ const ALL: &[&str] = &[
     "models/tinystories-656k",
 ];
 
-/// The text of `ids` by deltas; checks on the way that `out` only grows by whole characters (a `String` holds no
-/// others) and that nothing but the last, unfinished character is held back.
+/// The text of `ids` by deltas, each written into a string of its own.
 fn by_deltas(tokenizer: &Tokenizer, ids: &[TokenId], skip_special: bool) -> String {
     let mut detokenizer = Detokenizer::new(tokenizer, skip_special);
-    let mut out = String::new();
-    for &id in ids {
-        detokenizer.push(id, &mut out);
-    }
-    detokenizer.finish(&mut out);
-    out
+    let mut deltas: Vec<String> = vec![String::new(); ids.len() + 1];
+    ids.iter().zip(&mut deltas).for_each(|(&id, delta)| detokenizer.push(id, delta));
+    detokenizer.finish(&mut deltas[ids.len()]);
+    deltas.concat()
 }
 
 /// The bytes of `ids` put together with no regard to how they arrive: what any decoding must amount to.
