@@ -163,3 +163,127 @@ impl Choice {
         Ok((finished.reason, stop_token))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+
+    use quire_core::Usage;
+
+    use super::*;
+
+    static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| {
+        let config = quire_demo_model::TOKENIZER_CONFIG_JSON.as_bytes();
+        Tokenizer::from_parts(quire_demo_model::TOKENIZER_JSON.as_bytes(), Some(config)).unwrap()
+    });
+
+    fn rules(stop: &[&str], include_stop: bool, min_tokens: u32) -> Rules {
+        let eos = vec![0, 2];
+        let params =
+            SamplingParams { min_tokens, stop_token_ids: vec![0, 2, 77], ..SamplingParams::default() };
+        Rules {
+            tokenizer: TOKENIZER.clone(),
+            params: Arc::new(params),
+            stop: stop.iter().map(|&stop| stop.to_owned()).collect(),
+            include_stop,
+            skip_special: true,
+            eos_token_ids: eos.into(),
+            every_token: false,
+            prompt_only: false,
+        }
+    }
+
+    fn finished(reason: FinishReason, stop_token: Option<TokenId>) -> SeqFinished {
+        SeqFinished { reason, stop_token, usage: Usage::default() }
+    }
+
+    /// Feeds `tokens` cut into pieces and joins what comes out.
+    fn run(rules: &Rules, pieces: &[&[TokenId]], finished: SeqFinished) -> Result<ChoiceDelta, RequestError> {
+        let mut choice = Choice::new(0, rules, &[5, 6], None);
+        let mut whole = ChoiceDelta::new(0);
+        let mut ends = 0;
+        for (at, piece) in pieces.iter().enumerate() {
+            let last = at + 1 == pieces.len();
+            let delta = SeqDelta {
+                tokens: piece.to_vec(),
+                logprobs: vec![None; piece.len()],
+                finished: last.then_some(finished),
+                ..SeqDelta::default()
+            };
+            ends += usize::from(matches!(choice.take(rules, delta)?, Event::Ended { .. }));
+            if let Some(delta) = choice.pop(rules, TokenUsage::default()) {
+                whole.append(delta);
+            }
+        }
+        assert_eq!(ends, 1, "a choice ends once");
+        assert_eq!(choice.pop(rules, TokenUsage::default()), None, "and is silent afterwards");
+        Ok(whole)
+    }
+
+    fn next(state: &mut u64, bound: usize) -> usize {
+        *state ^= *state << 13;
+        *state ^= *state >> 7;
+        *state ^= *state << 17;
+        (*state % bound as u64) as usize
+    }
+
+    #[test]
+    fn the_cut_of_the_tokens_does_not_matter() {
+        let mut state = 0x1234_5678_9abc_def1;
+        let length = finished(FinishReason::Length, None);
+        let mut matches = 0;
+        for round in 0..300 {
+            let tokens: Vec<TokenId> = (0..30).map(|_| 100 + next(&mut state, 1900) as TokenId).collect();
+            let text = run(&rules(&[], false, 0), &[&tokens], length).unwrap().text;
+            // A stop string from the middle of the text, so that it spans tokens.
+            let chars: Vec<char> = text.chars().collect();
+            let start = next(&mut state, chars.len() - 5);
+            let stop: String = chars[start..start + 1 + next(&mut state, 5)].iter().collect();
+            let rules = rules(&[&stop, "never there"], round % 2 == 0, next(&mut state, 6) as u32);
+            let whole = run(&rules, &[&tokens], length).unwrap();
+            let mut pieces = Vec::new();
+            let mut rest = &tokens[..];
+            while !rest.is_empty() {
+                let (piece, tail) = rest.split_at(1 + next(&mut state, rest.len().min(4)));
+                pieces.push(piece);
+                rest = tail;
+            }
+            assert_eq!(run(&rules, &pieces, length).unwrap(), whole, "round {round}, stop {stop:?}");
+            let finish = whole.finish.unwrap();
+            assert_eq!(finish.usage.completion_tokens as usize, whole.token_ids.len());
+            if finish.reason == FinishReason::Stop {
+                matches += 1;
+                assert_eq!(finish.stop_reason, Some(StopReason::String(stop.clone())));
+                assert!(text.starts_with(&whole.text), "round {round}");
+                assert_eq!(whole.text.ends_with(&stop), rules.include_stop, "round {round}");
+            } else {
+                assert_eq!(whole.text, text);
+            }
+        }
+        assert!(matches > 200, "{matches} of 300 rounds found their stop string");
+    }
+
+    #[test]
+    fn a_stop_token_ends_without_text_and_says_which_it_was() {
+        let rules = rules(&[], false, 0);
+        for (token, reason) in [(77, StopReason::Token(77)), (2, StopReason::Eos(2))] {
+            let stop = finished(FinishReason::Stop, Some(token));
+            // The last token and the end may come in separate pieces.
+            for pieces in [&[&[300, 301, token][..]][..], &[&[300, 301, token], &[]]] {
+                let whole = run(&rules, pieces, stop).unwrap();
+                assert_eq!(whole.text, rules.tokenizer.decode(&[300, 301], true));
+                assert_eq!(whole.token_ids, [300, 301, token]);
+                assert_eq!(whole.finish.unwrap().stop_reason, Some(reason.clone()));
+            }
+        }
+    }
+
+    #[test]
+    fn ends_that_are_no_answers_are_errors() {
+        let rules = rules(&[], false, 0);
+        let error = |reason| run(&rules, &[&[300]], finished(reason, None)).unwrap_err();
+        assert_eq!(error(FinishReason::Deadline), RequestError::DeadlineExceeded);
+        assert!(matches!(error(FinishReason::Abort), RequestError::Unavailable { .. }));
+        assert!(matches!(error(FinishReason::Error), RequestError::Internal(_)));
+    }
+}

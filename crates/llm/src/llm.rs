@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use quire_core::metric_names::TOKENIZE_SECONDS;
 use quire_core::{CacheSalt, RequestError, TokenId};
 use quire_engine::{EngineClient, EngineState, RequestSpec};
 use quire_tokenizer::{ChatInput, ChatTemplate, TemplateError, Tokenizer};
@@ -213,7 +214,9 @@ impl Llm {
         params::validate_stop(&request.stop)?;
         let mut request = request;
         let prompt = std::mem::replace(&mut request.prompt, Prompt::Tokens(Vec::new()));
+        let started = Instant::now();
         let encoded = self.encode(prompt, request.add_special_tokens)?;
+        metrics::histogram!(TOKENIZE_SECONDS.name).record(started.elapsed());
         let limits = inner.engine.limits();
         let params =
             params::resolve(&request, &inner.defaults, encoded.token_ids.len(), limits, &inner.seeds)?;
@@ -228,8 +231,7 @@ impl Llm {
             params: Arc::clone(&params),
             tenant: request.tenant,
             priority: request.priority,
-            // Tokens found in the cache are not computed, so they have no log-probabilities.
-            cache_salt: params.prompt_logprobs.is_none().then(|| self.salt(&request)),
+            cache_salt: Some(self.salt(&request)),
             timeout,
         })?;
         let prompt_text = request.echo.then(|| match encoded.text {

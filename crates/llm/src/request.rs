@@ -30,7 +30,7 @@ pub struct GenerateRequest {
     pub echo: bool,
     /// `Some(k)`: log-probabilities of the generated tokens and of the k most likely ones at each place.
     pub logprobs: Option<u32>,
-    /// `Some(k)`: the same for the prompt's tokens. Such a request does not use the prefix cache.
+    /// `Some(k)`: the same for the prompt's tokens.
     pub prompt_logprobs: Option<u32>,
     /// Whether each token is to be reported as soon as it is there, also while it adds no text yet.
     pub return_token_ids: bool,
