@@ -140,7 +140,10 @@ impl Workload {
     }
 
     fn random_prompt(&mut self) -> Vec<TokenId> {
-        let len = self.rng.range(1, self.max_request_tokens - 1) as usize;
+        // Short prompts with long outputs are what fills a pool behind the scheduler's back.
+        let longest =
+            if self.rng.one_in(2) { self.max_request_tokens - 1 } else { self.max_request_tokens / 4 };
+        let len = self.rng.range(1, longest) as usize;
         let mut prompt = Vec::new();
         if !self.rng.one_in(3) {
             let prefix = self.rng.pick(&self.prefixes).clone();
@@ -157,7 +160,7 @@ impl Workload {
     fn request(&mut self, prompt: Vec<TokenId>, salt: CacheSalt, at: u64) -> Request {
         let (features, rng) = (self.features, &mut self.rng);
         let room = self.max_request_tokens - prompt.len() as u32;
-        let max_tokens = if rng.one_in(8) { 1 } else { rng.range(1, room.min(40)) };
+        let max_tokens = if rng.one_in(8) { 1 } else { rng.range(1, room) };
         let stops = if features.stops && rng.one_in(2) { rng.range(1, 4) } else { 0 };
         let vocab_size = self.config.limits.vocab_size;
         let many = features.continuations && rng.one_in(3);

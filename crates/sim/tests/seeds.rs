@@ -2,7 +2,7 @@
 
 use quire_sim::run_seed;
 
-const NUM_SEEDS: u64 = 500;
+const NUM_SEEDS: u64 = 1000;
 
 #[test]
 fn every_seed_keeps_every_invariant() {
