@@ -7,7 +7,7 @@
 //! back, and the follower computes the prompt itself, or finds it in the prefix cache.
 
 use crate::kv_cache::KvCacheManager;
-use crate::scheduler::Scheduler;
+use crate::scheduler::{ENDED, Scheduler};
 use crate::sequence::{SeqIndex, SeqState, SequenceData};
 
 impl Scheduler {
@@ -63,7 +63,7 @@ impl Scheduler {
 
     fn followers(&self, entry: u32) -> Vec<SeqIndex> {
         let seqs = self.entry(entry).seqs.iter().copied();
-        seqs.filter(|&seq| seq != SeqIndex::MAX && self.seqs.hot(seq).state == SeqState::Follower).collect()
+        seqs.filter(|&seq| seq != ENDED && self.seqs.hot(seq).state == SeqState::Follower).collect()
     }
 
     fn enqueue_follower(&mut self, seq: SeqIndex) {

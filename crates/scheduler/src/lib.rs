@@ -14,12 +14,13 @@
 //!
 //! Reading order: [`event`], [`stats`], then `policy` (the order), `sequence` (the state), `block_pool`,
 //! `prefix_cache`, `kv_cache` (the blocks), [`scheduler`] (the parts and the way in), `schedule` (a step goes out),
-//! `fork` (continuations share a prompt), `update` (its results come back), `check`.
+//! `fork` (continuations share a prompt), `update` (its results come back), `finish`, `check`.
 #![forbid(unsafe_code)]
 
 mod block_pool;
 mod check;
 pub mod event;
+mod finish;
 mod fork;
 mod kv_cache;
 mod policy;

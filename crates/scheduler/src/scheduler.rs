@@ -1,21 +1,21 @@
-//! The scheduler's parts, and how requests enter and leave.
+//! The scheduler's parts, and how requests enter.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use quire_core::{
-    BlockHasher, BlockId, ExecutorLimits, FinishReason, Micros, Request, RequestError, RequestId, Slot,
-    StepId, TokenId, Usage,
+    BlockHasher, BlockId, ExecutorLimits, Micros, Request, RequestError, RequestId, Slot, StepId, TokenId,
+    Usage,
 };
 
-use crate::event::{SeqEvent, SeqEventKind};
+use crate::event::SeqEvent;
 use crate::kv_cache::{BlockTable, KvCacheManager};
 use crate::policy::OrderKey;
 use crate::sequence::{SeqIndex, SeqState, SequenceData, SequenceTable};
 use crate::stats::SchedulerStats;
 
 /// The entry of [`RequestEntry::seqs`] of a continuation that ended.
-const ENDED: SeqIndex = SeqIndex::MAX;
+pub(crate) const ENDED: SeqIndex = SeqIndex::MAX;
 
 /// What a scheduler works with, fixed at start.
 #[derive(Clone, Debug)]
@@ -48,10 +48,10 @@ impl SchedulerConfig {
 /// A request with its continuations.
 #[derive(Debug)]
 pub(crate) struct RequestEntry {
-    request: Request,
+    pub(crate) request: Request,
     /// Continuation to sequence, or [`ENDED`].
     pub(crate) seqs: Vec<SeqIndex>,
-    num_live: u32,
+    pub(crate) num_live: u32,
     /// Whether any continuation ever entered the batch.
     pub(crate) started: bool,
 }
@@ -84,9 +84,9 @@ pub struct Scheduler {
     pub(crate) seqs: SequenceTable,
     /// Slab of requests; `vacant_requests` lists its holes.
     pub(crate) requests: Vec<Option<RequestEntry>>,
-    vacant_requests: Vec<u32>,
-    by_id: BTreeMap<RequestId, u32>,
-    deadlines: BTreeSet<(Micros, RequestId)>,
+    pub(crate) vacant_requests: Vec<u32>,
+    pub(crate) by_id: BTreeMap<RequestId, u32>,
+    pub(crate) deadlines: BTreeSet<(Micros, RequestId)>,
     /// Requests that never entered the batch.
     pub(crate) num_queued: u32,
     pub(crate) waiting: BTreeMap<OrderKey, SeqIndex>,
@@ -194,32 +194,6 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Ends a request, or one of its continuations, now. Unknown ids (it may have just ended) are ignored. The
-    /// `Finished` events come with the next `schedule` or `update`.
-    pub fn finish(&mut self, id: RequestId, index: Option<u32>, reason: FinishReason) {
-        let mut events = std::mem::take(&mut self.ended);
-        self.end_request(id, index, reason, &mut events);
-        self.ended = events;
-    }
-
-    /// Ends every request, for a device that failed or a drain that ran out of time.
-    pub fn finish_all(&mut self, reason: FinishReason) {
-        while let Some((&id, _)) = self.by_id.first_key_value() {
-            self.finish(id, None, reason);
-        }
-    }
-
-    /// Takes the events of [`Self::finish`] without waiting for the next step; they count as having happened at `now`.
-    pub fn drain_events(&mut self, now: Micros, events: &mut Vec<SeqEvent>) {
-        self.now = now;
-        for event in &mut self.ended {
-            if let SeqEventKind::Finished { usage, .. } = &mut event.kind {
-                usage.finished = now;
-            }
-        }
-        events.append(&mut self.ended);
-    }
-
     /// Whether any request lives, any step is in flight, or any event waits for delivery.
     pub fn has_work(&self) -> bool {
         !self.by_id.is_empty() || !self.in_flight.is_empty() || !self.ended.is_empty()
@@ -310,99 +284,6 @@ impl Scheduler {
         hot.state = if index == 0 { SeqState::Waiting } else { SeqState::Follower };
         hot.leads = index == 0 && request.params.n > 1;
         seq
-    }
-
-    pub(crate) fn end_request(
-        &mut self,
-        id: RequestId,
-        index: Option<u32>,
-        reason: FinishReason,
-        events: &mut Vec<SeqEvent>,
-    ) {
-        let Some(&entry) = self.by_id.get(&id) else { return };
-        let num_seqs = self.entry(entry).seqs.len() as u32;
-        let range = index.map_or(0..num_seqs, |index| index..num_seqs.min(index.saturating_add(1)));
-        for index in range {
-            // The entry is gone once its last continuation ended.
-            let Some(live) = self.requests[entry as usize].as_ref() else { return };
-            let seq = live.seqs[index as usize];
-            if seq != ENDED {
-                self.end_sequence(seq, reason, None, events);
-            }
-        }
-    }
-
-    /// Takes a sequence out of wherever it is and reports its end.
-    pub(crate) fn end_sequence(
-        &mut self,
-        seq: SeqIndex,
-        reason: FinishReason,
-        stop_token: Option<TokenId>,
-        events: &mut Vec<SeqEvent>,
-    ) {
-        self.promote_follower(seq);
-        match self.seqs.hot(seq).state {
-            SeqState::Vacant => return,
-            SeqState::Follower => self.num_followers -= 1,
-            SeqState::Waiting => {
-                let (_, data) = self.seqs.both_mut(seq);
-                self.waiting.remove(&data.key);
-                self.num_parked -= u32::from(data.parked);
-                self.kv.release_table(&mut data.table);
-            }
-            SeqState::Running => self.leave_batch(seq),
-        }
-        let (request, index) = (self.seqs.hot(seq).request, self.seqs.hot(seq).index);
-        let Some(data) = self.seqs.remove(seq) else { return };
-        let mut usage = data.usage;
-        usage.finished = self.now;
-        usage.generated_tokens = data.generated.len() as u32;
-        if data.generated.is_empty() {
-            usage.first_token = self.now;
-        }
-        if !data.started {
-            usage.first_scheduled = self.now;
-        }
-        events.push(SeqEvent { request, index, kind: SeqEventKind::Finished { reason, stop_token, usage } });
-        self.forget_continuation(data.request, index);
-    }
-
-    fn forget_continuation(&mut self, at: u32, index: u32) {
-        let entry = self.entry_mut(at);
-        entry.seqs[index as usize] = ENDED;
-        entry.num_live -= 1;
-        if entry.num_live > 0 {
-            return;
-        }
-        let (id, deadline, started) = (entry.request.id, entry.request.deadline, entry.started);
-        if let Some(deadline) = deadline {
-            self.deadlines.remove(&(deadline, id));
-        }
-        self.num_queued -= u32::from(!started);
-        self.by_id.remove(&id);
-        self.requests[at as usize] = None;
-        self.vacant_requests.push(at);
-    }
-
-    /// Gives back blocks and slot of a running sequence. The caller sets its next state.
-    pub(crate) fn leave_batch(&mut self, seq: SeqIndex) {
-        let (hot, data) = self.seqs.both_mut(seq);
-        self.kv.release_table(&mut data.table);
-        hot.num_blocks = 0;
-        self.free_slots.push(Slot(hot.slot));
-        self.freed_slots.push(Slot(hot.slot));
-        self.num_running -= 1;
-        self.num_prefilling -= u32::from(hot.prefilling);
-        hot.prefilling = false;
-    }
-
-    /// Ends the requests whose deadline has passed.
-    pub(crate) fn expire(&mut self, events: &mut Vec<SeqEvent>) {
-        while let Some(&(deadline, id)) = self.deadlines.first()
-            && deadline <= self.now
-        {
-            self.end_request(id, None, FinishReason::Deadline, events);
-        }
     }
 
     pub(crate) fn entry(&self, at: u32) -> &RequestEntry {

@@ -1,0 +1,128 @@
+//! How sequences leave: by their client, their deadline, or (from `update`) their last token.
+
+use quire_core::{FinishReason, Micros, RequestId, Slot, TokenId};
+
+use crate::event::{SeqEvent, SeqEventKind};
+use crate::scheduler::{ENDED, Scheduler};
+use crate::sequence::{SeqIndex, SeqState};
+
+impl Scheduler {
+    /// Ends a request, or one of its continuations, now. Unknown ids (it may have just ended) are ignored. The
+    /// `Finished` events come with the next `schedule` or `update`.
+    pub fn finish(&mut self, id: RequestId, index: Option<u32>, reason: FinishReason) {
+        let mut events = std::mem::take(&mut self.ended);
+        self.end_request(id, index, reason, &mut events);
+        self.ended = events;
+    }
+
+    /// Ends every request, for a device that failed or a drain that ran out of time.
+    pub fn finish_all(&mut self, reason: FinishReason) {
+        while let Some((&id, _)) = self.by_id.first_key_value() {
+            self.finish(id, None, reason);
+        }
+    }
+
+    /// Takes the events of [`Self::finish`] without waiting for the next step; they count as having happened at `now`.
+    pub fn drain_events(&mut self, now: Micros, events: &mut Vec<SeqEvent>) {
+        self.now = now;
+        for event in &mut self.ended {
+            if let SeqEventKind::Finished { usage, .. } = &mut event.kind {
+                usage.finished = now;
+            }
+        }
+        events.append(&mut self.ended);
+    }
+
+    pub(crate) fn end_request(
+        &mut self,
+        id: RequestId,
+        index: Option<u32>,
+        reason: FinishReason,
+        events: &mut Vec<SeqEvent>,
+    ) {
+        let Some(&entry) = self.by_id.get(&id) else { return };
+        let num_seqs = self.entry(entry).seqs.len() as u32;
+        let range = index.map_or(0..num_seqs, |index| index..num_seqs.min(index.saturating_add(1)));
+        for index in range {
+            // The entry is gone once its last continuation ended.
+            let Some(live) = self.requests[entry as usize].as_ref() else { return };
+            let seq = live.seqs[index as usize];
+            if seq != ENDED {
+                self.end_sequence(seq, reason, None, events);
+            }
+        }
+    }
+
+    /// Takes a sequence out of wherever it is and reports its end.
+    pub(crate) fn end_sequence(
+        &mut self,
+        seq: SeqIndex,
+        reason: FinishReason,
+        stop_token: Option<TokenId>,
+        events: &mut Vec<SeqEvent>,
+    ) {
+        self.promote_follower(seq);
+        match self.seqs.hot(seq).state {
+            SeqState::Vacant => return,
+            SeqState::Follower => self.num_followers -= 1,
+            SeqState::Waiting => {
+                let (_, data) = self.seqs.both_mut(seq);
+                self.waiting.remove(&data.key);
+                self.num_parked -= u32::from(data.parked);
+                self.kv.release_table(&mut data.table);
+            }
+            SeqState::Running => self.leave_batch(seq),
+        }
+        let (request, index) = (self.seqs.hot(seq).request, self.seqs.hot(seq).index);
+        let Some(data) = self.seqs.remove(seq) else { return };
+        let mut usage = data.usage;
+        usage.finished = self.now;
+        usage.generated_tokens = data.generated.len() as u32;
+        if data.generated.is_empty() {
+            usage.first_token = self.now;
+        }
+        if !data.started {
+            usage.first_scheduled = self.now;
+        }
+        events.push(SeqEvent { request, index, kind: SeqEventKind::Finished { reason, stop_token, usage } });
+        self.forget_continuation(data.request, index);
+    }
+
+    fn forget_continuation(&mut self, at: u32, index: u32) {
+        let entry = self.entry_mut(at);
+        entry.seqs[index as usize] = ENDED;
+        entry.num_live -= 1;
+        if entry.num_live > 0 {
+            return;
+        }
+        let (id, deadline, started) = (entry.request.id, entry.request.deadline, entry.started);
+        if let Some(deadline) = deadline {
+            self.deadlines.remove(&(deadline, id));
+        }
+        self.num_queued -= u32::from(!started);
+        self.by_id.remove(&id);
+        self.requests[at as usize] = None;
+        self.vacant_requests.push(at);
+    }
+
+    /// Gives back blocks and slot of a running sequence. The caller sets its next state.
+    pub(crate) fn leave_batch(&mut self, seq: SeqIndex) {
+        let (hot, data) = self.seqs.both_mut(seq);
+        self.kv.release_table(&mut data.table);
+        hot.num_blocks = 0;
+        self.free_slots.push(Slot(hot.slot));
+        self.freed_slots.push(Slot(hot.slot));
+        self.num_running -= 1;
+        self.num_prefilling -= u32::from(hot.prefilling);
+        hot.prefilling = false;
+    }
+
+    /// Ends the requests whose deadline has passed.
+    pub(crate) fn expire(&mut self, events: &mut Vec<SeqEvent>) {
+        while let Some(&(deadline, id)) = self.deadlines.first()
+            && deadline <= self.now
+        {
+            self.end_request(id, None, FinishReason::Deadline, events);
+        }
+    }
+}
