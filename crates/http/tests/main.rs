@@ -1,0 +1,11 @@
+//! The front end over the real engine and a real tokenizer; only the model is a mock whose tokens are a function of
+//! seed and position.
+
+mod auth;
+mod chat;
+mod completions;
+mod errors;
+mod harness;
+mod lifecycle;
+mod sockets;
+mod streams;
