@@ -30,4 +30,4 @@ pub mod state;
 pub use error::ApiError;
 pub use router::router;
 pub use server::serve;
-pub use state::{AppState, HttpConfig, Lifecycle};
+pub use state::{AppState, HttpConfig};

@@ -11,7 +11,7 @@ use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tower::Service;
 
 use crate::router::router;
@@ -46,7 +46,15 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A drain happens before that: [`AppState::set_draining`] refuses inference while health and metrics go on
 /// answering; resolve `shutdown` when the last stream has ended.
 pub async fn serve(listener: TcpListener, state: AppState, shutdown: impl Future<Output = ()>) {
-    let app = router(state);
+    accept(listener, router(state), HEADER_TIMEOUT, shutdown).await;
+}
+
+async fn accept(
+    listener: TcpListener,
+    app: Router,
+    header_timeout: Duration,
+    shutdown: impl Future<Output = ()>,
+) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let graceful = GracefulShutdown::new();
     let mut shutdown = pin!(shutdown);
@@ -59,7 +67,11 @@ pub async fn serve(listener: TcpListener, state: AppState, shutdown: impl Future
         tokio::select! {
             (accepted, permit) = next => match accepted {
                 Ok((stream, _)) => {
-                    tokio::spawn(connection(stream, app.clone(), graceful.watcher(), permit));
+                    let connection = connection(stream, app.clone(), header_timeout, graceful.watcher());
+                    tokio::spawn(async move {
+                        connection.await;
+                        drop(permit);
+                    });
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");
@@ -75,7 +87,7 @@ pub async fn serve(listener: TcpListener, state: AppState, shutdown: impl Future
     }
 }
 
-async fn connection(stream: TcpStream, app: Router, watcher: Watcher, permit: OwnedSemaphorePermit) {
+async fn connection(stream: TcpStream, app: Router, header_timeout: Duration, watcher: Watcher) {
     // Tokens are small writes; each is to leave at once.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
@@ -88,12 +100,12 @@ async fn connection(stream: TcpStream, app: Router, watcher: Watcher, permit: Ow
             app.clone().call(request)
         })
     };
-    let builder = builder();
+    let builder = builder(header_timeout);
     let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     let mut connection = pin!(watcher.watch(connection.into_owned()));
     let outcome = tokio::select! {
         outcome = &mut connection => outcome,
-        () = tokio::time::sleep(HEADER_TIMEOUT) => {
+        () = tokio::time::sleep(header_timeout) => {
             if !spoke.load(Ordering::Relaxed) {
                 // Not one whole request yet, not even enough to tell the protocol.
                 return;
@@ -104,17 +116,16 @@ async fn connection(stream: TcpStream, app: Router, watcher: Watcher, permit: Ow
     if let Err(error) = outcome {
         tracing::debug!(%error, "a connection ended with an error");
     }
-    drop(permit);
 }
 
-fn builder() -> Builder<TokioExecutor> {
+fn builder(header_timeout: Duration) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEADER_BYTES)
-        .header_read_timeout(HEADER_TIMEOUT);
+        .header_read_timeout(header_timeout);
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -124,4 +135,43 @@ fn builder() -> Builder<TokioExecutor> {
         .keep_alive_interval(Duration::from_secs(30))
         .keep_alive_timeout(Duration::from_secs(20));
     builder
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::time::{sleep, timeout};
+
+    use super::*;
+
+    /// What comes back, until the server closes.
+    async fn read_all(stream: &mut TcpStream) -> String {
+        let mut answer = Vec::new();
+        let _ = timeout(Duration::from_secs(10), stream.read_to_end(&mut answer)).await.expect("it closes");
+        String::from_utf8(answer).unwrap()
+    }
+
+    #[tokio::test]
+    async fn whoever_sends_no_whole_request_in_time_is_cut_off() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let slow = async || {
+            sleep(Duration::from_millis(600)).await;
+            "done"
+        };
+        let app = Router::new().route("/slow", get(slow));
+        tokio::spawn(accept(listener, app, Duration::from_millis(200), std::future::pending()));
+        // Silence; the beginning of either protocol; a head that never ends.
+        for start in ["", "P", "GET /slow HTTP/1.1\r\nhost: x\r\n"] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(start.as_bytes()).await.unwrap();
+            assert!(!read_all(&mut stream).await.starts_with("HTTP/1.1 200"), "{start:?}");
+        }
+        // An answer may take longer than a head.
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        let answer = read_all(&mut stream).await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("done"), "{answer}");
+    }
 }

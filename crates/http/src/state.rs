@@ -1,10 +1,9 @@
-//! What all handlers share: the model once it is loaded, and where the process is in its life.
+//! What all handlers share.
 
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
-use quire_llm::{Llm, RequestError};
+use quire_llm::{Lifecycle, Llm};
 use quire_tenancy::Keys;
 
 use crate::error::ApiError;
@@ -15,6 +14,8 @@ pub type MetricsPage = Arc<dyn Fn() -> String + Send + Sync>;
 /// What the front end is told at start.
 #[derive(Clone)]
 pub struct HttpConfig {
+    /// The model, and where the process is in its life; shared with the other front end and the shell.
+    pub lifecycle: Lifecycle,
     /// Who may come in.
     pub keys: Keys,
     /// The page under `/metrics`.
@@ -33,38 +34,13 @@ impl HttpConfig {
     /// The defaults: 8 MiB bodies, a comment every 10 s.
     pub fn new(keys: Keys, metrics: MetricsPage, version: impl Into<String>) -> Self {
         Self {
+            lifecycle: Lifecycle::default(),
             keys,
             metrics,
             metrics_without_key: false,
             version: version.into(),
             max_body_bytes: 8 << 20,
             keep_alive: Duration::from_secs(10),
-        }
-    }
-}
-
-/// Where the process is in its life. It only moves forward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u8)]
-pub enum Lifecycle {
-    /// The model is not there yet.
-    Loading = 0,
-    /// Takes requests.
-    Ready = 1,
-    /// Finishes what it has, takes nothing new.
-    Draining = 2,
-    /// The engine failed.
-    Dead = 3,
-}
-
-impl Lifecycle {
-    /// In words, for health pages and errors.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Loading => "loading",
-            Self::Ready => "ready",
-            Self::Draining => "draining",
-            Self::Dead => "dead",
         }
     }
 }
@@ -78,62 +54,38 @@ pub struct AppState {
 struct Inner {
     config: HttpConfig,
     fingerprint: String,
-    llm: OnceLock<Llm>,
-    lifecycle: AtomicU8,
 }
 
 impl AppState {
-    /// A state without a model: health answers, inference does not.
+    /// A state in whatever part of its life `config.lifecycle` is: health answers at once.
     pub fn new(config: HttpConfig) -> Self {
         let fingerprint = format!("quire-{}", config.version);
-        let lifecycle = AtomicU8::new(Lifecycle::Loading as u8);
-        Self { inner: Arc::new(Inner { config, fingerprint, llm: OnceLock::new(), lifecycle }) }
+        Self { inner: Arc::new(Inner { config, fingerprint }) }
     }
 
-    /// The model is there: inference begins. Only the first call counts.
+    /// The model is there: inference begins.
     pub fn set_ready(&self, llm: Llm) {
-        if self.inner.llm.set(llm).is_ok() {
-            self.advance(Lifecycle::Ready);
-        }
+        self.lifecycle().ready(llm);
     }
 
     /// Takes no new requests from now on.
     pub fn set_draining(&self) {
-        self.advance(Lifecycle::Draining);
+        self.lifecycle().drain();
     }
 
     /// The engine failed.
     pub fn set_dead(&self) {
-        self.advance(Lifecycle::Dead);
+        self.lifecycle().die();
     }
 
-    fn advance(&self, to: Lifecycle) {
-        self.inner.lifecycle.fetch_max(to as u8, Ordering::AcqRel);
-    }
-
-    /// Where the process is in its life, as the shell said it or as the engine shows it.
-    pub fn lifecycle(&self) -> Lifecycle {
-        let told = match self.inner.lifecycle.load(Ordering::Acquire) {
-            0 => Lifecycle::Loading,
-            1 => Lifecycle::Ready,
-            2 => Lifecycle::Draining,
-            _ => Lifecycle::Dead,
-        };
-        let shown = match self.inner.llm.get().and_then(Llm::unavailable) {
-            None => Lifecycle::Loading,
-            Some("draining") => Lifecycle::Draining,
-            Some(_) => Lifecycle::Dead,
-        };
-        told.max(shown)
+    /// Where the process is in its life, and the model once it is loaded.
+    pub fn lifecycle(&self) -> &Lifecycle {
+        &self.inner.config.lifecycle
     }
 
     /// The model, if it takes requests.
     pub(crate) fn llm(&self) -> Result<&Llm, ApiError> {
-        let state = self.lifecycle();
-        match (state, self.inner.llm.get()) {
-            (Lifecycle::Ready, Some(llm)) => Ok(llm),
-            _ => Err(RequestError::Unavailable { state: state.name() }.into()),
-        }
+        Ok(self.lifecycle().llm()?)
     }
 
     pub(crate) fn config(&self) -> &HttpConfig {

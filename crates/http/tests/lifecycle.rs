@@ -69,13 +69,6 @@ async fn draining_refuses_inference_and_answers_probes() {
 }
 
 #[tokio::test]
-async fn a_draining_engine_shows_without_being_told() {
-    let server = Server::start(&Setup::default());
-    server.llm.engine().drain();
-    assert_eq!(server.get("/health/ready").await.json(), json!({ "status": "draining" }));
-}
-
-#[tokio::test]
 async fn a_panic_fails_its_request_only() {
     let broken = Arc::new(AtomicBool::new(true));
     let flag = Arc::clone(&broken);

@@ -147,7 +147,6 @@ async fn a_drain_lets_streams_finish_while_probes_are_answered() {
     let mut response = send(listening.address, "/v1/completions", Some(&body)).await;
     response.body_mut().frame().await.unwrap().unwrap();
     listening.server.state.set_draining();
-    listening.server.llm.engine().drain();
     let refused = send(listening.address, "/v1/completions", Some(&body)).await;
     assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(refused.headers()["connection"], "close");

@@ -5,7 +5,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use quire_core::metric_names::TOKENIZE_SECONDS;
 use quire_core::{CacheSalt, RequestError, TokenId};
-use quire_engine::{EngineClient, EngineState, RequestSpec};
+use quire_engine::{EngineClient, RequestSpec};
 use quire_tokenizer::{ChatInput, ChatTemplate, TemplateError, Tokenizer};
 use serde_json::{Value, json};
 
@@ -111,15 +111,6 @@ impl Llm {
     /// The engine behind it: limits, state, queue lengths, drain.
     pub fn engine(&self) -> &EngineClient {
         &self.inner.engine
-    }
-
-    /// Why the engine takes no requests (`draining` or `dead`); `None` while it does.
-    pub fn unavailable(&self) -> Option<&'static str> {
-        match self.inner.engine.state() {
-            EngineState::Ready => None,
-            EngineState::Draining => Some("draining"),
-            EngineState::Dead => Some("dead"),
-        }
     }
 
     /// The model's tokenizer.
