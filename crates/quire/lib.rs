@@ -1,8 +1,8 @@
 //! The application shell: command line, configuration, wiring. The only place that knows flags, environment and TOML.
 //!
 //! Reading order: [`cli`] and [`args`] (what can be asked), [`layers`] (where settings come from), [`config`] (what they
-//! become), then one module a command: [`serve`], [`run`], [`inspect`], [`doctor`], [`sim_cmd`]; and what they
-//! share: [`model`] with [`hub`], [`metrics`] with [`process`], [`machine`], [`units`], [`logging`].
+//! become), then one module a command: `serve`, `run`, `inspect`, [`doctor`], `sim_cmd`; and what they share: `loading`,
+//! [`model`] with [`hub`], [`metrics`] with [`process`], [`machine`], [`units`], [`logging`], `signals`.
 #![forbid(unsafe_code)]
 
 pub mod args;
@@ -12,11 +12,16 @@ pub mod doctor;
 pub mod hub;
 mod inspect;
 pub mod layers;
+mod loading;
 pub mod logging;
 pub mod machine;
 pub mod metrics;
 pub mod model;
 pub mod process;
+mod run;
+mod serve;
+mod signals;
+mod sim_cmd;
 pub mod units;
 
 use std::ffi::OsString;
@@ -78,6 +83,15 @@ fn fail(error: &dyn std::error::Error) -> ExitCode {
 fn dispatch(command: Command, warnings: &[String]) -> Result<()> {
     let mut out = io::stdout();
     match command {
+        Command::Serve(args) => {
+            start_logging(args.common.log_format, "info", warnings)?;
+            serve::serve(&args, &mut out)
+        }
+        Command::Run(args) => {
+            start_logging(args.common.log_format, "warn", warnings)?;
+            run::run(&args, &mut out)
+        }
+        Command::Sim(args) => sim_cmd::sim(&args, &mut out),
         Command::Inspect(args) => {
             start_logging(args.common.log_format, "warn", warnings)?;
             inspect::inspect(&args, &mut out)
@@ -88,7 +102,6 @@ fn dispatch(command: Command, warnings: &[String]) -> Result<()> {
             clap_complete::generate(shell, &mut Cli::command(), "quire", &mut script);
             out.write_all(&script).map_err(Failure::output)
         }
-        _ => Err(Failure("not yet".into())),
     }
 }
 

@@ -1,0 +1,211 @@
+//! From settings to a model that answers: checkpoint, tokenizer, executor, engine, text-level API.
+
+use std::hash::{BuildHasher, RandomState};
+use std::time::{Duration, Instant};
+
+use quire_core::{BlockHasher, Executor, ExecutorLimits};
+use quire_cpu::{CpuBackend, CpuConfig, Isa};
+use quire_engine::{Engine, EngineConfig, metrics as engine_metrics};
+use quire_llm::{GenerationDefaults, Llm, LlmConfig};
+use quire_model::{Checkpoint, GenerationConfig, ModelSpec};
+use quire_runner::{LoadProgress, ModelRunner};
+use quire_scheduler::SchedulerConfig;
+use quire_sim::{MockExecutor, MockTiming};
+use quire_tokenizer::{ChatTemplate, TemplateError, Tokenizer};
+use tokio::runtime::Handle;
+
+use crate::args::{EngineArgs, ExecutorArg};
+use crate::config::{Config, Machine};
+use crate::inspect::headline;
+use crate::model::{LocalModel, ModelSource};
+use crate::{Failure, Result};
+
+/// Threads that render templates and tokenize, at most.
+const MAX_TOKENIZER_THREADS: u32 = 8;
+/// Loading is silent for this long; after that its progress is logged.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A model that answers. Dropping it stops the engine thread.
+pub(crate) struct Loaded {
+    pub(crate) llm: Llm,
+    pub(crate) engine: Engine,
+    pub(crate) config: Config,
+    /// What the model is, in one line.
+    pub(crate) headline: String,
+    /// Where it computes, in one line.
+    pub(crate) device: String,
+}
+
+/// Loads what `args` describe; `source` is what their MODEL resolved to. Blocks, for as long as a download takes.
+///
+/// # Errors
+/// Whatever stands in the way, in words.
+pub(crate) fn load(args: &EngineArgs, source: ModelSource, name: &str, runtime: &Handle) -> Result<Loaded> {
+    let mut stages = Stages::default();
+    let local = source.fetch(args.load_format)?;
+    stages.done("fetch");
+    let checkpoint = local.open(args.load_format)?;
+    for tensor in checkpoint.ignored_tensors() {
+        tracing::warn!(tensor, "the checkpoint holds a tensor that this architecture does not use");
+    }
+    let spec = checkpoint.spec();
+    let config = Config::resolve(args, spec, &Machine::detect())?;
+    stages.done("open");
+    let (tokenizer, chat_template) = load_text(&local, args)?;
+    stages.done("tokenizer");
+    let (executor, device) = executor(args, &checkpoint, &config)?;
+    stages.done("weights");
+    let hasher = BlockHasher::new(random_key(), config.limits.block_size);
+    let scheduler = SchedulerConfig {
+        enable_prefix_caching: config.prefix_cache,
+        ..SchedulerConfig::new(executor.limits(), hasher)
+    };
+    let engine_config =
+        EngineConfig { limits: config.limits.clone(), scheduler, hasher, model_name: name.to_owned() };
+    let engine = Engine::start(engine_config, executor, runtime)
+        .map_err(|error| Failure(format!("cannot start the engine thread: {error}")))?;
+    let runner = &config.runner;
+    let (blocks, dtype) = (runner.num_blocks, runner.kv_dtype.name());
+    engine_metrics::set_cache_config(name, runner.block_size, blocks, dtype, config.prefix_cache);
+    let llm = Llm::new(LlmConfig {
+        served_model_names: vec![name.to_owned()],
+        engine: engine.client(),
+        tokenizer,
+        chat_template,
+        defaults: defaults(checkpoint.generation_config(), spec),
+        tokenizer_threads: config.threads.min(MAX_TOKENIZER_THREADS) as usize,
+    });
+    stages.done("engine");
+    Ok(Loaded { llm, engine, headline: headline(spec), device, config })
+}
+
+/// Times of the stages, for the log and `quire_model_load_seconds`.
+struct Stages {
+    since: Instant,
+}
+
+impl Default for Stages {
+    fn default() -> Self {
+        Self { since: Instant::now() }
+    }
+}
+
+impl Stages {
+    fn done(&mut self, stage: &'static str) {
+        let seconds = self.since.elapsed().as_secs_f64();
+        self.since = Instant::now();
+        tracing::debug!(stage, seconds, "loading");
+        metrics::gauge!(quire_core::metric_names::MODEL_LOAD_SECONDS.name, "stage" => stage).set(seconds);
+    }
+}
+
+/// The tokenizer and, if there is one that compiles, the chat template.
+fn load_text(model: &LocalModel, args: &EngineArgs) -> Result<(Tokenizer, Option<ChatTemplate>)> {
+    let (tokenizer, found) = match model {
+        LocalModel::Demo => {
+            let config = quire_demo_model::TOKENIZER_CONFIG_JSON.as_bytes();
+            let json = quire_demo_model::TOKENIZER_JSON.as_bytes();
+            (Tokenizer::from_parts(json, Some(config)), ChatTemplate::from_config(config))
+        }
+        LocalModel::Directory(path) => (Tokenizer::from_dir(path), ChatTemplate::from_dir(path)),
+    };
+    let tokenizer = tokenizer.map_err(|error| Failure(error.to_string()))?;
+    if let Some(file) = &args.chat_template {
+        let fail =
+            |error: &dyn std::fmt::Display| Failure(format!("--chat-template {}: {error}", file.display()));
+        let source = std::fs::read_to_string(file).map_err(|error| fail(&error))?;
+        let template = ChatTemplate::new(&source).map_err(|error| fail(&error))?;
+        return Ok((tokenizer, Some(template)));
+    }
+    let found = found.map_err(|error| Failure(error.to_string()))?;
+    let usable = |template: std::result::Result<ChatTemplate, TemplateError>| match template {
+        Ok(template) => Some(template),
+        Err(error) => {
+            tracing::warn!(%error, "the model's chat template is not valid; conversations will be refused");
+            None
+        }
+    };
+    Ok((tokenizer, found.and_then(usable)))
+}
+
+fn executor(
+    args: &EngineArgs,
+    checkpoint: &Checkpoint,
+    config: &Config,
+) -> Result<(Box<dyn Executor>, String)> {
+    if args.executor == ExecutorArg::Mock {
+        let executor = MockExecutor::new(mock_limits(checkpoint.spec(), config), MockTiming::default());
+        return Ok((Box::new(executor), "mock: made-up tokens".to_owned()));
+    }
+    let fail = |error: &dyn std::fmt::Display| Failure(format!("cannot load the model: {error}"));
+    let cpu = CpuConfig { threads: config.threads as usize, ..CpuConfig::default() };
+    let backend = CpuBackend::new(cpu).map_err(|error| fail(&error))?;
+    let plural = if config.threads == 1 { "" } else { "s" };
+    let device = format!("cpu, {} thread{plural}, {}", config.threads, isa_name(backend.isa()));
+    let mut progress = ProgressLog::default();
+    let runner = ModelRunner::load(backend, checkpoint, &config.runner, |now| progress.report(now))
+        .map_err(|error| fail(&error))?;
+    Ok((Box::new(runner), device))
+}
+
+const fn isa_name(isa: Isa) -> &'static str {
+    match isa {
+        Isa::Portable => "portable code",
+        Isa::Avx2 => "AVX2",
+    }
+}
+
+/// What the real runner would offer.
+fn mock_limits(spec: &ModelSpec, config: &Config) -> ExecutorLimits {
+    let runner = &config.runner;
+    ExecutorLimits {
+        block_size: runner.block_size,
+        num_blocks: runner.num_blocks,
+        max_num_seqs: runner.max_num_seqs,
+        max_num_batched_tokens: runner.max_num_batched_tokens,
+        max_model_len: runner.max_model_len,
+        vocab_size: config.limits.vocab_size,
+        max_steps_in_flight: 1,
+        kv_groups: spec.kv_groups().iter().map(|group| group.window).collect(),
+    }
+}
+
+/// Logs every tenth of a load that takes longer than [`PATIENCE`].
+struct ProgressLog {
+    start: Instant,
+    logged_tenths: u64,
+}
+
+impl Default for ProgressLog {
+    fn default() -> Self {
+        Self { start: Instant::now(), logged_tenths: 0 }
+    }
+}
+
+impl ProgressLog {
+    fn report(&mut self, progress: LoadProgress) {
+        let tenths = progress.done_bytes * 10 / progress.total_bytes.max(1);
+        if self.start.elapsed() > PATIENCE && tenths > self.logged_tenths {
+            self.logged_tenths = tenths;
+            tracing::info!(percent = tenths * 10, "loading weights");
+        }
+    }
+}
+
+fn defaults(generation: &GenerationConfig, spec: &ModelSpec) -> GenerationDefaults {
+    let greedy = generation.do_sample == Some(false);
+    GenerationDefaults {
+        temperature: if greedy { Some(0.0) } else { generation.temperature },
+        top_p: generation.top_p.filter(|&top_p| top_p > 0.0),
+        top_k: generation.top_k,
+        min_p: generation.min_p,
+        repetition_penalty: generation.repetition_penalty,
+        eos_token_ids: spec.eos_token_ids.clone(),
+    }
+}
+
+/// A key that nobody can foresee, from the one the standard library draws for its own maps.
+fn random_key() -> (u64, u64) {
+    let state = RandomState::new();
+    (state.hash_one(1u8), state.hash_one(2u8))
+}

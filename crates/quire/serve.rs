@@ -1,0 +1,283 @@
+//! `quire serve`: listeners first, so that health answers while weights load; then the model; then, at the end, a drain.
+
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quire_core::FinishReason;
+use quire_engine::metrics::{self as engine_metrics, EngineMetrics};
+use quire_http::{AppState, HttpConfig};
+use quire_llm::{Lifecycle, Llm};
+use quire_tenancy::Keys;
+use tokio::net::TcpListener;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::args::{LogFormat, ServerArgs};
+use crate::cli::ServeArgs;
+use crate::config::check_server;
+use crate::loading::{self, Loaded};
+use crate::metrics::{self, MetricsPage};
+use crate::model::ModelSource;
+use crate::signals::Signals;
+use crate::{Failure, Result, machine};
+
+/// I/O threads at most: a step's results wake each once, and more would only take cores from the model.
+const MAX_IO_THREADS: u32 = 2;
+/// How often the metrics page is kept tidy.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Time for streams to send their final event once they were ended.
+const FINAL_EVENTS: Duration = Duration::from_secs(2);
+/// Time for listeners to close behind that.
+const CLOSE: Duration = Duration::from_secs(6);
+/// Largest gRPC message, as for HTTP bodies.
+const MAX_MESSAGE_BYTES: usize = 8 << 20;
+/// Calls at once on one gRPC connection.
+const MAX_GRPC_STREAMS: u32 = 1024;
+
+/// Serves until a signal or a device error.
+pub(crate) fn serve(args: &ServeArgs, out: &mut impl Write) -> Result<()> {
+    let start = Instant::now();
+    check_server(&args.server)?;
+    let source = ModelSource::resolve(args.engine.model.as_deref())?;
+    let name = args.server.served_model_name.clone().unwrap_or_else(|| source.default_name());
+    let page = metrics::install(args.server.metrics_compat)?;
+    // Registers every series before the first scrape can come.
+    drop(EngineMetrics::new(&name));
+    engine_metrics::set_engine_state(&name, "loading");
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(machine::usable_cores().min(MAX_IO_THREADS) as usize)
+        .thread_name("quire-io")
+        .enable_all()
+        .build()
+        .map_err(|error| Failure(format!("cannot start the I/O threads: {error}")))?;
+    let outcome = runtime.block_on(async {
+        let signals =
+            Signals::install().map_err(|error| Failure(format!("cannot listen for signals: {error}")))?;
+        let fronts = Fronts::open(&args.server, page).await?;
+        Server { args, name, start, fronts, signals }.run(source, out).await
+    });
+    // A download or a load may still be running; nothing waits for it.
+    runtime.shutdown_background();
+    outcome
+}
+
+struct Server<'a> {
+    args: &'a ServeArgs,
+    name: String,
+    start: Instant,
+    fronts: Fronts,
+    signals: Signals,
+}
+
+impl Server<'_> {
+    async fn run(mut self, source: ModelSource, out: &mut impl Write) -> Result<()> {
+        tracing::info!(http = %self.fronts.http_address, grpc = %self.fronts.grpc_address, model = self.name, "loading");
+        let (args, name) = (self.args.engine.clone(), self.name.clone());
+        let load = move || loading::load(&args, source, &name, &Handle::current());
+        let mut load = tokio::task::spawn_blocking(load);
+        let loaded = tokio::select! {
+            loaded = &mut load => loaded.map_err(|panic| Failure(format!("loading failed: {panic}")))??,
+            () = self.signals.next() => return Ok(()),
+        };
+        self.announce(&loaded, out)?;
+        self.fronts.lifecycle.ready(loaded.llm.clone());
+        engine_metrics::set_engine_state(&self.name, "ready");
+        let upkeep = tokio::spawn(keep_up(self.fronts.page.clone(), loaded.llm.clone()));
+        let outcome = tokio::select! {
+            ended = loaded.engine.ended() => Err(ended),
+            () = self.signals.next() => Ok(()),
+        };
+        let result = match outcome {
+            Ok(()) => {
+                self.drain(&loaded).await;
+                Ok(())
+            }
+            Err(ended) => {
+                self.fronts.lifecycle.die();
+                engine_metrics::set_engine_state(&self.name, "dead");
+                engine_metrics::count_device_error(&self.name);
+                let reason = ended
+                    .err()
+                    .map_or_else(|| "the engine thread ended".to_owned(), |error| error.to_string());
+                Err(Failure(format!("{reason}; device state is unknown, so the server ends")))
+            }
+        };
+        upkeep.abort();
+        let closed = tokio::select! {
+            () = self.fronts.close() => true,
+            () = self.signals.next() => false,
+        };
+        if !closed {
+            exit_at_once();
+        }
+        result
+    }
+
+    /// New requests are refused, running ones finish; after the timeout they get a final error event.
+    async fn drain(&mut self, loaded: &Loaded) {
+        let timeout = self.args.server.shutdown_timeout;
+        let client = loaded.engine.client();
+        self.fronts.lifecycle.drain();
+        engine_metrics::set_engine_state(&self.name, "draining");
+        let running = client.snapshot().num_running;
+        tracing::info!(running, ?timeout, "draining; a second signal ends at once");
+        let finished = tokio::select! {
+            () = client.idle() => true,
+            () = tokio::time::sleep(timeout) => false,
+            () = self.signals.next() => exit_at_once(),
+        };
+        if finished {
+            return;
+        }
+        tracing::warn!(running = client.snapshot().num_running, "answers were still running; they are ended");
+        client.abort_all(FinishReason::Abort);
+        if tokio::time::timeout(FINAL_EVENTS, client.idle()).await.is_err() {
+            tracing::warn!("the engine did not end every answer in time");
+        }
+    }
+
+    /// Says what was resolved, and that requests may come.
+    fn announce(&self, loaded: &Loaded, out: &mut impl Write) -> Result<()> {
+        let seconds = self.start.elapsed().as_secs_f64();
+        let Fronts { http_address, grpc_address, .. } = self.fronts;
+        if self.args.common.log_format == LogFormat::Json {
+            let (config, headline) = (format!("{:?}", loaded.config), &loaded.headline);
+            let (http, grpc) = (format!("http://{http_address}"), grpc_address.to_string());
+            let device = &loaded.device;
+            tracing::info!(model = self.name, headline, device, config, http, grpc, seconds, "ready");
+            return Ok(());
+        }
+        let Loaded { headline, device, config, .. } = loaded;
+        let text = format!(
+            "quire {}\nmodel    {}: {headline}\ndevice   {device}\n{config}\nhttp     http://{http_address}\n\
+             grpc     {grpc_address}\nready in {seconds:.2} s\n",
+            env!("CARGO_PKG_VERSION"),
+            self.name,
+        );
+        out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Failure::output)
+    }
+}
+
+/// What a second signal asks for. The status is the one of a process that an interrupt ended.
+fn exit_at_once() -> ! {
+    tracing::warn!("a second signal: ending at once");
+    std::process::exit(130)
+}
+
+/// The two listeners, serving from the start.
+struct Fronts {
+    lifecycle: Lifecycle,
+    page: MetricsPage,
+    http_address: SocketAddr,
+    grpc_address: SocketAddr,
+    shutdown: watch::Sender<bool>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Fronts {
+    async fn open(args: &ServerArgs, page: MetricsPage) -> Result<Self> {
+        let keys = Keys::new(&args.api_key).map_err(|error| Failure(format!("--api-key: {error}")))?;
+        if !args.host.is_loopback() && !keys.required() {
+            tracing::warn!("{} can be reached from other machines, and no --api-key is set", args.host);
+        }
+        let (http, http_address) = bind(args.host, args.port, "port").await?;
+        let (grpc, grpc_address) = bind(args.host, args.grpc_port, "grpc-port").await?;
+        let (shutdown, _) = watch::channel(false);
+        let render = {
+            let page = page.clone();
+            Arc::new(move || page.render())
+        };
+        let config = HttpConfig::new(keys.clone(), render, env!("CARGO_PKG_VERSION"));
+        let state = AppState::new(config);
+        let lifecycle = state.lifecycle().clone();
+        let http = tokio::spawn(quire_http::serve(http, state, until(shutdown.subscribe())));
+        let config = quire_grpc::ServerConfig {
+            lifecycle: lifecycle.clone(),
+            keys,
+            max_message_bytes: MAX_MESSAGE_BYTES,
+            max_concurrent_streams: MAX_GRPC_STREAMS,
+            version: env!("CARGO_PKG_VERSION"),
+        };
+        let grpc = quire_grpc::serve(grpc, config, until(shutdown.subscribe()));
+        let grpc = tokio::spawn(async {
+            if let Err(error) = grpc.await {
+                tracing::error!(%error, "the gRPC server failed");
+            }
+        });
+        Ok(Self { lifecycle, page, http_address, grpc_address, shutdown, tasks: vec![http, grpc] })
+    }
+
+    /// Stops listening, and waits until what was answered is sent.
+    async fn close(&mut self) {
+        self.shutdown.send_replace(true);
+        let all = async {
+            for task in &mut self.tasks {
+                // A task that panicked has closed its sockets, too.
+                let _ = task.await;
+            }
+        };
+        if tokio::time::timeout(CLOSE, all).await.is_err() {
+            tracing::warn!("connections were still open after {CLOSE:?}");
+        }
+    }
+}
+
+async fn until(mut shutdown: watch::Receiver<bool>) {
+    // A sender that is gone means the same.
+    let _ = shutdown.wait_for(|&now| now).await;
+}
+
+async fn bind(host: IpAddr, port: u16, flag: &str) -> Result<(TcpListener, SocketAddr)> {
+    let address = SocketAddr::new(host, port);
+    let fail = |error: std::io::Error| {
+        let reason = match error.kind() {
+            std::io::ErrorKind::AddrInUse => {
+                format!("the port is in use; choose another with --{flag} (0 takes any free one)")
+            }
+            std::io::ErrorKind::PermissionDenied => {
+                format!("ports below 1024 need privileges; choose another with --{flag}")
+            }
+            std::io::ErrorKind::AddrNotAvailable => {
+                "this machine has no such address; check --host".to_owned()
+            }
+            _ => error.to_string(),
+        };
+        Failure(format!("cannot listen on {address}: {reason}"))
+    };
+    let listener = TcpListener::bind(address).await.map_err(fail)?;
+    let bound = listener.local_addr().map_err(fail)?;
+    Ok((listener, bound))
+}
+
+/// Moves observations into buckets, and publishes how long the engine has been silent.
+async fn keep_up(page: MetricsPage, llm: Llm) {
+    let mut ticks = tokio::time::interval(UPKEEP_INTERVAL);
+    loop {
+        ticks.tick().await;
+        page.run_upkeep();
+        let engine = llm.engine();
+        let snapshot = engine.snapshot();
+        let busy = snapshot.num_running + snapshot.num_waiting > 0;
+        let age = (engine.now().0 / 1000).saturating_sub(snapshot.last_step_ms) as f64 / 1e3;
+        engine_metrics::set_last_step_age(llm.name(), if busy { age } else { 0.0 });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_port_in_use_names_the_flag_to_change() {
+        let localhost = IpAddr::from([127, 0, 0, 1]);
+        let (_taken, address) = bind(localhost, 0, "port").await.unwrap();
+        assert_ne!(address.port(), 0);
+        let error = bind(localhost, address.port(), "grpc-port").await.unwrap_err().to_string();
+        assert!(error.contains("--grpc-port") && error.contains(&address.to_string()), "{error}");
+        let error = bind(IpAddr::from([203, 0, 113, 1]), 0, "port").await.unwrap_err().to_string();
+        assert!(error.contains("--host"), "{error}");
+    }
+}
