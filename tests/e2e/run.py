@@ -53,7 +53,7 @@ class Server:
             self.lines.append(line)
             if found := re.search(r"(http://127\.0\.0\.1:\d+)", line):
                 self.http = self.http or found.group(1)
-            if found := re.search(r"grpc://(127\.0\.0\.1:\d+)", line):
+            if found := re.search(r"^grpc\s+(127\.0\.0\.1:\d+)", line):
                 self.grpc = found.group(1)
             if self.http and self.grpc:
                 self.up.set()
