@@ -43,7 +43,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Serves until `shutdown` resolves, then lets open connections finish their answers and returns.
 ///
-/// A drain happens before that: [`AppState::set_draining`] refuses inference while health and metrics go on
+/// A drain happens before that: [`quire_llm::Lifecycle::drain`] refuses inference while health and metrics go on
 /// answering; resolve `shutdown` when the last stream has ended.
 pub async fn serve(listener: TcpListener, state: AppState, shutdown: impl Future<Output = ()>) {
     accept(listener, router(state), HEADER_TIMEOUT, shutdown).await;

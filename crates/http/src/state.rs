@@ -63,21 +63,6 @@ impl AppState {
         Self { inner: Arc::new(Inner { config, fingerprint }) }
     }
 
-    /// The model is there: inference begins.
-    pub fn set_ready(&self, llm: Llm) {
-        self.lifecycle().ready(llm);
-    }
-
-    /// Takes no new requests from now on.
-    pub fn set_draining(&self) {
-        self.lifecycle().drain();
-    }
-
-    /// The engine failed.
-    pub fn set_dead(&self) {
-        self.lifecycle().die();
-    }
-
     /// Where the process is in its life, and the model once it is loaded.
     pub fn lifecycle(&self) -> &Lifecycle {
         &self.inner.config.lifecycle

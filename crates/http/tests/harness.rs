@@ -186,7 +186,7 @@ impl Server {
             tokenizer_threads: 2,
         });
         let state = loading(setup);
-        state.set_ready(llm.clone());
+        state.lifecycle().ready(llm.clone());
         Self { app: router(state.clone()), state, llm, _engine: engine }
     }
 

@@ -53,7 +53,7 @@ async fn a_ready_server_says_so() {
 #[tokio::test]
 async fn draining_refuses_inference_and_answers_probes() {
     let server = Server::start(&Setup::default());
-    server.state.set_draining();
+    server.state.lifecycle().drain();
     let answer = server.complete(json!({ "prompt": "x" })).await;
     assert_eq!(answer.status.as_u16(), 503);
     assert_eq!(
@@ -64,7 +64,7 @@ async fn draining_refuses_inference_and_answers_probes() {
     for (path, status) in [("/health/live", 200), ("/health/started", 200), ("/health/ready", 503)] {
         assert_eq!(server.get(path).await.status.as_u16(), status, "{path}");
     }
-    server.state.set_ready(server.llm.clone());
+    server.state.lifecycle().ready(server.llm.clone());
     assert_eq!(server.get("/health").await.status.as_u16(), 503, "there is no way back");
 }
 

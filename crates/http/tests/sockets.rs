@@ -134,7 +134,7 @@ async fn http2_works_on_the_same_port() {
     let (first, second) = tokio::join!(first, second);
     assert_eq!(second.unwrap().status(), StatusCode::OK);
     assert!(text(first.unwrap()).await.ends_with("data: [DONE]\n\n"));
-    listening.server.state.set_draining();
+    listening.server.state.lifecycle().drain();
     let refused = sender.send_request(request(listening.address, "/v1/models", None)).await.unwrap();
     assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
 }
@@ -146,7 +146,7 @@ async fn a_drain_lets_streams_finish_while_probes_are_answered() {
     body["max_tokens"] = 50.into();
     let mut response = send(listening.address, "/v1/completions", Some(&body)).await;
     response.body_mut().frame().await.unwrap().unwrap();
-    listening.server.state.set_draining();
+    listening.server.state.lifecycle().drain();
     let refused = send(listening.address, "/v1/completions", Some(&body)).await;
     assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(refused.headers()["connection"], "close");
