@@ -111,10 +111,9 @@ fn as_flags(settings: &Settings, command: &str, given: &ArgMatches) -> Result<Ve
         };
         debug_assert!(serve.contains(id), "sources yield known settings only");
         let alone = [OsStr::new("quire"), OsStr::new("serve"), &flag];
-        Cli::command().try_get_matches_from(alone).map_err(|error| LayerError::Value {
-            origin: setting.origin.clone(),
-            message: first_line(&error),
-        })?;
+        Cli::command()
+            .try_get_matches_from(alone)
+            .map_err(|error| LayerError::Value { origin: setting.origin.clone(), message: reason(&error) })?;
         let overridden = own.contains(id) && given.value_source(id) == Some(ValueSource::CommandLine);
         if own.contains(id) && !overridden {
             flags.push(flag);
@@ -123,10 +122,11 @@ fn as_flags(settings: &Settings, command: &str, given: &ArgMatches) -> Result<Ve
     Ok(flags)
 }
 
-/// What clap says, without its usage text.
-fn first_line(error: &clap::Error) -> String {
+/// What clap says, without its usage text: the first paragraph, with the possible values if there is a set of them.
+fn reason(error: &clap::Error) -> String {
     let text = error.to_string();
-    text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned()
+    let paragraph: Vec<&str> = text.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+    paragraph.join(" ").trim_start_matches("error: ").to_owned()
 }
 
 /// The file's keys, where `max-num-seqs` may also be written `max_num_seqs`.
@@ -279,7 +279,8 @@ mod tests {
         assert!(fail("port = [1]", &[]).contains("not a array"));
         assert!(fail("port = 1\nport = 2", &[]).contains("duplicate"));
         assert!(fail("max_num_seqs = 1\nmax-num-seqs = 2", &[]).contains("twice"));
-        assert!(fail("", &[("QUIRE_DTYPE", "f64")]).contains("QUIRE_DTYPE: invalid value 'f64'"));
+        let dtype = fail("", &[("QUIRE_DTYPE", "f64")]);
+        assert!(dtype.contains("QUIRE_DTYPE: invalid value 'f64'") && dtype.contains("bf16"), "{dtype}");
         assert!(
             run("quire serve --config /nonexistent.toml", &[])
                 .unwrap_err()

@@ -48,25 +48,40 @@ pub(crate) fn load(args: &EngineArgs, source: ModelSource, name: &str, runtime: 
     for tensor in checkpoint.ignored_tensors() {
         tracing::warn!(tensor, "the checkpoint holds a tensor that this architecture does not use");
     }
-    let spec = checkpoint.spec();
-    let config = Config::resolve(args, spec, &Machine::detect())?;
+    let config = Config::resolve(args, checkpoint.spec(), &Machine::detect())?;
     stages.done("open");
-    let (tokenizer, chat_template) = load_text(&local, args)?;
+    let text = load_text(&local, args)?;
     stages.done("tokenizer");
     let (executor, device) = executor(args, &checkpoint, &config)?;
     stages.done("weights");
+    let loaded = assemble(name, &checkpoint, config, text, executor, device, runtime)?;
+    stages.done("engine");
+    Ok(loaded)
+}
+
+/// Starts the engine and puts the text-level API in front of it.
+pub(crate) fn assemble(
+    name: &str,
+    checkpoint: &Checkpoint,
+    config: Config,
+    (tokenizer, chat_template): Text,
+    executor: Box<dyn Executor>,
+    device: String,
+    runtime: &Handle,
+) -> Result<Loaded> {
     let hasher = BlockHasher::new(random_key(), config.limits.block_size);
     let scheduler = SchedulerConfig {
         enable_prefix_caching: config.prefix_cache,
         ..SchedulerConfig::new(executor.limits(), hasher)
     };
+    let runner = &config.runner;
+    let (blocks, dtype) = (runner.num_blocks, runner.kv_dtype.name());
+    engine_metrics::set_cache_config(name, runner.block_size, blocks, dtype, config.prefix_cache);
     let engine_config =
         EngineConfig { limits: config.limits.clone(), scheduler, hasher, model_name: name.to_owned() };
     let engine = Engine::start(engine_config, executor, runtime)
         .map_err(|error| Failure(format!("cannot start the engine thread: {error}")))?;
-    let runner = &config.runner;
-    let (blocks, dtype) = (runner.num_blocks, runner.kv_dtype.name());
-    engine_metrics::set_cache_config(name, runner.block_size, blocks, dtype, config.prefix_cache);
+    let spec = checkpoint.spec();
     let llm = Llm::new(LlmConfig {
         served_model_names: vec![name.to_owned()],
         engine: engine.client(),
@@ -75,7 +90,6 @@ pub(crate) fn load(args: &EngineArgs, source: ModelSource, name: &str, runtime: 
         defaults: defaults(checkpoint.generation_config(), spec),
         tokenizer_threads: config.threads.min(MAX_TOKENIZER_THREADS) as usize,
     });
-    stages.done("engine");
     Ok(Loaded { llm, engine, headline: headline(spec), device, config })
 }
 
@@ -100,7 +114,9 @@ impl Stages {
 }
 
 /// The tokenizer and, if there is one that compiles, the chat template.
-fn load_text(model: &LocalModel, args: &EngineArgs) -> Result<(Tokenizer, Option<ChatTemplate>)> {
+type Text = (Tokenizer, Option<ChatTemplate>);
+
+pub(crate) fn load_text(model: &LocalModel, args: &EngineArgs) -> Result<Text> {
     let (tokenizer, found) = match model {
         LocalModel::Demo => {
             let config = quire_demo_model::TOKENIZER_CONFIG_JSON.as_bytes();
@@ -134,7 +150,7 @@ fn executor(
     config: &Config,
 ) -> Result<(Box<dyn Executor>, String)> {
     if args.executor == ExecutorArg::Mock {
-        let executor = MockExecutor::new(mock_limits(checkpoint.spec(), config), MockTiming::default());
+        let executor = MockExecutor::new(executor_limits(checkpoint.spec(), config), MockTiming::default());
         return Ok((Box::new(executor), "mock: made-up tokens".to_owned()));
     }
     let fail = |error: &dyn std::fmt::Display| Failure(format!("cannot load the model: {error}"));
@@ -156,7 +172,7 @@ const fn isa_name(isa: Isa) -> &'static str {
 }
 
 /// What the real runner would offer.
-fn mock_limits(spec: &ModelSpec, config: &Config) -> ExecutorLimits {
+pub(crate) fn executor_limits(spec: &ModelSpec, config: &Config) -> ExecutorLimits {
     let runner = &config.runner;
     ExecutorLimits {
         block_size: runner.block_size,

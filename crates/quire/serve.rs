@@ -30,8 +30,10 @@ const MAX_IO_THREADS: u32 = 2;
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// Time for streams to send their final event once they were ended.
 const FINAL_EVENTS: Duration = Duration::from_secs(2);
-/// Time for listeners to close behind that.
+/// Time for connections to close behind that.
 const CLOSE: Duration = Duration::from_secs(6);
+/// The same after a device error: whoever restarts the process is waiting.
+const CLOSE_DEAD: Duration = Duration::from_secs(2);
 /// Largest gRPC message, as for HTTP bodies.
 const MAX_MESSAGE_BYTES: usize = 8 << 20;
 /// Calls at once on one gRPC connection.
@@ -82,7 +84,11 @@ impl Server<'_> {
             loaded = &mut load => loaded.map_err(|panic| Failure(format!("loading failed: {panic}")))??,
             () = self.signals.next() => return Ok(()),
         };
-        self.announce(&loaded, out)?;
+        self.run_loaded(&loaded, out).await
+    }
+
+    async fn run_loaded(&mut self, loaded: &Loaded, out: &mut impl Write) -> Result<()> {
+        self.announce(loaded, out)?;
         self.fronts.lifecycle.ready(loaded.llm.clone());
         engine_metrics::set_engine_state(&self.name, "ready");
         let upkeep = tokio::spawn(keep_up(self.fronts.page.clone(), loaded.llm.clone()));
@@ -90,10 +96,10 @@ impl Server<'_> {
             ended = loaded.engine.ended() => Err(ended),
             () = self.signals.next() => Ok(()),
         };
-        let result = match outcome {
+        let (result, close) = match outcome {
             Ok(()) => {
-                self.drain(&loaded).await;
-                Ok(())
+                self.drain(loaded).await;
+                (Ok(()), CLOSE)
             }
             Err(ended) => {
                 self.fronts.lifecycle.die();
@@ -102,12 +108,12 @@ impl Server<'_> {
                 let reason = ended
                     .err()
                     .map_or_else(|| "the engine thread ended".to_owned(), |error| error.to_string());
-                Err(Failure(format!("{reason}; device state is unknown, so the server ends")))
+                (Err(Failure(format!("{reason}; device state is unknown, so the server ends"))), CLOSE_DEAD)
             }
         };
         upkeep.abort();
         let closed = tokio::select! {
-            () = self.fronts.close() => true,
+            () = self.fronts.close(close) => true,
             () = self.signals.next() => false,
         };
         if !closed {
@@ -144,10 +150,25 @@ impl Server<'_> {
         let seconds = self.start.elapsed().as_secs_f64();
         let Fronts { http_address, grpc_address, .. } = self.fronts;
         if self.args.common.log_format == LogFormat::Json {
-            let (config, headline) = (format!("{:?}", loaded.config), &loaded.headline);
-            let (http, grpc) = (format!("http://{http_address}"), grpc_address.to_string());
-            let device = &loaded.device;
-            tracing::info!(model = self.name, headline, device, config, http, grpc, seconds, "ready");
+            let Loaded { headline, device, config, .. } = loaded;
+            tracing::info!(
+                model = self.name,
+                headline,
+                device,
+                http = %format_args!("http://{http_address}"),
+                grpc = %grpc_address,
+                max_model_len = config.limits.max_model_len,
+                max_num_seqs = config.limits.max_num_seqs,
+                max_num_batched_tokens = config.limits.max_num_batched_tokens,
+                max_queued_requests = config.limits.max_queued_requests,
+                block_size = config.limits.block_size,
+                num_blocks = config.limits.num_blocks,
+                kv_cache_dtype = config.runner.kv_dtype.name(),
+                prefix_cache = config.prefix_cache,
+                memory_bytes = config.memory.total_bytes(),
+                seconds,
+                "ready"
+            );
             return Ok(());
         }
         let Loaded { headline, device, config, .. } = loaded;
@@ -211,7 +232,7 @@ impl Fronts {
     }
 
     /// Stops listening, and waits until what was answered is sent.
-    async fn close(&mut self) {
+    async fn close(&mut self, timeout: Duration) {
         self.shutdown.send_replace(true);
         let all = async {
             for task in &mut self.tasks {
@@ -219,8 +240,8 @@ impl Fronts {
                 let _ = task.await;
             }
         };
-        if tokio::time::timeout(CLOSE, all).await.is_err() {
-            tracing::warn!("connections were still open after {CLOSE:?}");
+        if tokio::time::timeout(timeout, all).await.is_err() {
+            tracing::warn!("connections were still open after {timeout:?}");
         }
     }
 }
@@ -267,17 +288,5 @@ async fn keep_up(page: MetricsPage, llm: Llm) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_port_in_use_names_the_flag_to_change() {
-        let localhost = IpAddr::from([127, 0, 0, 1]);
-        let (_taken, address) = bind(localhost, 0, "port").await.unwrap();
-        assert_ne!(address.port(), 0);
-        let error = bind(localhost, address.port(), "grpc-port").await.unwrap_err().to_string();
-        assert!(error.contains("--grpc-port") && error.contains(&address.to_string()), "{error}");
-        let error = bind(IpAddr::from([203, 0, 113, 1]), 0, "port").await.unwrap_err().to_string();
-        assert!(error.contains("--host"), "{error}");
-    }
-}
+#[path = "serve_tests.rs"]
+mod tests;

@@ -183,7 +183,7 @@ pub fn set_engine_state(model_name: &str, state: &str) {
     }
 }
 
-/// Publishes how the KV cache is configured.
+/// Publishes how the KV cache is configured. Called before the first step, when every block is free.
 pub fn set_cache_config(
     model_name: &str,
     block_size: u32,
@@ -201,6 +201,8 @@ pub fn set_cache_config(
         ("enable_prefix_caching", prefix_caching.to_owned()),
     ];
     labels.gauge(names::CACHE_CONFIG_INFO, &config).set(1.0);
+    // Until the first step says otherwise.
+    labels.gauge(names::KV_BLOCKS, &[("state", "free".to_owned())]).set(num_blocks);
 }
 
 /// Counts a fatal error of the device.
