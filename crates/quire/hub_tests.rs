@@ -10,11 +10,13 @@ use super::*;
 
 const SHA: &str = "0123456789abcdef0123456789abcdef01234567";
 
+/// Path and token of each request.
+type Log = Mutex<Vec<(String, Option<String>)>>;
+
 /// A hub with one repository `org/name`.
 struct FakeHub {
     endpoint: String,
-    /// `METHOD path` and the token of each request.
-    log: Arc<Mutex<Vec<(String, Option<String>)>>>,
+    log: Arc<Log>,
 }
 
 #[derive(Clone)]
@@ -44,11 +46,7 @@ impl FakeHub {
     }
 }
 
-fn serve_connection(
-    mut stream: &TcpStream,
-    repository: &Repository,
-    log: &Mutex<Vec<(String, Option<String>)>>,
-) {
+fn serve_connection(mut stream: &TcpStream, repository: &Repository, log: &Log) {
     let mut lines = BufReader::new(stream).lines();
     while let Some(Ok(request)) = lines.next() {
         let mut headers = HashMap::new();

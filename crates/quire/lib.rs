@@ -42,6 +42,7 @@ type Result<T, E = Failure> = std::result::Result<T, E>;
 
 impl Failure {
     /// Standard output went away or is full.
+    #[allow(clippy::needless_pass_by_value)] // for `map_err`
     fn output(error: io::Error) -> Self {
         Self(format!("cannot write the output: {error}"))
     }
