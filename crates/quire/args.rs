@@ -63,7 +63,7 @@ pub struct EngineArgs {
     /// Requests that may wait; more are refused with 429
     #[arg(long, value_name = "N", default_value_t = 256, help_heading = "Batching")]
     pub max_queued_requests: u32,
-    /// The same bytes for the same request, whoever shares the batch; always on on CPU
+    /// The same bytes for the same request, whoever shares the batch; always so on CPU
     #[arg(long, value_name = "MODE", default_value = "auto", help_heading = "Batching")]
     pub batch_invariant: Switch,
     /// Tokens in one KV block, a power of two
@@ -90,13 +90,13 @@ pub struct EngineArgs {
 #[derive(Args, Clone, Debug)]
 pub struct ServerArgs {
     /// Address to listen on; 0.0.0.0 for every interface
-    #[arg(long, default_value = "127.0.0.1", help_heading = "Server")]
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1", help_heading = "Server")]
     pub host: IpAddr,
     /// HTTP port; 0 takes a free one and prints it
-    #[arg(long, default_value_t = 8000, help_heading = "Server")]
+    #[arg(long, value_name = "PORT", default_value_t = 8000, help_heading = "Server")]
     pub port: u16,
     /// gRPC port; 0 takes a free one and prints it
-    #[arg(long, default_value_t = 8001, help_heading = "Server")]
+    #[arg(long, value_name = "PORT", default_value_t = 8001, help_heading = "Server")]
     pub grpc_port: u16,
     /// The model's name in the API [default: the hub id, the directory's name, or quire-demo]
     #[arg(long, value_name = "NAME", help_heading = "Server")]

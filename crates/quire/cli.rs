@@ -9,7 +9,7 @@ use crate::args::{CommonArgs, EngineArgs, ServerArgs};
 
 const EXAMPLES: &str = "\
 Examples:
-  quire serve                                    serve the built-in demo model on http://127.0.0.1:8000
+  quire serve                                    serve the built-in demo model
   quire serve Qwen/Qwen3-0.6B                    download a model from the hub once, then serve it
   quire serve ./my-model --port 9000             serve a local checkpoint
   quire run -p 'Hello!'                          one answer, in the terminal

@@ -4,7 +4,9 @@
 //! token that `hf auth login` stored), `HF_HUB_OFFLINE=1` (the cache alone). A file that is complete is not loaded again;
 //! one that was interrupted goes on where it stopped.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
@@ -134,8 +136,13 @@ impl HubConfig {
         };
         // Files come from the commit, not the branch: it may move meanwhile, and the files must fit one another.
         let commit = api.repo(repo(&info.sha));
+        let cache_of_commit = Cache::new(self.cache.clone()).repo(repo(&info.sha));
+        let downloaded = Cell::new(false);
         let get = |file: &str| {
-            tracing::info!(file, "fetching");
+            if cache_of_commit.get(file).is_none() {
+                tracing::info!(file, "downloading");
+                downloaded.set(true);
+            }
             commit.get(file).map_err(|error| self.error(id, file, error))
         };
         let listing = Listing::new(id, info.siblings.into_iter().map(|sibling| sibling.rfilename))?;
@@ -144,6 +151,10 @@ impl HubConfig {
         if weights {
             let index = listing.has(INDEX).then(|| get(INDEX)).transpose()?;
             listing.weight_files(index.as_deref())?.iter().try_for_each(|file| get(file).map(drop))?;
+        }
+        if self.progress && downloaded.get() && std::io::stderr().is_terminal() {
+            // The last bar leaves the cursor behind it.
+            let _ = writeln!(std::io::stderr());
         }
         // Only now does the cache say that this revision is here.
         let reference = Cache::new(self.cache.clone()).repo(repo(revision)).create_ref(&info.sha);

@@ -10,8 +10,14 @@ use super::*;
 
 const SHA: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// Path and token of each request.
-type Log = Mutex<Vec<(String, Option<String>)>>;
+/// What was asked.
+struct Asked {
+    path: String,
+    token: Option<String>,
+    range: Option<String>,
+}
+
+type Log = Mutex<Vec<Asked>>;
 
 /// A hub with one repository `org/name`.
 struct FakeHub {
@@ -42,7 +48,7 @@ impl FakeHub {
     }
 
     fn paths(&self) -> Vec<String> {
-        self.log.lock().unwrap().iter().map(|(path, _)| path.clone()).collect()
+        self.log.lock().unwrap().iter().map(|asked| asked.path.clone()).collect()
     }
 }
 
@@ -56,11 +62,12 @@ fn serve_connection(mut stream: &TcpStream, repository: &Repository, log: &Log) 
         }
         let path = request.split(' ').nth(1).unwrap().to_owned();
         let token = headers.get("authorization").cloned();
-        log.lock().unwrap().push((path.clone(), token.clone()));
+        let range = headers.get("range").cloned();
+        log.lock().unwrap().push(Asked { path: path.clone(), token: token.clone(), range: range.clone() });
         let allowed =
             repository.token.as_ref().is_none_or(|wanted| token == Some(format!("Bearer {wanted}")));
         let (status, extra, body) = match allowed {
-            true => answer(&path, headers.get("range").map(String::as_str), repository),
+            true => answer(&path, range.as_deref(), repository),
             false => (401, String::new(), Vec::new()),
         };
         let head = format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n{extra}\r\n", body.len());
@@ -188,6 +195,14 @@ fn goes_on_where_a_download_stopped() {
     std::fs::write(blobs.join("tag-of-model-00001-of-00002.part"), b"first").unwrap();
     let directory = client.0.fetch("org/name", true).unwrap();
     assert_eq!(std::fs::read(directory.join("model-00001-of-00002.safetensors")).unwrap(), b"first shard");
+    let log = hub.log.lock().unwrap();
+    let ranges: Vec<_> =
+        log.iter().filter(|asked| asked.path.ends_with("00001-of-00002.safetensors")).collect();
+    assert!(
+        ranges.iter().any(|asked| asked.range.as_deref() == Some("bytes=5-")),
+        "five bytes were there already"
+    );
+    assert!(!ranges.iter().any(|asked| asked.range.as_deref() == Some("bytes=0-")));
 }
 
 #[test]
@@ -207,7 +222,7 @@ fn tokens_open_gated_models() {
     assert!(error.to_string().contains("HF_TOKEN"), "{error}");
     client.0.token = Some("secret".into());
     client.0.fetch("org/name", true).unwrap();
-    assert!(hub.log.lock().unwrap().iter().any(|(_, token)| token.as_deref() == Some("Bearer secret")));
+    assert!(hub.log.lock().unwrap().iter().any(|asked| asked.token.as_deref() == Some("Bearer secret")));
 }
 
 #[test]

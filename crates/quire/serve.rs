@@ -88,7 +88,7 @@ impl Server<'_> {
     }
 
     async fn run_loaded(&mut self, loaded: &Loaded, out: &mut impl Write) -> Result<()> {
-        self.announce(loaded, out)?;
+        self.announce(loaded, out);
         self.fronts.lifecycle.ready(loaded.llm.clone());
         engine_metrics::set_engine_state(&self.name, "ready");
         let upkeep = tokio::spawn(keep_up(self.fronts.page.clone(), loaded.llm.clone()));
@@ -146,7 +146,7 @@ impl Server<'_> {
     }
 
     /// Says what was resolved, and that requests may come.
-    fn announce(&self, loaded: &Loaded, out: &mut impl Write) -> Result<()> {
+    fn announce(&self, loaded: &Loaded, out: &mut impl Write) {
         let seconds = self.start.elapsed().as_secs_f64();
         let Fronts { http_address, grpc_address, .. } = self.fronts;
         if self.args.common.log_format == LogFormat::Json {
@@ -169,7 +169,7 @@ impl Server<'_> {
                 seconds,
                 "ready"
             );
-            return Ok(());
+            return;
         }
         let Loaded { headline, device, config, .. } = loaded;
         let text = format!(
@@ -178,7 +178,9 @@ impl Server<'_> {
             env!("CARGO_PKG_VERSION"),
             self.name,
         );
-        out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Failure::output)
+        if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            tracing::warn!(%error, "cannot print to standard output; serving all the same");
+        }
     }
 }
 
