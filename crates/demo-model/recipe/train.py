@@ -1,6 +1,7 @@
 """Train the model on the generated corpus; checkpoints go to --out, `export.py` turns one into model/.
 
-    python train.py --minutes 50              # on a CPU; or --device cuda --tokens 20000000
+    python train.py                           # on a CPU; or --device cuda
+    python train.py --resume first/final.pt --peak 0.4 --seed 20001 --minutes 10 --out second
 
 Hidden matrices are trained with Muon (momentum, then an orthogonal update), everything else with AdamW. The learning
 rate rises for 1 % of the run, stays flat, and falls to zero over the last 40 %. The run ends after --tokens or --minutes,
@@ -134,6 +135,8 @@ def main():
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=20_000)
+    parser.add_argument("--resume", type=pathlib.Path, help="start from these weights; use another --seed for unseen text")
+    parser.add_argument("--peak", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
@@ -143,10 +146,12 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
 
     model = Model().to(args.device)
+    if args.resume:
+        model.load_state_dict(torch.load(args.resume, map_location=args.device))
     hidden = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     optimizers = [Muon(hidden, lr=0.02), torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0)]
-    peaks = [0.02, 4e-3]
+    peaks = [args.peak * optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters} parameters, {CONFIG['num_hidden_layers']} layers", flush=True)
 
