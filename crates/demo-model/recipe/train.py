@@ -121,7 +121,7 @@ def loss_of(model, ids, weights, device, autocast):
 
 
 def evaluate(model, args, batches=8):
-    """Mean loss on unseen documents: (all tokens, tokens of answers and prose)."""
+    """Mean loss on newly drawn documents: (all tokens, tokens of answers and prose)."""
     rows = Rows(seed=987_654)
     with torch.no_grad():
         found = [loss_of(model, *rows.batch(8, 512), args.device, not args.float32)[1:] for _ in range(batches)]
@@ -135,7 +135,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=20_000)
-    parser.add_argument("--resume", type=pathlib.Path, help="start from these weights; use another --seed for unseen text")
+    parser.add_argument("--resume", type=pathlib.Path, help="start from these weights; use another --seed for new text")
     parser.add_argument("--peak", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
