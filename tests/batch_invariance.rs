@@ -12,11 +12,14 @@ use crate::support::{Random, Setup, engine, golden, request};
 
 const NUM_REQUESTS: u64 = 200;
 
-/// Everything a caller can see of one continuation, floats as bits.
+/// Log-probability and rank of a token, and the most likely tokens; floats as bits.
+type LogprobBits = (u32, u32, Vec<(TokenId, u32)>);
+
+/// Everything a caller can see of one continuation.
 #[derive(Debug, Default, PartialEq)]
 struct Answer {
     tokens: Vec<TokenId>,
-    logprobs: Vec<(u32, u32, Vec<(TokenId, u32)>)>,
+    logprobs: Vec<LogprobBits>,
     prompt_logprobs: BTreeMap<u32, (u32, u32)>,
     finished: Option<FinishReason>,
 }

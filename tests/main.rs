@@ -1,4 +1,6 @@
 //! Integration tests of the whole house, in one binary.
+// A helper of a test is a test: it may fail, and it may say what it saw.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod batch_invariance;
 mod demo_model;

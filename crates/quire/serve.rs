@@ -88,8 +88,9 @@ impl Server<'_> {
     }
 
     async fn run_loaded(&mut self, loaded: &Loaded, out: &mut impl Write) -> Result<()> {
-        self.announce(loaded, out);
+        // Ready first: whoever reads the announcement may ask at once.
         self.fronts.lifecycle.ready(loaded.llm.clone());
+        self.announce(loaded, out);
         engine_metrics::set_engine_state(&self.name, "ready");
         let upkeep = tokio::spawn(keep_up(self.fronts.page.clone(), loaded.llm.clone()));
         let outcome = tokio::select! {

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{FromRequest, Request};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::BodyExt;
 
 use crate::error::ApiError;
 use crate::fields::Fields;
@@ -15,6 +15,11 @@ use crate::state::AppState;
 
 /// A body that is not here by then never comes.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Bytes of a body that is too large which are read for the sake of an orderly answer.
+const DISCARD_BYTES: usize = 64 << 20;
+/// The same in time.
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An extractor: the fields of a JSON object.
 pub(crate) struct JsonFields(pub(crate) Fields);
@@ -28,6 +33,7 @@ impl FromRequest<AppState> for JsonFields {
         check_content_type(request.headers())?;
         let limit = state.config().max_body_bytes;
         if declared_length(request.headers()).is_some_and(|length| length > limit as u64) {
+            discard(request.into_body()).await;
             return Err(ApiError::body_too_large(limit));
         }
         let read = tokio::time::timeout(READ_TIMEOUT, read(request.into_body(), limit));
@@ -49,10 +55,33 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     Err(ApiError::unsupported_media_type(value))
 }
 
-async fn read(body: Body, limit: usize) -> Result<Bytes, ApiError> {
-    match Limited::new(body, limit).collect().await {
-        Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(ApiError::body_too_large(limit)),
-        Err(error) => Err(ApiError::malformed(format!("the body cannot be read: {error}"))),
+async fn read(mut body: Body, limit: usize) -> Result<Bytes, ApiError> {
+    let mut bytes = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let frame =
+            frame.map_err(|error| ApiError::malformed(format!("the body cannot be read: {error}")))?;
+        let Ok(data) = frame.into_data() else { continue };
+        if bytes.len() + data.len() > limit {
+            discard(body).await;
+            return Err(ApiError::body_too_large(limit));
+        }
+        bytes.extend_from_slice(&data);
     }
+    Ok(bytes.freeze())
+}
+
+/// Reads on and drops what comes, within bounds: most clients send everything before they look at the answer, and
+/// would see a broken pipe instead of it.
+async fn discard(mut body: Body) {
+    let drop_frames = async {
+        let mut left = DISCARD_BYTES;
+        while let Some(Ok(frame)) = body.frame().await {
+            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    // Whoever is slower or sends more has to live with the broken pipe.
+    let _ = tokio::time::timeout(DISCARD_TIMEOUT, drop_frames).await;
 }

@@ -26,8 +26,12 @@ const MAX_HEADERS: usize = 100;
 /// Bytes of a request's head.
 const MAX_HEADER_BYTES: usize = 32 << 10;
 
-/// A request's head must be there by then. An idle connection is closed after the same time.
+/// The first request must be there, whole, by then.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection that is idle after an answer is closed by then; longer than the pools of common proxies keep theirs, so
+/// that it is they who close first.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// Streams of one HTTP/2 connection.
 const MAX_HTTP2_STREAMS: u32 = 128;
@@ -100,7 +104,7 @@ async fn connection(stream: TcpStream, app: Router, header_timeout: Duration, wa
             app.clone().call(request)
         })
     };
-    let builder = builder(header_timeout);
+    let builder = builder();
     let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     let mut connection = pin!(watcher.watch(connection.into_owned()));
     let outcome = tokio::select! {
@@ -118,14 +122,14 @@ async fn connection(stream: TcpStream, app: Router, header_timeout: Duration, wa
     }
 }
 
-fn builder(header_timeout: Duration) -> Builder<TokioExecutor> {
+fn builder() -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEADER_BYTES)
-        .header_read_timeout(header_timeout);
+        .header_read_timeout(IDLE_TIMEOUT);
     builder
         .http2()
         .timer(TokioTimer::new())

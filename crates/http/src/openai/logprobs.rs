@@ -7,9 +7,10 @@ use serde_json::{Map, Value, json};
 /// JSON has no infinity; the value that the field's servers use in its place.
 const MIN_LOGPROB: f32 = -9999.0;
 
-fn finite(logprob: f32) -> f32 {
+fn finite(logprob: f32) -> f64 {
     // A NaN becomes the minimum, too.
-    logprob.max(MIN_LOGPROB)
+    // As f64 everywhere, so that one value is written the same way in every place.
+    f64::from(logprob.max(MIN_LOGPROB))
 }
 
 /// `logprobs` of a chat choice.
@@ -22,7 +23,7 @@ pub(crate) struct ChatLogprobs<'a> {
 #[derive(Debug, Serialize)]
 struct ChatToken<'a> {
     token: &'a str,
-    logprob: f32,
+    logprob: f64,
     bytes: &'a [u8],
     top_logprobs: Vec<ChatTop<'a>>,
 }
@@ -30,7 +31,7 @@ struct ChatToken<'a> {
 #[derive(Debug, Serialize)]
 struct ChatTop<'a> {
     token: &'a str,
-    logprob: f32,
+    logprob: f64,
     bytes: &'a [u8],
 }
 
@@ -55,7 +56,7 @@ impl<'a> ChatLogprobs<'a> {
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct TextLogprobs {
     tokens: Vec<String>,
-    token_logprobs: Vec<Option<f32>>,
+    token_logprobs: Vec<Option<f64>>,
     top_logprobs: Vec<Option<Map<String, Value>>>,
     /// Where each token begins in the choice's text, in characters.
     text_offset: Vec<u32>,
@@ -92,7 +93,7 @@ impl TextLogprobs {
         self.push_text(text, None, None);
     }
 
-    fn push_text(&mut self, text: &str, logprob: Option<f32>, top: Option<Map<String, Value>>) {
+    fn push_text(&mut self, text: &str, logprob: Option<f64>, top: Option<Map<String, Value>>) {
         self.tokens.push(text.to_owned());
         self.token_logprobs.push(logprob);
         self.top_logprobs.push(top);
