@@ -26,12 +26,18 @@ const MAX_HEADERS: usize = 100;
 /// Bytes of a request's head.
 const MAX_HEADER_BYTES: usize = 32 << 10;
 
-/// The first request must be there, whole, by then.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection may be silent.
+#[derive(Clone, Copy)]
+struct Patience {
+    /// Until its first request's head is whole.
+    first: Duration,
+    /// Between an answer and the head of the next request.
+    idle: Duration,
+}
 
-/// A connection that is idle after an answer is closed by then; longer than the pools of common proxies keep theirs, so
-/// that it is they who close first.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+/// Common proxies and client pools keep idle connections for a minute; they, not we, should close first, because a
+/// request that meets a closing connection is lost.
+const PATIENCE: Patience = Patience { first: Duration::from_secs(10), idle: Duration::from_secs(75) };
 
 /// Streams of one HTTP/2 connection.
 const MAX_HTTP2_STREAMS: u32 = 128;
@@ -50,15 +56,10 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A drain happens before that: [`quire_llm::Lifecycle::drain`] refuses inference while health and metrics go on
 /// answering; resolve `shutdown` when the last stream has ended.
 pub async fn serve(listener: TcpListener, state: AppState, shutdown: impl Future<Output = ()>) {
-    accept(listener, router(state), HEADER_TIMEOUT, shutdown).await;
+    accept(listener, router(state), PATIENCE, shutdown).await;
 }
 
-async fn accept(
-    listener: TcpListener,
-    app: Router,
-    header_timeout: Duration,
-    shutdown: impl Future<Output = ()>,
-) {
+async fn accept(listener: TcpListener, app: Router, patience: Patience, shutdown: impl Future<Output = ()>) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let graceful = GracefulShutdown::new();
     let mut shutdown = pin!(shutdown);
@@ -71,7 +72,7 @@ async fn accept(
         tokio::select! {
             (accepted, permit) = next => match accepted {
                 Ok((stream, _)) => {
-                    let connection = connection(stream, app.clone(), header_timeout, graceful.watcher());
+                    let connection = connection(stream, app.clone(), patience, graceful.watcher());
                     tokio::spawn(async move {
                         connection.await;
                         drop(permit);
@@ -91,7 +92,7 @@ async fn accept(
     }
 }
 
-async fn connection(stream: TcpStream, app: Router, header_timeout: Duration, watcher: Watcher) {
+async fn connection(stream: TcpStream, app: Router, patience: Patience, watcher: Watcher) {
     // Tokens are small writes; each is to leave at once.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
@@ -104,12 +105,12 @@ async fn connection(stream: TcpStream, app: Router, header_timeout: Duration, wa
             app.clone().call(request)
         })
     };
-    let builder = builder();
+    let builder = builder(patience.idle);
     let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     let mut connection = pin!(watcher.watch(connection.into_owned()));
     let outcome = tokio::select! {
         outcome = &mut connection => outcome,
-        () = tokio::time::sleep(header_timeout) => {
+        () = tokio::time::sleep(patience.first) => {
             if !spoke.load(Ordering::Relaxed) {
                 // Not one whole request yet, not even enough to tell the protocol.
                 return;
@@ -122,14 +123,14 @@ async fn connection(stream: TcpStream, app: Router, header_timeout: Duration, wa
     }
 }
 
-fn builder() -> Builder<TokioExecutor> {
+fn builder(idle: Duration) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEADER_BYTES)
-        .header_read_timeout(IDLE_TIMEOUT);
+        .header_read_timeout(idle);
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -165,17 +166,22 @@ mod tests {
             "done"
         };
         let app = Router::new().route("/slow", get(slow));
-        tokio::spawn(accept(listener, app, Duration::from_millis(200), std::future::pending()));
+        let patience = Patience { first: Duration::from_millis(200), idle: Duration::from_millis(900) };
+        tokio::spawn(accept(listener, app, patience, std::future::pending()));
         // Silence; the beginning of either protocol; a head that never ends.
         for start in ["", "P", "GET /slow HTTP/1.1\r\nhost: x\r\n"] {
             let mut stream = TcpStream::connect(address).await.unwrap();
             stream.write_all(start.as_bytes()).await.unwrap();
             assert!(!read_all(&mut stream).await.starts_with("HTTP/1.1 200"), "{start:?}");
         }
-        // An answer may take longer than a head.
+        // An answer may take longer than a head, and so may the pause before the next request.
         let mut stream = TcpStream::connect(address).await.unwrap();
-        stream.write_all(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
-        let answer = read_all(&mut stream).await;
-        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("done"), "{answer}");
+        let request = b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n";
+        stream.write_all(request).await.unwrap();
+        sleep(Duration::from_millis(1100)).await;
+        stream.write_all(request).await.unwrap();
+        let answers = read_all(&mut stream).await;
+        assert!(answers.starts_with("HTTP/1.1 200") && answers.ends_with("done"), "{answers}");
+        assert_eq!(answers.matches("done").count(), 2, "{answers}");
     }
 }
