@@ -175,9 +175,31 @@ fn grpc_honours_deadlines_and_keys() {
 }
 
 #[test]
+fn a_dropped_grpc_stream_frees_its_place() {
+    let server = Server::start(&[]);
+    let running = || {
+        let (_, page) = server.ask("GET", "/metrics", &Value::Null);
+        let line = page.lines().find(|line| line.starts_with("quire_requests_running{")).unwrap().to_owned();
+        line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let mut client = InferenceClient::connect(format!("http://{}", server.grpc)).await.unwrap();
+        let mut stream = client.generate_stream(grpc_request(1900)).await.unwrap().into_inner();
+        stream.message().await.unwrap().unwrap();
+        assert!(running() > 0.0, "1900 tokens take longer than one message");
+    });
+    let deadline = Instant::now() + Duration::from_secs(2);
+    while running() > 0.0 {
+        assert!(Instant::now() < deadline, "the call was dropped, its sequence still runs");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
 fn sigterm_lets_running_streams_finish() {
     let server = Server::start(&[]);
-    let mut body = completion(600);
+    let mut body = completion(1500);
     body["stream"] = json!(true);
     let mut stream = server.open("POST", "/v1/completions", &body);
     let mut first = [0_u8; 512];

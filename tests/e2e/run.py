@@ -305,7 +305,7 @@ def grpc_gives_the_same_tokens(server):
 def drains_on_sigterm(server):
     client = server.client()
     stream = client.completions.create(
-        model="quire-demo", prompt="Hello", max_tokens=400, temperature=0, stream=True, extra_body={"ignore_eos": True})
+        model="quire-demo", prompt="Hello", max_tokens=1500, temperature=0, stream=True, extra_body={"ignore_eos": True})
     iterator = iter(stream)
     next(iterator)
     server.process.send_signal(signal.SIGTERM)

@@ -25,6 +25,20 @@ pub struct ApiError {
 
 const INVALID: &str = "invalid_request_error";
 
+/// Paths of APIs that clients may expect here, and what they are for.
+const ABSENT_APIS: [(&str, &str); 10] = [
+    ("/v1/embeddings", "embeddings are"),
+    ("/v1/messages", "the Anthropic API is"),
+    ("/api/", "the Ollama API is"),
+    ("/v1/responses", "the Responses API is"),
+    ("/v1/rerank", "reranking is"),
+    ("/v1/score", "scoring is"),
+    ("/v1/audio", "audio is"),
+    ("/v1/images", "image generation is"),
+    ("/v1/batches", "the Batches API is"),
+    ("/v1/load_lora_adapter", "LoRA adapters are"),
+];
+
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: String) -> Self {
         Self { status, message, kind, param: None, code, retry_after: None, close: false }
@@ -66,7 +80,11 @@ impl ApiError {
     }
 
     pub(crate) fn route_not_found(path: &str) -> Self {
-        let message = format!("unknown path {path}");
+        let of = |(prefix, _): &&(&str, &str)| path.starts_with(prefix);
+        let message = match ABSENT_APIS.iter().find(of) {
+            Some((_, feature)) => format!("{feature} not supported yet, so there is no {path}"),
+            None => format!("unknown path {path}"),
+        };
         Self::new(StatusCode::NOT_FOUND, INVALID, Some("unknown_url"), message)
     }
 

@@ -157,7 +157,13 @@ async fn unknown_models_paths_and_methods() {
     let server = Server::start(&Setup::default());
     let error = refused(&server, "/v1/completions", r#"{"model": "gpt-9", "prompt": "x"}"#, 404).await;
     assert_eq!((&error["code"], &error["param"]), (&json!("model_not_found"), &json!("model")));
-    assert_eq!(refused(&server, "/v1/embeddings", "{}", 404).await["code"], "unknown_url");
+    assert_eq!(refused(&server, "/v1/nothing", "{}", 404).await["code"], "unknown_url");
+    for (path, feature) in
+        [("/v1/embeddings", "embeddings"), ("/v1/messages", "Anthropic"), ("/api/chat", "Ollama")]
+    {
+        let error = refused(&server, path, "{}", 404).await;
+        assert!(error["message"].as_str().unwrap().contains(feature), "{error}");
+    }
     for (method, path) in [
         (Method::GET, "/v1/chat/completions"),
         (Method::DELETE, "/v1/models"),

@@ -205,8 +205,11 @@ fn read_configs(path: &Path) -> Result<(ModelSpec, GenerationConfig)> {
     refuse_files(path)?;
     let config = path.join("config.json");
     if !config.is_file() {
-        let detail = "holds no config.json; a directory in Hugging Face layout is needed".to_owned();
-        return Err(ModelError::NotACheckpoint { path: path.to_owned(), detail });
+        let detail = match path.join("adapter_config.json").is_file() {
+            true => "holds a LoRA adapter; LoRA is not supported yet, merge it into its base model first",
+            false => "holds no config.json; a directory in Hugging Face layout is needed",
+        };
+        return Err(ModelError::NotACheckpoint { path: path.to_owned(), detail: detail.to_owned() });
     }
     let spec = ModelSpec::from_config_json(&read_json(&config)?)?;
     let generation = path.join("generation_config.json");

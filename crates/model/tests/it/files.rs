@@ -108,6 +108,8 @@ fn a_tied_table_may_be_stored_under_either_name() {
 fn directories_without_usable_weights_say_what_they_hold() {
     let dir = scratch("empty");
     assert_error(&dir, "holds no config.json");
+    fs::write(dir.join("adapter_config.json"), "{}").unwrap();
+    assert_error(&dir, "LoRA is not supported yet");
     fs::copy(golden_dir("llama2").join("config.json"), dir.join("config.json")).unwrap();
     assert_error(&dir, "holds no model.safetensors");
     fs::write(dir.join("pytorch_model.bin"), "x").unwrap();
