@@ -77,6 +77,23 @@ impl Server {
         head.split(' ').nth(1).unwrap().to_owned()
     }
 
+    /// The value of the first series of the metrics page that begins with `series`.
+    fn metric(&self, series: &str) -> f64 {
+        let (_, page) = self.ask("GET", "/metrics", &Value::Null);
+        let line =
+            page.lines().find(|line| line.starts_with(series)).unwrap_or_else(|| panic!("no {series}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    }
+
+    /// Waits until no sequence runs.
+    fn assert_idle_soon(&self) {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while self.metric("quire_requests_running{") > 0.0 {
+            assert!(Instant::now() < deadline, "the client is gone, its sequence still runs");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     fn wait(mut self) -> i32 {
         let deadline = Instant::now() + Duration::from_secs(60);
         while Instant::now() < deadline {
@@ -177,23 +194,35 @@ fn grpc_honours_deadlines_and_keys() {
 #[test]
 fn a_dropped_grpc_stream_frees_its_place() {
     let server = Server::start(&[]);
-    let running = || {
-        let (_, page) = server.ask("GET", "/metrics", &Value::Null);
-        let line = page.lines().find(|line| line.starts_with("quire_requests_running{")).unwrap().to_owned();
-        line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
-    };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let mut client = InferenceClient::connect(format!("http://{}", server.grpc)).await.unwrap();
         let mut stream = client.generate_stream(grpc_request(1900)).await.unwrap().into_inner();
         stream.message().await.unwrap().unwrap();
-        assert!(running() > 0.0, "1900 tokens take longer than one message");
+        assert!(server.metric("quire_requests_running{") > 0.0, "1900 tokens take longer than one message");
     });
-    let deadline = Instant::now() + Duration::from_secs(2);
-    while running() > 0.0 {
-        assert!(Instant::now() < deadline, "the call was dropped, its sequence still runs");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    server.assert_idle_soon();
+}
+
+#[test]
+fn clients_that_go_away_leave_nothing_behind() {
+    let server = Server::start(&[]);
+    let mut body = completion(1500);
+    body["stream"] = json!(true);
+    let abandon = |times| {
+        for _ in 0..times {
+            let mut stream = server.open("POST", "/v1/completions", &body);
+            assert!(stream.read(&mut [0; 64]).unwrap() > 0);
+        }
+        server.assert_idle_soon();
+    };
+    let files = || std::fs::read_dir(format!("/proc/{}/fd", server.child.id())).map_or(0, Iterator::count);
+    abandon(20);
+    let files_before = files();
+    abandon(200);
+    assert_eq!(server.metric("quire_kv_blocks{model_name=\"quire-demo\",engine=\"0\",state=\"used\"}"), 0.0);
+    assert_eq!(server.metric("quire_requests_waiting{"), 0.0);
+    assert!(files() <= files_before + 2, "{} open files became {}", files_before, files());
 }
 
 #[test]
