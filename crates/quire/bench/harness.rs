@@ -115,7 +115,8 @@ fn size(args: &EngineArgs, spec: &quire_model::ModelSpec, needs: Needs) -> Resul
         )));
     }
     let mut args = args.clone();
-    args.max_model_len.get_or_insert(needs.len);
+    // An engine has two blocks at least.
+    args.max_model_len.get_or_insert(needs.len.max(2 * args.block_size).min(context));
     let num_seqs = *args.max_num_seqs.get_or_insert(needs.num_seqs);
     let is_sized = args.kv_cache_memory.is_some();
     let mut config = Config::resolve(&args, spec, &Machine::detect())?;

@@ -155,6 +155,13 @@ mod tests {
     }
 
     #[test]
+    fn the_smallest_loads_fit() {
+        assert_eq!(rows("latency --input-len 1 --output-len 2 --num-iters 1 --threads 1 --json").len(), 5);
+        let line = "throughput --num-prompts 1 --input-len 1 --output-len 1 --threads 1 --json";
+        assert_eq!(rows(line).len(), 3);
+    }
+
+    #[test]
     fn kernels_of_the_demo_model() {
         let rows = rows("kernels --batch-size 2 --input-len 33 --num-iters 2 --threads 1 --json");
         for step in ["prefill-33", "decode-2"] {
