@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::args::{CommonArgs, EngineArgs, ServerArgs};
+use crate::bench::args::BenchArgs;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -14,6 +15,7 @@ Examples:
   quire serve ./my-model --port 9000             serve a local checkpoint
   quire run -p 'Hello!'                          one answer, in the terminal
   quire inspect ./my-model                       what a checkpoint is and what memory it needs
+  quire bench latency                            how fast the built-in demo model is here
   quire doctor                                   what this machine offers";
 
 /// High-throughput batched LLM serving: continuous batching, paged KV cache, one binary.
@@ -34,6 +36,8 @@ pub enum Command {
     Run(RunArgs),
     /// Show a model's architecture, tensors and memory plan without loading its weights
     Inspect(InspectArgs),
+    /// Measure speed: of a batch, of many requests, of each operation
+    Bench(BenchArgs),
     /// Show what this machine offers: cores, SIMD, memory bandwidth, GPU
     Doctor,
     /// Run the real scheduler and engine on made-up workloads, and check every invariant
@@ -167,6 +171,9 @@ mod tests {
             "quire run -p hi",
             "quire inspect MODEL",
             "quire doctor",
+            "quire bench latency --json",
+            "quire bench throughput --json",
+            "quire bench kernels --json",
             "quire sim --seed 1",
             "quire sim --seeds 0..9",
             "quire completions bash",

@@ -63,7 +63,7 @@ fn memory(out: &mut impl Write) -> io::Result<()> {
 }
 
 /// Bytes per second that `threads` threads read together, each from memory of its own.
-fn read_bandwidth(threads: u32) -> f64 {
+pub(crate) fn read_bandwidth(threads: u32) -> f64 {
     let barrier = Barrier::new(threads as usize);
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| read_for_a_while(&barrier))).collect();

@@ -1,11 +1,13 @@
 //! The application shell: command line, configuration, wiring. The only place that knows flags, environment and TOML.
 //!
 //! Reading order: [`cli`] and [`args`] (what can be asked), [`layers`] (where settings come from), [`config`] (what they
-//! become), then one module a command: `serve`, `run`, `inspect`, [`doctor`], `sim_cmd`; and what they share: `loading`,
+//! become), then one module a command: `serve`, `run`, `inspect`, [`bench`],
+//! [`doctor`], `sim_cmd`; and what they share: `loading`,
 //! [`model`] with [`hub`], [`metrics`] with [`process`], [`machine`], [`units`], [`logging`], `signals`.
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod doctor;
@@ -96,6 +98,10 @@ fn dispatch(command: Command, warnings: &[String]) -> Result<()> {
         Command::Inspect(args) => {
             start_logging(args.common.log_format, "warn", warnings)?;
             inspect::inspect(&args, &mut out)
+        }
+        Command::Bench(args) => {
+            start_logging(args::LogFormat::Text, "warn", warnings)?;
+            bench::bench(&args, &mut out)
         }
         Command::Doctor => doctor::doctor(&mut out).map_err(Failure::output),
         Command::Completions { shell } => {

@@ -164,7 +164,7 @@ fn executor(
     Ok((Box::new(runner), device))
 }
 
-const fn isa_name(isa: Isa) -> &'static str {
+pub(crate) const fn isa_name(isa: Isa) -> &'static str {
     match isa {
         Isa::Portable => "portable code",
         Isa::Avx2 => "AVX2",

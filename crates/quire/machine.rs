@@ -73,6 +73,11 @@ fn meminfo(name: &str) -> Option<Bytes> {
     Some(Bytes(kib * 1024))
 }
 
+/// Runnable threads of the whole machine, averaged over the last minute.
+pub fn load_average() -> Option<f64> {
+    read_to_string("/proc/loadavg").ok()?.split_whitespace().next()?.parse().ok()
+}
+
 /// The rest of the line that begins with `name`.
 fn field(path: &str, name: &str) -> Option<String> {
     let text = read_to_string(path).ok()?;
