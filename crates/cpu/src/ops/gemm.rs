@@ -205,30 +205,31 @@ impl<F: Fn(usize) -> usize, T: Sink> Product<'_, F, T> {
         let mut m = tokens.start;
         for tile in 0..tiles {
             let rows = least + usize::from(tile < larger);
+            let last = tile + 1 == tiles;
             // SAFETY: the caller's.
             unsafe {
                 match rows {
-                    1 => self.tile::<D, 1, P>(m, p),
-                    2 => self.tile::<D, 2, P>(m, p),
-                    3 => self.tile::<D, 3, P>(m, p),
-                    4 => self.tile::<D, 4, P>(m, p),
-                    5 => self.tile::<D, 5, P>(m, p),
-                    6 => self.tile::<D, 6, P>(m, p),
-                    7 => self.tile::<D, 7, P>(m, p),
-                    8 => self.tile::<D, 8, P>(m, p),
-                    9 => self.tile::<D, 9, P>(m, p),
-                    10 => self.tile::<D, 10, P>(m, p),
-                    11 => self.tile::<D, 11, P>(m, p),
-                    _ => self.tile::<D, 12, P>(m, p),
+                    1 => self.tile::<D, 1, P>(m, p, last),
+                    2 => self.tile::<D, 2, P>(m, p, last),
+                    3 => self.tile::<D, 3, P>(m, p, last),
+                    4 => self.tile::<D, 4, P>(m, p, last),
+                    5 => self.tile::<D, 5, P>(m, p, last),
+                    6 => self.tile::<D, 6, P>(m, p, last),
+                    7 => self.tile::<D, 7, P>(m, p, last),
+                    8 => self.tile::<D, 8, P>(m, p, last),
+                    9 => self.tile::<D, 9, P>(m, p, last),
+                    10 => self.tile::<D, 10, P>(m, p, last),
+                    11 => self.tile::<D, 11, P>(m, p, last),
+                    _ => self.tile::<D, 12, P>(m, p, last),
                 }
             }
             m += rows;
         }
     }
 
-    /// Tokens `m..m + M`, panels `p..p + P`.
+    /// Tokens `m..m + M`, panels `p..p + P`; `last` if no further tile needs these panels.
     #[inline(always)]
-    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, m: usize, p: usize) {
+    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, m: usize, p: usize, last: bool) {
         if M * P > TILE_SUMS {
             unreachable!("a tile of {M} tokens and {P} panels does not fit the registers");
         }
@@ -240,14 +241,22 @@ impl<F: Fn(usize) -> usize, T: Sink> Product<'_, F, T> {
         // SAFETY: `panels` hold k2 vectors each, `x` M rows of `stride`; prefetches may leave them.
         unsafe {
             let rows: [*const u32; M] = std::array::from_fn(|i| x.as_ptr().add(i * stride));
+            // Memory works ahead while the last tile computes: on the panels after these; or, where there is one tile
+            // and memory is the limit, a little further on in these.
+            let ahead: [*const u32; P] = std::array::from_fn(|i| {
+                let next = p + P + i;
+                if last && P < WIDE && next < self.panels.end {
+                    self.gemm.weight.panel((self.place)(next)).as_ptr()
+                } else {
+                    panels[i].wrapping_add(AHEAD * PANEL)
+                }
+            });
             let mut sums = [[D::zero(); P]; M];
             for k in 0..k2 {
                 let mut weights = [D::load(panels[0]); P];
                 for i in 0..P {
                     weights[i] = D::load(panels[i].add(k * PANEL));
-                    if M <= TILE_SUMS / WIDE {
-                        D::prefetch(panels[i].wrapping_add((k + AHEAD) * PANEL));
-                    }
+                    D::prefetch(ahead[i].wrapping_add(k * PANEL));
                 }
                 for r in 0..M {
                     for i in 0..P {
