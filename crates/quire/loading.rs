@@ -4,7 +4,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
 use quire_core::{BlockHasher, Executor, ExecutorLimits};
-use quire_cpu::{CpuBackend, CpuConfig, Isa};
+use quire_cpu::{CpuBackend, CpuConfig, Isa, Precision};
 use quire_engine::{Engine, EngineConfig, metrics as engine_metrics};
 use quire_llm::{GenerationDefaults, Llm, LlmConfig};
 use quire_model::{Checkpoint, GenerationConfig, ModelSpec};
@@ -154,7 +154,8 @@ fn executor(
         return Ok((Box::new(executor), "mock: made-up tokens".to_owned()));
     }
     let fail = |error: &dyn std::fmt::Display| Failure(format!("cannot load the model: {error}"));
-    let cpu = CpuConfig { threads: config.threads as usize, ..CpuConfig::default() };
+    let precision = Precision::for_checkpoint(checkpoint.spec().dtype, Isa::detect());
+    let cpu = CpuConfig { threads: config.threads as usize, precision, ..CpuConfig::default() };
     let backend = CpuBackend::new(cpu).map_err(|error| fail(&error))?;
     let plural = if config.threads == 1 { "" } else { "s" };
     let device = format!("cpu, {} thread{plural}, {}", config.threads, isa_name(backend.isa()));
@@ -168,6 +169,7 @@ pub(crate) const fn isa_name(isa: Isa) -> &'static str {
     match isa {
         Isa::Portable => "portable code",
         Isa::Avx2 => "AVX2",
+        Isa::Avx512Bf16 => "AVX-512 BF16",
     }
 }
 

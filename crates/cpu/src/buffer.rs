@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use quire_backend::BackendError;
 
-use crate::element::Element;
+use crate::element::Plain;
 
 /// Alignment of every array: a cache line.
 const ALIGN: usize = 64;
@@ -31,7 +31,7 @@ fn layout<T>(len: usize) -> Option<Layout> {
     Layout::from_size_align(bytes, 16).ok()
 }
 
-impl<T: Element> Aligned<T> {
+impl<T: Plain> Aligned<T> {
     /// `len` zeros.
     ///
     /// # Errors
@@ -58,7 +58,7 @@ impl<T> Drop for Aligned<T> {
     }
 }
 
-impl<T: Element> std::ops::Deref for Aligned<T> {
+impl<T: Plain> std::ops::Deref for Aligned<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
@@ -67,7 +67,7 @@ impl<T: Element> std::ops::Deref for Aligned<T> {
     }
 }
 
-impl<T: Element> std::ops::DerefMut for Aligned<T> {
+impl<T: Plain> std::ops::DerefMut for Aligned<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as in `deref`, and borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }

@@ -4,11 +4,23 @@ use half::{bf16, f16};
 
 use crate::simd::{LANES, Simd};
 
-/// A storage type.
+/// What an array can be made of.
 ///
 /// # Safety
 /// Any bit pattern, zero included, is a value, and the type has no padding.
-pub unsafe trait Element: Copy + Default + Send + Sync + 'static {
+pub unsafe trait Plain: Copy + Default + Send + Sync + 'static {}
+
+// SAFETY: plain bits; so are all below (the half types are `repr(transparent)` over u16).
+unsafe impl Plain for f32 {}
+// SAFETY: as above.
+unsafe impl Plain for u32 {}
+// SAFETY: as above.
+unsafe impl Plain for bf16 {}
+// SAFETY: as above.
+unsafe impl Plain for f16 {}
+
+/// A type that weights or cache are stored in.
+pub trait Element: Plain {
     /// Widens [`LANES`] elements.
     ///
     /// # Safety
@@ -36,8 +48,7 @@ pub unsafe trait Element: Copy + Default + Send + Sync + 'static {
     }
 }
 
-// SAFETY: plain bits.
-unsafe impl Element for f32 {
+impl Element for f32 {
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's.
@@ -53,8 +64,7 @@ unsafe impl Element for f32 {
     }
 }
 
-// SAFETY: plain bits, `repr(transparent)` over u16.
-unsafe impl Element for bf16 {
+impl Element for bf16 {
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's.
@@ -70,8 +80,7 @@ unsafe impl Element for bf16 {
     }
 }
 
-// SAFETY: plain bits, `repr(transparent)` over u16.
-unsafe impl Element for f16 {
+impl Element for f16 {
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's.

@@ -4,11 +4,13 @@
 //! * a dot product has one order of additions (lane `i % LANES`, then a fixed tree), whatever the number of rows, the
 //!   tile it is computed in, or the thread that computes it; so the thread count never changes a bit;
 //! * attention cuts keys at multiples of [`ops::attention::TILE`] absolute positions, whatever the block size;
-//! * weights keep the checkpoint's type and stream through memory once for a whole group of tokens;
+//! * weights keep the checkpoint's values and stream through memory once for a whole group of tokens; with
+//!   [`Precision::Bf16`], those in bf16 are packed, and activations are rounded to bf16 once on their way into a product,
+//!   whose sum is one f32 chain along the inputs on every instruction set;
 //! * a panic in a kernel becomes a [`quire_core::ExecError`], never a hang; indices from a step are checked before a
 //!   pointer is made of them.
 //!
-//! Reading order: [`pool`]; [`simd`] (what an instruction set must offer), [`element`], [`buffer`]; [`weights`], [`kv`];
+//! Reading order: [`pool`]; [`simd`] (what an instruction set must offer), [`element`], [`buffer`]; [`weights`] (and `packed`), [`kv`];
 //! [`ops`]; [`backend`] ties them to the trait. A new instruction set is one more file in `simd` and one more arm in
 //! [`simd::dispatch`].
 // Register tiles are small matrices; `acc[r][m] += w[r] * x[m]` reads best with its indices.
@@ -19,11 +21,12 @@ pub mod buffer;
 pub mod element;
 pub mod kv;
 pub mod ops;
+mod packed;
 pub mod pool;
 pub mod simd;
 pub mod weights;
 
-pub use backend::{CpuBackend, CpuConfig};
+pub use backend::{CpuBackend, CpuConfig, Precision};
 pub use buffer::CpuBuf;
 pub use kv::CpuKv;
 pub use pool::default_threads;

@@ -1,12 +1,16 @@
-//! Linear layers and embedding tables as they lie in memory: row-major, in the checkpoint's own type.
+//! Linear layers and embedding tables as they lie in memory: row-major in the checkpoint's own type, or packed where
+//! products are of bf16.
 
 use half::{bf16, f16};
 use quire_backend::convert::{check_tensor, matrix_shape, tensor_error, to_f32};
 use quire_backend::{BackendError, LinearSource};
 use quire_core::{DType, QuantFormat, Shard};
 
+use crate::backend::Precision;
 use crate::buffer::Aligned;
 use crate::element::Element;
+use crate::packed::Packed;
+use crate::pool::Pool;
 
 /// A linear layer `[out_features, in_features]`.
 pub struct CpuWeight {
@@ -21,11 +25,16 @@ pub(crate) enum Matrix {
     F32(Aligned<f32>),
     F16(Aligned<f16>),
     Bf16(Aligned<bf16>),
+    Packed(Packed),
 }
 
 impl CpuWeight {
     /// Concatenates the parts of `source`. Parts of different types are widened to f32.
-    pub(crate) fn load(source: &LinearSource<'_>) -> Result<Self, BackendError> {
+    pub(crate) fn load(
+        pool: &mut Pool,
+        precision: Precision,
+        source: &LinearSource<'_>,
+    ) -> Result<Self, BackendError> {
         let name = source.name;
         if source.quant != QuantFormat::None {
             return Err(tensor_error(
@@ -51,6 +60,9 @@ impl CpuWeight {
         let uniform = source.parts.iter().all(|part| part.weight.dtype == dtype);
         let len = out_features * in_features;
         let matrix = match dtype {
+            DType::BF16 if uniform && precision == Precision::Bf16 => {
+                Matrix::Packed(Packed::pack(pool, source, out_features, in_features)?)
+            }
             DType::BF16 if uniform => Matrix::Bf16(concat(source, len, bf16::from_le_bytes)?),
             DType::F16 if uniform => Matrix::F16(concat(source, len, f16::from_le_bytes)?),
             _ => Matrix::F32(widen(source, len)?),

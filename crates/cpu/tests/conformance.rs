@@ -1,10 +1,11 @@
 //! The CPU backend against the reference.
 
-use quire_backend::conformance;
-use quire_cpu::{CpuBackend, CpuConfig, Isa};
+use quire_backend::conformance::{self, Tolerance};
+use quire_cpu::{CpuBackend, CpuConfig, Isa, Precision};
 
 fn backend(threads: usize, max_isa: Isa) -> CpuBackend {
-    CpuBackend::new(CpuConfig { threads, max_isa }).expect("threads can be started")
+    let config = CpuConfig { threads, max_isa, precision: Precision::F32 };
+    CpuBackend::new(config).expect("threads can be started")
 }
 
 #[test]
@@ -31,4 +32,37 @@ fn changing_number_of_threads() {
 #[test]
 fn portable_code() {
     conformance::run(|| backend(3, Isa::Portable));
+}
+
+/// Where activations are rounded to bf16 (8 bits) on their way into each product, twice a layer and again after it.
+const BF16_PRODUCTS: Tolerance = Tolerance { f32: 3e-2, f16_kv: 2e-3, bf16_kv: 1e-2 };
+
+fn bf16_backend(threads: usize, max_isa: Isa) -> CpuBackend {
+    let config = CpuConfig { threads, max_isa, precision: Precision::Bf16 };
+    CpuBackend::new(config).expect("threads can be started")
+}
+
+#[test]
+fn bf16_products() {
+    let mut calls = 0;
+    conformance::run_with(BF16_PRODUCTS, || {
+        calls += 1;
+        bf16_backend(1 + calls % 3, Isa::detect())
+    });
+}
+
+/// The suite compares bits between its backends, so that this compares the emulation with the instruction, too.
+#[test]
+fn bf16_products_on_changing_instruction_sets() {
+    let mut calls = 0;
+    conformance::run_with(BF16_PRODUCTS, || {
+        calls += 1;
+        // What is not a product differs between portable code and AVX2, so not with `Isa::Portable`.
+        bf16_backend(2, [Isa::detect(), Isa::detect().min(Isa::Avx2)][calls % 2])
+    });
+}
+
+#[test]
+fn bf16_products_in_portable_code() {
+    conformance::run_with(BF16_PRODUCTS, || bf16_backend(2, Isa::Portable));
 }

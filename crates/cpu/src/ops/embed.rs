@@ -17,6 +17,7 @@ pub(crate) fn embed_row(table: &CpuWeight, id: TokenId, t: usize, out: SharedRow
         Matrix::F32(matrix) => widen(&matrix[range], out),
         Matrix::F16(matrix) => widen(&matrix[range], out),
         Matrix::Bf16(matrix) => widen(&matrix[range], out),
+        Matrix::Packed(packed) => packed.row(id, out),
     }
 }
 

@@ -6,13 +6,14 @@
 use std::ops::Range;
 
 use half::{bf16, f16};
-use quire_backend::LogitRow;
-use quire_core::ExecError;
+use quire_backend::{BackendError, LogitRow};
 
 use super::dot::dot_tile;
+use super::gemm::Gemm;
 use super::grain;
 use crate::buffer::{CpuBuf, SharedRows};
 use crate::element::Element;
+use crate::packed::Rounded;
 use crate::pool::Pool;
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use crate::weights::{CpuWeight, Matrix};
@@ -63,23 +64,30 @@ impl<'a> Input<'a> {
         Self { values: &buf.values, stride: buf.cols, rows }
     }
 
-    /// Row `m`, at least `k` elements long.
-    fn row(&self, m: usize, k: usize) -> *const f32 {
+    /// The first `k` elements of row `m`.
+    #[inline(always)]
+    pub(crate) fn row(&self, m: usize, k: usize) -> &'a [f32] {
         let start = self.rows.index(m) * self.stride;
-        self.values[start..start + k].as_ptr()
+        &self.values[start..start + k]
     }
 }
 
-/// The whole operation.
+/// The whole operation; `rounded` is room to work in.
 pub(crate) fn linear(
     pool: &mut Pool,
     isa: Isa,
     weight: &CpuWeight,
     x: Input<'_>,
+    rounded: &mut Rounded,
     out: SharedRows<'_>,
-) -> Result<(), ExecError> {
+) -> Result<(), BackendError> {
     let tokens = x.rows.len();
     let n = weight.out_features;
+    if let Matrix::Packed(packed) = &weight.matrix {
+        rounded.round(pool, isa, x, weight.in_features)?;
+        let gemm = Gemm { weight: packed, bias: weight.bias.as_deref(), x: rounded, tokens, n };
+        return Ok(gemm.run(pool, isa, out)?);
+    }
     let pieces = n.div_ceil(SINGLE_ROWS);
     let work = SINGLE_ROWS * weight.in_features * tokens;
     let grain = grain(pieces, work, pool.num_threads());
@@ -87,10 +95,11 @@ pub(crate) fn linear(
         let rows = pieces.start * SINGLE_ROWS..(pieces.end * SINGLE_ROWS).min(n);
         // SAFETY: `isa` was detected; each thread has weight rows, that is columns of `out`, of its own.
         unsafe { linear_rows(isa, weight, rows, x, out) };
-    })
+    })?;
+    Ok(())
 }
 
-/// Output columns `rows` for all tokens.
+/// Output columns `rows` for all tokens; not of packed weights.
 ///
 /// # Safety
 /// `isa` is available; nobody else touches these columns of `out`.
@@ -105,14 +114,15 @@ pub(crate) unsafe fn linear_rows(
     // SAFETY: the caller's.
     unsafe {
         match &weight.matrix {
-            Matrix::F32(matrix) => dispatch(isa, Gemm::<f32> { matrix, k, bias, rows, x, out }),
-            Matrix::F16(matrix) => dispatch(isa, Gemm::<f16> { matrix, k, bias, rows, x, out }),
-            Matrix::Bf16(matrix) => dispatch(isa, Gemm::<bf16> { matrix, k, bias, rows, x, out }),
+            Matrix::F32(matrix) => dispatch(isa, RowGemm::<f32> { matrix, k, bias, rows, x, out }),
+            Matrix::F16(matrix) => dispatch(isa, RowGemm::<f16> { matrix, k, bias, rows, x, out }),
+            Matrix::Bf16(matrix) => dispatch(isa, RowGemm::<bf16> { matrix, k, bias, rows, x, out }),
+            Matrix::Packed(_) => unreachable!("packed weights have an operation of their own"),
         }
     }
 }
 
-struct Gemm<'a, E> {
+struct RowGemm<'a, E> {
     matrix: &'a [E],
     k: usize,
     bias: Option<&'a [f32]>,
@@ -121,7 +131,7 @@ struct Gemm<'a, E> {
     out: SharedRows<'a>,
 }
 
-impl<E: Element> Kernel for Gemm<'_, E> {
+impl<E: Element> Kernel for RowGemm<'_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -142,7 +152,7 @@ impl<E: Element> Kernel for Gemm<'_, E> {
     }
 }
 
-impl<E: Element> Gemm<'_, E> {
+impl<E: Element> RowGemm<'_, E> {
     /// All rows for one group of tokens, `R` rows at a time.
     #[inline(always)]
     unsafe fn columns<S: Simd, const R: usize>(&self, group: Range<usize>) {
@@ -189,7 +199,7 @@ impl<E: Element> Gemm<'_, E> {
         // SAFETY: `weights` holds R rows of k, `Input::row` checks k elements; the columns are ours by contract.
         unsafe {
             let rows = std::array::from_fn(|r| weights.as_ptr().add(r * k));
-            let xs = std::array::from_fn(|i| self.x.row(m + i, k));
+            let xs = std::array::from_fn(|i| self.x.row(m + i, k).as_ptr());
             let dots = dot_tile::<S, E, R, M>(rows, xs, k);
             for i in 0..M {
                 let out = self.out.part(m + i, n, R);

@@ -1,14 +1,16 @@
 //! Feed-forward layers: two linear layers with the nonlinearity fused into the first.
 
-use quire_backend::{Activation, MlpShape};
-use quire_core::ExecError;
+use quire_backend::{Activation, BackendError, MlpShape};
 
+use super::gemm::Gemm;
 use super::grain;
 use super::linear::{Input, Rows, linear, linear_rows};
 use crate::buffer::{CpuBuf, SharedRows};
+use crate::packed::Rounded;
 use crate::pool::Pool;
+use crate::simd::pairs::PANEL;
 use crate::simd::{Isa, Kernel, LANES, Simd, dispatch, exp};
-use crate::weights::CpuWeight;
+use crate::weights::{CpuWeight, Matrix};
 
 /// Rows of `up` (and of the gate) that a thread takes at once.
 const PIECE: usize = 8;
@@ -25,8 +27,60 @@ pub(crate) struct MlpArgs<'a> {
     pub out: SharedRows<'a>,
 }
 
-/// The whole operation. The hidden activations end up in the first columns of `scratch`.
-pub(crate) fn mlp(pool: &mut Pool, isa: Isa, args: MlpArgs<'_>) -> Result<(), ExecError> {
+/// The whole operation; `rounded` is room to work in.
+pub(crate) fn mlp(
+    pool: &mut Pool,
+    isa: Isa,
+    args: MlpArgs<'_>,
+    rounded: &mut [Rounded; 2],
+) -> Result<(), BackendError> {
+    let (gated, [x_pairs, hidden_pairs]) = (args.shape == MlpShape::Gated, rounded);
+    match (&args.up.matrix, &args.down.matrix) {
+        (Matrix::Packed(up), Matrix::Packed(down))
+            if gated && args.down.in_features.is_multiple_of(PANEL) =>
+        {
+            let (intermediate, tokens) = (args.down.in_features, args.tokens);
+            x_pairs.round(pool, isa, Input::new(args.x, Rows::First(tokens)), args.up.in_features)?;
+            let hidden = hidden_pairs.reset(tokens, intermediate)?;
+            let bias = args.up.bias.as_deref();
+            let first = Gemm { weight: up, bias, x: x_pairs, tokens, n: intermediate };
+            first.run_gated(pool, isa, args.activation, hidden)?;
+            let (bias, n) = (args.down.bias.as_deref(), args.down.out_features);
+            let second = Gemm { weight: down, bias, x: hidden_pairs, tokens, n };
+            Ok(second.run(pool, isa, args.out)?)
+        }
+        (Matrix::Packed(_), _) => in_turn(pool, isa, args, x_pairs),
+        _ => by_columns(pool, isa, args, x_pairs),
+    }
+}
+
+/// First layer, nonlinearity and second layer one after the other. The hidden activations end up in the first columns of
+/// `scratch`.
+fn in_turn(pool: &mut Pool, isa: Isa, args: MlpArgs<'_>, rounded: &mut Rounded) -> Result<(), BackendError> {
+    let MlpArgs { x, tokens, shape, up, down, activation, scratch, out } = args;
+    let intermediate = down.in_features;
+    let hidden = scratch.shared();
+    linear(pool, isa, up, Input::new(x, Rows::First(tokens)), rounded, hidden)?;
+    pool.split(tokens, grain(tokens, 16 * intermediate, pool.num_threads()), |_, rows| {
+        for t in rows {
+            // SAFETY: `isa` was detected; row `t` belongs to this piece.
+            unsafe {
+                let (values, others) = hidden.row(t).split_at_mut(intermediate);
+                let up = (shape == MlpShape::Gated).then_some(&*others);
+                dispatch(isa, Activate { activation, values, up });
+            }
+        }
+    })?;
+    linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), rounded, out)
+}
+
+/// A thread takes columns of the hidden layer through both steps. They end up in the first columns of `scratch`.
+fn by_columns(
+    pool: &mut Pool,
+    isa: Isa,
+    args: MlpArgs<'_>,
+    rounded: &mut Rounded,
+) -> Result<(), BackendError> {
     let MlpArgs { x, tokens, shape, up, down, activation, scratch, out } = args;
     let intermediate = down.in_features;
     let gated = shape == MlpShape::Gated;
@@ -51,7 +105,7 @@ pub(crate) fn mlp(pool: &mut Pool, isa: Isa, args: MlpArgs<'_>) -> Result<(), Ex
             }
         }
     })?;
-    linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), out)
+    linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), rounded, out)
 }
 
 /// `values = activation(values)`, times `up` if gated.
@@ -66,15 +120,25 @@ impl Kernel for Activate<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        if self.activation == Activation::Silu {
-            // SAFETY: the caller's.
-            unsafe { silu::<S>(self.values) };
-        } else {
-            self.values.iter_mut().for_each(|x| *x = self.activation.apply(*x));
-        }
-        if let Some(up) = self.up {
-            self.values.iter_mut().zip(up).for_each(|(x, up)| *x *= up);
-        }
+        // SAFETY: the caller's.
+        unsafe { activate::<S>(self.activation, self.values, self.up) };
+    }
+}
+
+/// [`Activate`], inside another kernel.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(crate) unsafe fn activate<S: Simd>(activation: Activation, values: &mut [f32], up: Option<&[f32]>) {
+    if activation == Activation::Silu {
+        // SAFETY: the caller's.
+        unsafe { silu::<S>(values) };
+    } else {
+        values.iter_mut().for_each(|x| *x = activation.apply(*x));
+    }
+    if let Some(up) = up {
+        values.iter_mut().zip(up).for_each(|(x, up)| *x *= up);
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod dot;
 pub mod embed;
+pub mod gemm;
 pub mod linear;
 pub mod mlp;
 pub mod norm;

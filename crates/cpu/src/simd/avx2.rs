@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::pairs::{Emulated, PairKernel};
 use super::{Kernel, Simd};
 
 #[derive(Clone, Copy)]
@@ -13,6 +14,14 @@ pub(super) struct Avx2;
 pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
     unsafe { kernel.run::<Avx2>() }
+}
+
+/// # Safety
+/// As [`run`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn run_pairs<K: PairKernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's.
+    unsafe { kernel.run::<Emulated<Avx2>>() }
 }
 
 // SAFETY: each method needs only the features that `run` enables and valid pointers, which the trait demands; all loads

@@ -5,6 +5,9 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+pub mod pairs;
 mod portable;
 
 /// An instruction set that kernels are compiled for.
@@ -14,6 +17,8 @@ pub enum Isa {
     Portable,
     /// AVX2 with FMA and F16C (x86-64 since 2013).
     Avx2,
+    /// AVX-512 with dot products of bf16 pairs; what else there is to do runs as AVX2.
+    Avx512Bf16,
 }
 
 impl Isa {
@@ -24,8 +29,11 @@ impl Isa {
             let has_all = is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c");
-            if has_all {
-                return Self::Avx2;
+            let has_pairs = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
+            match (has_all, has_pairs) {
+                (true, true) => return Self::Avx512Bf16,
+                (true, false) => return Self::Avx2,
+                (false, _) => {}
             }
         }
         Self::Portable
@@ -128,7 +136,7 @@ pub unsafe fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::run(kernel),
+            Isa::Avx2 | Isa::Avx512Bf16 => avx2::run(kernel),
             _ => kernel.run::<portable::Portable>(),
         }
     }

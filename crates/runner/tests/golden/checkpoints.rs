@@ -26,6 +26,8 @@ pub struct Prompt {
     /// `[ids.len(), vocab]`.
     pub logits: Vec<f32>,
     pub greedy: Vec<TokenId>,
+    /// Of each greedy token: the lead of its logit over the next.
+    pub margins: Vec<f32>,
 }
 
 /// The root of the workspace.
@@ -69,6 +71,7 @@ fn prompt(value: &Value, logits: &SafeTensors<'_>) -> Prompt {
         ids: ids(&value["ids"]),
         logits: tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
         greedy: ids(&value["greedy"]),
+        margins: floats(&value["margins"]),
     }
 }
 

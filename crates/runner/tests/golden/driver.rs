@@ -100,7 +100,12 @@ pub struct Driver<B: Backend> {
 
 impl<B: TestBackend> Driver<B> {
     pub fn new(checkpoint: &Checkpoint, config: &RunnerConfig) -> Self {
-        let runner = ModelRunner::load(B::make(), checkpoint, config, |_| {}).unwrap();
+        Self::on(B::make(), checkpoint, config)
+    }
+
+    /// On this backend.
+    pub fn on(backend: B, checkpoint: &Checkpoint, config: &RunnerConfig) -> Self {
+        let runner = ModelRunner::load(backend, checkpoint, config, |_| {}).unwrap();
         let scattered = |i: u64| i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
         let mut free_blocks: Vec<_> = (0..config.num_blocks).map(BlockId).collect();
         free_blocks.sort_by_key(|block| scattered(u64::from(block.0) + 1));

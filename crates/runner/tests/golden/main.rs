@@ -20,6 +20,7 @@ macro_rules! test_on_each_backend {
     };
 }
 
+mod bf16;
 mod checkpoints;
 mod contract;
 mod driver;

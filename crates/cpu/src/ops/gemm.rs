@@ -1,0 +1,272 @@
+//! Products of rounded activations with packed weights: one code for a single token and for thousands.
+//!
+//! Every sum is one chain over the pairs of inputs in order, kept in a register or two dozen side by side; the shape of
+//! the tile, the blocks and the threads never change a bit. A thread owns panels, that is output channels. It takes the
+//! tokens in groups whose activations stay in its L2 cache, a few panels at a time, so that weights come from memory
+//! once per group.
+
+use std::ops::Range;
+
+use quire_backend::Activation;
+use quire_core::ExecError;
+
+use super::grain;
+use super::mlp::activate;
+use crate::buffer::SharedRows;
+use crate::packed::{Packed, Rounded, RoundedRows, round_pairs};
+use crate::pool::Pool;
+use crate::simd::Isa;
+use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
+
+/// Sums of one tile, in vectors: leaves registers of 32 for the weights and one pair of activations.
+const TILE_SUMS: usize = 24;
+/// Panels at once for few tokens: enough sums to hide the latency of an addition, enough streams to keep memory busy.
+const WIDE: usize = 4;
+/// Panels at once for many tokens.
+const NARROW: usize = 2;
+/// Pairs of activations that stay in cache while weights stream by: half of a 1 MiB L2.
+const GROUP_PAIRS: usize = 128 * 1024;
+/// How far ahead weights are asked for, in vectors of a panel.
+const AHEAD: usize = 32;
+
+/// A product.
+#[derive(Clone, Copy)]
+pub(crate) struct Gemm<'a> {
+    pub weight: &'a Packed,
+    pub bias: Option<&'a [f32]>,
+    pub x: &'a Rounded,
+    /// Rows of `x`.
+    pub tokens: usize,
+    /// Columns of the output.
+    pub n: usize,
+}
+
+impl Gemm<'_> {
+    /// `out = x · weightᵀ + bias`; `weight` has `n` channels.
+    pub(crate) fn run(self, pool: &mut Pool, isa: Isa, out: SharedRows<'_>) -> Result<(), ExecError> {
+        let to = ToRows { bias: self.bias, out, n: self.n };
+        self.split(pool, isa, self.n.div_ceil(PANEL), |p| p, to)
+    }
+
+    /// `out = activation(x · gateᵀ) * (x · upᵀ)`, rounded; `weight` has gate's channels, then up's: `2 * n`, and `n` is a
+    /// multiple of [`PANEL`].
+    pub(crate) fn run_gated(
+        self,
+        pool: &mut Pool,
+        isa: Isa,
+        activation: Activation,
+        out: RoundedRows<'_>,
+    ) -> Result<(), ExecError> {
+        let panels = self.n / PANEL;
+        // Gate and up take turns, so that a tile holds both of the same channels.
+        let place = |p: usize| p / 2 + if p.is_multiple_of(2) { 0 } else { panels };
+        let to = ToGated { bias: self.bias, activation, out, n: self.n };
+        self.split(pool, isa, 2 * panels, place, to)
+    }
+
+    /// Hands out panels `0..panels`; panel `p` lies at `place(p)` of the weights.
+    fn split(
+        self,
+        pool: &mut Pool,
+        isa: Isa,
+        panels: usize,
+        place: impl Fn(usize) -> usize + Copy + Sync,
+        to: impl Sink,
+    ) -> Result<(), ExecError> {
+        let units = panels.div_ceil(WIDE);
+        let work = WIDE * PANEL * 2 * self.weight.k2() * self.tokens;
+        pool.split(units, grain(units, work, pool.num_threads()), |_, units| {
+            let panels = units.start * WIDE..(units.end * WIDE).min(panels);
+            // SAFETY: `isa` was detected; each piece has panels, that is columns of the output, of its own.
+            unsafe { dispatch_pairs(isa, Product { gemm: self, panels, place, to }) }
+        })
+    }
+}
+
+/// Where the sums of a tile go.
+trait Sink: Copy + Send + Sync {
+    /// Takes the sums of token `m` for panels `p..p + P`.
+    ///
+    /// # Safety
+    /// As for [`PairDot`]; nobody else touches these columns of row `m`.
+    unsafe fn take<D: PairDot, const P: usize>(&self, m: usize, p: usize, sums: [D::V; P]);
+}
+
+/// Plain rows of `n` columns.
+#[derive(Clone, Copy)]
+struct ToRows<'a> {
+    bias: Option<&'a [f32]>,
+    out: SharedRows<'a>,
+    n: usize,
+}
+
+impl Sink for ToRows<'_> {
+    #[inline(always)]
+    unsafe fn take<D: PairDot, const P: usize>(&self, m: usize, p: usize, sums: [D::V; P]) {
+        for i in 0..P {
+            let first = (p + i) * PANEL;
+            let width = PANEL.min(self.n - first);
+            // SAFETY: the columns are ours by contract; `out` holds a panel if it is a whole one.
+            unsafe {
+                let out = self.out.part(m, first, width);
+                if width == PANEL && self.bias.is_none() {
+                    D::store(out.as_mut_ptr(), sums[i]);
+                } else {
+                    let mut values = [0.0; PANEL];
+                    D::store(values.as_mut_ptr(), sums[i]);
+                    add_bias(&mut values[..width], self.bias, first);
+                    out.copy_from_slice(&values[..width]);
+                }
+            }
+        }
+    }
+}
+
+/// The hidden layer of a gated feed-forward: even panels are the gate's, odd ones up's.
+#[derive(Clone, Copy)]
+struct ToGated<'a> {
+    bias: Option<&'a [f32]>,
+    activation: Activation,
+    out: RoundedRows<'a>,
+    n: usize,
+}
+
+impl Sink for ToGated<'_> {
+    #[inline(always)]
+    unsafe fn take<D: PairDot, const P: usize>(&self, m: usize, p: usize, sums: [D::V; P]) {
+        // One panel alone cannot be: both halves have the same number.
+        for i in (0..P - 1).step_by(2) {
+            let panel = (p + i) / 2;
+            let (mut gate, mut up) = ([0.0; PANEL], [0.0; PANEL]);
+            // SAFETY: the arrays hold a panel; the columns are ours by contract.
+            unsafe {
+                D::store(gate.as_mut_ptr(), sums[i]);
+                D::store(up.as_mut_ptr(), sums[i + 1]);
+                add_bias(&mut gate, self.bias, panel * PANEL);
+                add_bias(&mut up, self.bias, self.n + panel * PANEL);
+                activate::<D::S>(self.activation, &mut gate, Some(&up));
+                round_pairs(&gate, self.out.part(m, panel * PANEL / 2, PANEL / 2));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn add_bias(values: &mut [f32], bias: Option<&[f32]>, first: usize) {
+    if let Some(bias) = bias {
+        values.iter_mut().zip(&bias[first..]).for_each(|(x, bias)| *x += bias);
+    }
+}
+
+/// One piece: some panels for all tokens.
+struct Product<'a, F, T> {
+    gemm: Gemm<'a>,
+    panels: Range<usize>,
+    place: F,
+    to: T,
+}
+
+impl<F: Fn(usize) -> usize, T: Sink> PairKernel for Product<'_, F, T> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<D: PairDot>(self) {
+        let group = (GROUP_PAIRS / self.gemm.weight.k2().max(1)).max(TILE_SUMS / NARROW);
+        for first in (0..self.gemm.tokens).step_by(group) {
+            let tokens = first..(first + group).min(self.gemm.tokens);
+            let mut p = self.panels.start;
+            // SAFETY: the caller's.
+            unsafe {
+                if tokens.len() <= TILE_SUMS / WIDE {
+                    while p + WIDE <= self.panels.end {
+                        self.tokens::<D, WIDE>(p, tokens.clone());
+                        p += WIDE;
+                    }
+                }
+                while p + NARROW <= self.panels.end {
+                    self.tokens::<D, NARROW>(p, tokens.clone());
+                    p += NARROW;
+                }
+                if p < self.panels.end {
+                    self.tokens::<D, 1>(p, tokens);
+                }
+            }
+        }
+    }
+}
+
+impl<F: Fn(usize) -> usize, T: Sink> Product<'_, F, T> {
+    /// Panels `p..p + P` for these tokens, in tiles of about the same size.
+    #[inline(always)]
+    unsafe fn tokens<D: PairDot, const P: usize>(&self, p: usize, tokens: Range<usize>) {
+        let most = if P > NARROW { TILE_SUMS / WIDE } else { TILE_SUMS / NARROW };
+        let tiles = tokens.len().div_ceil(most);
+        let (least, larger) = (tokens.len() / tiles, tokens.len() % tiles);
+        let mut m = tokens.start;
+        for tile in 0..tiles {
+            let rows = least + usize::from(tile < larger);
+            let last = tile + 1 == tiles;
+            // SAFETY: the caller's.
+            unsafe {
+                match rows {
+                    1 => self.tile::<D, 1, P>(m, p, last),
+                    2 => self.tile::<D, 2, P>(m, p, last),
+                    3 => self.tile::<D, 3, P>(m, p, last),
+                    4 => self.tile::<D, 4, P>(m, p, last),
+                    5 => self.tile::<D, 5, P>(m, p, last),
+                    6 => self.tile::<D, 6, P>(m, p, last),
+                    7 => self.tile::<D, 7, P>(m, p, last),
+                    8 => self.tile::<D, 8, P>(m, p, last),
+                    9 => self.tile::<D, 9, P>(m, p, last),
+                    10 => self.tile::<D, 10, P>(m, p, last),
+                    11 => self.tile::<D, 11, P>(m, p, last),
+                    _ => self.tile::<D, 12, P>(m, p, last),
+                }
+            }
+            m += rows;
+        }
+    }
+
+    /// Tokens `m..m + M`, panels `p..p + P`; `last` if no further tile needs these panels.
+    #[inline(always)]
+    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, m: usize, p: usize, last: bool) {
+        if M * P > TILE_SUMS {
+            unreachable!("a tile of {M} tokens and {P} panels does not fit the registers");
+        }
+        let k2 = self.gemm.weight.k2();
+        let panels: [*const u32; P] =
+            std::array::from_fn(|i| self.gemm.weight.panel((self.place)(p + i)).as_ptr());
+        let (x, stride) = self.gemm.x.rows(m, M);
+        assert!(k2 <= stride, "rows of {stride} pairs for weights of {k2}");
+        // SAFETY: `panels` hold k2 vectors each, `x` M rows of `stride`; prefetches may leave them.
+        unsafe {
+            let rows: [*const u32; M] = std::array::from_fn(|i| x.as_ptr().add(i * stride));
+            // Memory works ahead while the last tile computes: on the panels after these; or, where there is one tile
+            // and memory is the limit, a little further on in these.
+            let ahead: [*const u32; P] = std::array::from_fn(|i| {
+                let next = p + P + i;
+                if last && P < WIDE && next < self.panels.end {
+                    self.gemm.weight.panel((self.place)(next)).as_ptr()
+                } else {
+                    panels[i].wrapping_add(AHEAD * PANEL)
+                }
+            });
+            let mut sums = [[D::zero(); P]; M];
+            for k in 0..k2 {
+                let mut weights = [D::load(panels[0]); P];
+                for i in 0..P {
+                    weights[i] = D::load(panels[i].add(k * PANEL));
+                    D::prefetch(ahead[i].wrapping_add(k * PANEL));
+                }
+                for r in 0..M {
+                    for i in 0..P {
+                        sums[r][i] = D::dot(sums[r][i], weights[i], rows[r].add(k));
+                    }
+                }
+            }
+            for r in 0..M {
+                self.to.take::<D, P>(m + r, p, sums[r]);
+            }
+        }
+    }
+}
