@@ -3,7 +3,7 @@
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
-use quire_core::{BlockHasher, Executor, ExecutorLimits};
+use quire_core::{BlockHasher, DType, Executor, ExecutorLimits};
 use quire_cpu::{CpuBackend, CpuConfig, Isa, Precision};
 use quire_engine::{Engine, EngineConfig, metrics as engine_metrics};
 use quire_llm::{GenerationDefaults, Llm, LlmConfig};
@@ -154,18 +154,24 @@ fn executor(
         return Ok((Box::new(executor), "mock: made-up tokens".to_owned()));
     }
     let fail = |error: &dyn std::fmt::Display| Failure(format!("cannot load the model: {error}"));
-    let precision = Precision::for_checkpoint(checkpoint.spec().dtype, Isa::detect());
-    let cpu = CpuConfig { threads: config.threads as usize, precision, ..CpuConfig::default() };
-    let backend = CpuBackend::new(cpu).map_err(|error| fail(&error))?;
-    let plural = if config.threads == 1 { "" } else { "s" };
-    let device = format!("cpu, {} thread{plural}, {}", config.threads, isa_name(backend.isa()));
+    let (backend, device) = cpu_backend(checkpoint.spec().dtype, config.threads)?;
     let mut progress = ProgressLog::default();
     let runner = ModelRunner::load(backend, checkpoint, &config.runner, |now| progress.report(now))
         .map_err(|error| fail(&error))?;
     Ok((Box::new(runner), device))
 }
 
-pub(crate) const fn isa_name(isa: Isa) -> &'static str {
+/// The CPU as a checkpoint of `dtype` runs fastest on it, and what it is in one line.
+pub(crate) fn cpu_backend(dtype: DType, threads: u32) -> Result<(CpuBackend, String)> {
+    let precision = Precision::for_checkpoint(dtype, Isa::detect());
+    let cpu = CpuConfig { threads: threads as usize, precision, ..CpuConfig::default() };
+    let backend = CpuBackend::new(cpu).map_err(|error| Failure(format!("cannot use the CPU: {error}")))?;
+    let plural = if threads == 1 { "" } else { "s" };
+    let device = format!("cpu, {threads} thread{plural}, {}", isa_name(backend.isa()));
+    Ok((backend, device))
+}
+
+const fn isa_name(isa: Isa) -> &'static str {
     match isa {
         Isa::Portable => "portable code",
         Isa::Avx2 => "AVX2",

@@ -7,7 +7,7 @@ use quire_core::Executor;
 use quire_core::{
     BlockHasher, CacheSalt, DType, Micros, QuantFormat, Request, RequestId, SamplingParams, TenantId,
 };
-use quire_cpu::{CpuBackend, CpuConfig};
+use quire_cpu::{CpuBackend, CpuConfig, Precision};
 use quire_engine::EngineCore;
 use quire_model::Checkpoint;
 use quire_runner::{ModelRunner, RunnerConfig};
@@ -29,6 +29,7 @@ pub struct Setup {
     pub num_blocks: u32,
     pub max_model_len: u32,
     pub kv_dtype: DType,
+    pub precision: Precision,
     pub prefix_caching: bool,
 }
 
@@ -43,6 +44,7 @@ impl Default for Setup {
             num_blocks: 512,
             max_model_len: 128,
             kv_dtype: DType::F32,
+            precision: Precision::F32,
             prefix_caching: false,
         }
     }
@@ -52,7 +54,12 @@ pub const HASH_KEY: (u64, u64) = (7, 9);
 
 /// A passive engine over a checkpoint on the CPU.
 pub fn engine(checkpoint: &Checkpoint, setup: Setup) -> EngineCore {
-    let backend = CpuBackend::new(CpuConfig { threads: setup.threads, ..CpuConfig::default() }).unwrap();
+    let backend = CpuBackend::new(CpuConfig {
+        threads: setup.threads,
+        precision: setup.precision,
+        ..CpuConfig::default()
+    })
+    .unwrap();
     let config = RunnerConfig {
         max_num_seqs: setup.max_num_seqs,
         max_num_batched_tokens: setup.max_num_batched_tokens,

@@ -9,7 +9,7 @@ use quire_core::{
     BlockHash, BlockHasher, CacheSalt, Executor, Micros, Request, RequestId, SamplingParams, TenantId,
     TokenId,
 };
-use quire_cpu::{CpuBackend, CpuConfig};
+use quire_cpu::CpuBackend;
 use quire_engine::EngineCore;
 use quire_model::Checkpoint;
 use quire_runner::ModelRunner;
@@ -20,7 +20,7 @@ use super::report::{format_word, slug};
 use super::{Progress, as_failure};
 use crate::args::{EngineArgs, ExecutorArg};
 use crate::config::{Config, Machine};
-use crate::loading::isa_name;
+use crate::loading::cpu_backend;
 use crate::machine;
 use crate::model::ModelSource;
 use crate::units::Bytes;
@@ -79,12 +79,7 @@ impl Model {
 
     /// The device under this model's settings, and what it is in words.
     pub(crate) fn cpu(&self) -> Result<(CpuBackend, String)> {
-        let threads = self.config.threads;
-        let backend = CpuBackend::new(CpuConfig { threads: threads as usize, ..CpuConfig::default() });
-        let backend = backend.map_err(as_failure)?;
-        let plural = if threads == 1 { "" } else { "s" };
-        let device = format!("cpu, {threads} thread{plural}, {}", isa_name(backend.isa()));
-        Ok((backend, device))
+        cpu_backend(self.checkpoint.spec().dtype, self.config.threads)
     }
 
     /// Loads the weights onto `backend`.
