@@ -252,7 +252,7 @@ fn sigterm_lets_running_streams_finish() {
 
 #[test]
 fn streams_past_the_shutdown_timeout_get_a_final_error() {
-    let server = Server::start(&["--shutdown-timeout", "200ms"]);
+    let server = Server::start(&["--shutdown-timeout", "50ms"]);
     let mut body = completion(1800);
     body["stream"] = json!(true);
     let mut stream = server.open("POST", "/v1/completions", &body);

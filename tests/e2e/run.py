@@ -206,7 +206,7 @@ def thirty_two_streams_interleave(server):
         text = ""
         for chunk in client.chat.completions.create(
                 model="quire-demo", messages=messages(f"Tell me a short story about {number} birds."),
-                temperature=0, max_tokens=48, stream=True, extra_body={"ignore_eos": True}):
+                temperature=0, max_tokens=96, stream=True, extra_body={"ignore_eos": True}):
             if chunk.choices and chunk.choices[0].delta.content:
                 arrivals.append((time.monotonic(), number))
                 text += chunk.choices[0].delta.content
@@ -225,9 +225,10 @@ def thirty_two_streams_interleave(server):
     overlapping = sum(max(firsts.values()) < lasts[number] for number in lasts)
     switches = sum(a[1] != b[1] for a, b in zip(arrivals, arrivals[1:]))
     print(f"    {len(arrivals)} chunks in {seconds:.2f} s, {switches} switches between streams, {overlapping} of 32 overlap")
-    assert all(texts) and overlapping >= 24 and switches > len(arrivals) / 4
+    # How finely they alternate is up to this client's threads; a server that answered in turn would show 31 switches.
+    assert all(texts) and overlapping >= 24 and switches >= 4 * 32
     alone = client.chat.completions.create(
-        model="quire-demo", messages=messages("Tell me a short story about 5 birds."), temperature=0, max_tokens=48,
+        model="quire-demo", messages=messages("Tell me a short story about 5 birds."), temperature=0, max_tokens=96,
         extra_body={"ignore_eos": True})
     assert alone.choices[0].message.content == texts[5], "the same bytes, alone or among 32"
 
