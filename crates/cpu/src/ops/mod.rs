@@ -8,7 +8,9 @@ pub mod linear;
 pub mod mlp;
 pub mod norm;
 pub mod rope;
+pub(crate) mod paged;
 pub mod sample;
+pub(crate) mod tiles;
 mod topk;
 
 /// Least work of one piece, in multiply-adds: about as long as waking a thread takes.

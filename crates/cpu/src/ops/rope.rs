@@ -7,6 +7,7 @@ use super::norm::norm_in_place;
 use crate::buffer::{Aligned, Shared};
 use crate::element::Element;
 use crate::kv::{KvLayer, PageShape, Pages};
+use crate::pages::SharedPackedPages;
 use crate::pool::Pool;
 use crate::simd::{Kernel, Simd};
 
@@ -91,6 +92,7 @@ pub(crate) enum SharedLayer<'a> {
     F32(SharedPages<'a, f32>),
     F16(SharedPages<'a, f16>),
     Bf16(SharedPages<'a, bf16>),
+    Packed(SharedPackedPages<'a>),
 }
 
 #[derive(Clone, Copy)]
@@ -106,6 +108,7 @@ impl<'a> SharedLayer<'a> {
             KvLayer::F32(pages) => Self::F32(SharedPages::new(pages)),
             KvLayer::F16(pages) => Self::F16(SharedPages::new(pages)),
             KvLayer::Bf16(pages) => Self::Bf16(SharedPages::new(pages)),
+            KvLayer::Packed(pages) => Self::Packed(SharedPackedPages::new(pages)),
         }
     }
 
@@ -113,13 +116,14 @@ impl<'a> SharedLayer<'a> {
     ///
     /// # Safety
     /// No other thread writes this slot.
-    pub(crate) unsafe fn store(&self, slot: u32, k: &[f32], v: &[f32]) {
+    pub(crate) unsafe fn store(&self, slot: u32, k: &mut [f32], v: &mut [f32]) {
         // SAFETY: the caller's.
         unsafe {
             match self {
                 Self::F32(pages) => pages.store(slot, k, v),
                 Self::F16(pages) => pages.store(slot, k, v),
                 Self::Bf16(pages) => pages.store(slot, k, v),
+                Self::Packed(pages) => pages.store(slot, k, v),
             }
         }
     }
