@@ -255,8 +255,8 @@ impl Backend for CpuBackend {
                     let row = qkv.row(t);
                     let position = step.positions[t];
                     dispatch(isa, RopeRow { row: &mut *row, shape, qk_norm, eps, rope, position });
-                    let (k, v) = row[q_size..].split_at_mut(kv_size);
-                    cache.store(step.slot_mapping[t], k, v);
+                    let (k, v) = row[q_size..].split_at(kv_size);
+                    cache.store(isa, step.slot_mapping[t], k, v);
                 }
             }
         })?;

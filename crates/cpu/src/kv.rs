@@ -6,10 +6,10 @@ use quire_backend::convert::tensor_error;
 use quire_backend::{BackendError, KvLayerShape, KvLayout};
 use quire_core::{BlockCopy, DType};
 
+use crate::Precision;
 use crate::buffer::Aligned;
 use crate::element::Element;
 use crate::pages::PackedPages;
-use crate::Precision;
 
 /// The cache of one KV group.
 pub struct CpuKv {

@@ -7,8 +7,8 @@
 use quire_backend::{BackendError, KvLayerShape, KvLayout};
 
 use crate::buffer::{Aligned, Shared};
-use crate::packed::round_pairs;
-use crate::simd::pairs::PANEL;
+use crate::packed::round_row;
+use crate::simd::pairs::{PANEL, PairDot, PairKernel};
 
 /// Where things lie in [`PackedPages`].
 #[derive(Clone, Copy)]
@@ -101,26 +101,33 @@ impl<'a> SharedPackedPages<'a> {
     pub(crate) fn new(pages: &'a mut PackedPages) -> Self {
         Self { k: Shared::new(&mut pages.k), v: Shared::new(pages.v.halves_mut()), shape: pages.shape }
     }
+}
 
-    /// Stores a row's keys and values at `slot`; they are made finite.
-    ///
-    /// # Safety
-    /// No other thread writes this slot.
-    pub(crate) unsafe fn store(&self, slot: u32, k: &mut [f32], v: &mut [f32]) {
-        let shape = self.shape;
-        let (block, offset) = (slot as usize / shape.block_size, slot as usize % shape.block_size);
-        make_finite(k);
-        make_finite(v);
-        let heads = k.chunks_exact(shape.head_dim).zip(v.chunks_exact(shape.head_dim));
+/// Stores a row's keys and values at `slot`; they are made finite. No other thread may write this slot.
+pub(crate) struct StoreRow<'a> {
+    pub pages: SharedPackedPages<'a>,
+    pub slot: u32,
+    pub k: &'a [f32],
+    pub v: &'a [f32],
+}
+
+impl PairKernel for StoreRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<D: PairDot>(self) {
+        let shape = self.pages.shape;
+        let (block, offset) = (self.slot as usize / shape.block_size, self.slot as usize % shape.block_size);
+        let heads = self.k.chunks_exact(shape.head_dim).zip(self.v.chunks_exact(shape.head_dim));
         for (head, (k, v)) in heads.enumerate() {
             let key = shape.key_panel(block, head, offset) + offset % shape.lanes();
-            let key = self.k.strided(key, shape.lanes(), shape.key_pairs());
+            let key = self.pages.k.strided(key, shape.lanes(), shape.key_pairs());
             let value = 2 * shape.value_row(block, head, offset) + offset % 2;
-            let value = self.v.strided(value, 2, shape.head_dim);
+            let value = self.pages.v.strided(value, 2, shape.head_dim);
             // SAFETY: in bounds as `strided` has checked; slots are disjoint, and this one is ours by contract.
             unsafe {
-                each_pair(k, |i, pair| *key.add(i * shape.lanes()) = pair);
-                each_pair(v, |i, pair| {
+                each_pair::<D>(k, |i, pair| *key.add(i * shape.lanes()) = pair);
+                each_pair::<D>(v, |i, pair| {
                     *value.add(4 * i) = pair as u16;
                     if 2 * i + 1 < v.len() {
                         *value.add(4 * i + 2) = (pair >> 16) as u16;
@@ -131,22 +138,26 @@ impl<'a> SharedPackedPages<'a> {
     }
 }
 
-/// Rounds to pairs and hands them out with their number.
+/// Rounds finite pairs and hands them out with their number.
 #[inline(always)]
-fn each_pair(values: &[f32], mut to: impl FnMut(usize, u32)) {
-    const CHUNK: usize = 32;
+unsafe fn each_pair<D: PairDot>(values: &[f32], mut to: impl FnMut(usize, u32)) {
+    const CHUNK: usize = 2 * PANEL;
     for (chunk, values) in values.chunks(CHUNK).enumerate() {
-        let mut pairs = [0; CHUNK / 2];
-        round_pairs(values, &mut pairs);
+        let (mut finite, mut pairs) = ([0.0; CHUNK], [0; PANEL]);
+        finite.iter_mut().zip(values).for_each(|(to, from)| *to = finite_bf16(*from));
+        // SAFETY: the caller's.
+        unsafe { round_row::<D>(&finite, &mut pairs) };
         let number = values.len().div_ceil(2);
-        pairs[..number].iter().enumerate().for_each(|(i, pair)| to(chunk * (CHUNK / 2) + i, *pair));
+        pairs[..number].iter().enumerate().for_each(|(i, pair)| to(chunk * PANEL + i, *pair));
     }
 }
 
 /// What bf16 cannot hold becomes the largest number that it can, and NaN zero.
-fn make_finite(values: &mut [f32]) {
+#[inline(always)]
+fn finite_bf16(x: f32) -> f32 {
     const MAX: f32 = 3.389_531_4e38;
-    for x in values {
-        *x = if x.is_nan() { 0.0 } else { x.clamp(-MAX, MAX) };
-    }
+    // Comparisons of this form are one instruction each; `f32::clamp` also minds NaN.
+    let x = if x.is_nan() { 0.0 } else { x };
+    let x = if x > -MAX { x } else { -MAX };
+    if x < MAX { x } else { MAX }
 }

@@ -11,10 +11,10 @@ use quire_backend::Activation;
 use quire_core::ExecError;
 
 use super::grain;
-use super::mlp::activate;
-use super::tiles::{Tiled, WIDE, each_panel, fits};
+use super::mlp::activate_lanes;
+use super::tiles::{Tiled, Turn, WIDE, each_panel, fits};
 use crate::buffer::SharedRows;
-use crate::packed::{Packed, Rounded, RoundedRows, round_pairs};
+use crate::packed::{Packed, Rounded, RoundedRows};
 use crate::pool::Pool;
 use crate::simd::Isa;
 use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
@@ -134,15 +134,17 @@ impl Sink for ToGated<'_> {
         // One panel alone cannot be: both halves have the same number.
         for i in (0..P - 1).step_by(2) {
             let panel = (p + i) / 2;
-            let (mut gate, mut up) = ([0.0; PANEL], [0.0; PANEL]);
-            // SAFETY: the arrays hold a panel; the columns are ours by contract.
+            // SAFETY: the biases reach to the last channel; the columns are ours by contract.
             unsafe {
-                D::store(gate.as_mut_ptr(), sums[i]);
-                D::store(up.as_mut_ptr(), sums[i + 1]);
-                add_bias(&mut gate, self.bias, panel * PANEL);
-                add_bias(&mut up, self.bias, self.n + panel * PANEL);
-                activate::<D::S>(self.activation, &mut gate, Some(&up));
-                round_pairs(&gate, self.out.part(m, panel * PANEL / 2, PANEL / 2));
+                let [mut gate, mut up] = [sums[i], sums[i + 1]];
+                if let Some(bias) = self.bias {
+                    gate = D::add(gate, D::load_sums(bias[panel * PANEL..][..PANEL].as_ptr()));
+                    up = D::add(up, D::load_sums(bias[self.n + panel * PANEL..][..PANEL].as_ptr()));
+                }
+                let hidden = D::mul(activate_lanes::<D>(self.activation, gate), up);
+                let mut pairs = [0; PANEL];
+                D::store_pairs(pairs.as_mut_ptr(), hidden, D::zero());
+                self.out.part(m, panel * PANEL / 2, PANEL / 2).copy_from_slice(&pairs[..PANEL / 2]);
             }
         }
     }
@@ -179,7 +181,7 @@ impl<F: Fn(usize) -> usize, T: Sink> PairKernel for Product<'_, F, T> {
 
 impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
     #[inline(always)]
-    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, m: usize, p: usize, last: bool) {
+    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
         fits::<D, M, P>();
         let k2 = self.gemm.weight.k2();
         let panels: [*const u32; P] =
@@ -191,6 +193,7 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
             let rows: [*const u32; M] = std::array::from_fn(|i| x.as_ptr().add(i * stride));
             // Memory works ahead while the last tile computes: on the panels after these; or, where there is one tile
             // and memory is the limit, a little further on in these.
+            let last = turn.index + 1 == turn.of;
             let ahead: [*const u32; P] = std::array::from_fn(|i| {
                 let next = p + P + i;
                 if last && P < WIDE && next < self.panels.end {

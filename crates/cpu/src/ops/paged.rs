@@ -12,10 +12,10 @@ use std::ops::Range;
 use quire_backend::{Attention, AttnShape, StepBuffer};
 use quire_core::ExecError;
 
-use super::tiles::{Tiled, each_panel, fits};
+use super::tiles::{Tiled, Turn, each_panel, fits};
 use crate::CpuBackend;
 use crate::buffer::{CpuBuf, Shared, SharedRows};
-use crate::packed::round_pairs;
+use crate::packed::round_row;
 use crate::pages::PackedPages;
 use crate::pool::Pool;
 use crate::simd::Isa;
@@ -206,7 +206,10 @@ pub(crate) fn paged_attention(
             unsafe {
                 let scratch = &mut scratch.slice(worker, 1)[0];
                 let parts = partial.slice(i * splits * len, splits * len);
-                dispatch_pairs(isa, Run { work: &work, item: item(i), scratch, task: Task::Fold(parts, len) });
+                dispatch_pairs(
+                    isa,
+                    Run { work: &work, item: item(i), scratch, task: Task::Fold(parts, len) },
+                );
             }
         }
     })
@@ -262,13 +265,17 @@ impl Work<'_> {
     }
 
     /// Rounds the queries of an item.
-    fn load_queries(&self, item: Item, q: &mut [u32]) {
+    #[inline(always)]
+    unsafe fn load_queries<D: PairDot>(&self, item: Item, q: &mut [u32]) {
         let (head_dim, pairs) = (self.shape.head_dim as usize, self.pages.shape.key_pairs());
         let first = item.kv_head * self.group * head_dim;
         let mut to = q.chunks_exact_mut(pairs);
         for t in 0..item.block.tokens {
             let heads = &self.qkv.row(item.block.first_row + t)[first..first + self.group * head_dim];
-            heads.chunks_exact(head_dim).zip(&mut to).for_each(|(q, to)| round_pairs(q, to));
+            for (q, to) in heads.chunks_exact(head_dim).zip(&mut to) {
+                // SAFETY: the caller's.
+                unsafe { round_row::<D>(q, to) };
+            }
         }
     }
 
@@ -314,8 +321,10 @@ impl Work<'_> {
                 let seen = self.seen(block, r / self.group);
                 let seen = seen.start.max(start) - start..seen.end.min(start + TILE) - start;
                 let scores = &mut s.scores[r * TILE..(r + 1) * TILE];
-                scores[panels.start * PANEL..seen.start].fill(f32::NEG_INFINITY);
-                scores[seen.end..panels.end * PANEL].fill(f32::NEG_INFINITY);
+                if seen.len() < PANEL * panels.len() {
+                    scores[panels.start * PANEL..seen.start].fill(f32::NEG_INFINITY);
+                    scores[seen.end..panels.end * PANEL].fill(f32::NEG_INFINITY);
+                }
                 let weights = &mut s.weights[r * TILE / 2..(r + 1) * TILE / 2];
                 softmax::<D>(scores, panels.clone(), self.factor, weights, r, state);
             }
@@ -395,21 +404,27 @@ impl PairKernel for Run<'_> {
         let (mut buffers, part, total) = scratch.parts();
         let (rows, columns) = (item.block.tokens * work.group, work.pages.shape.columns());
         let mut total = State::of(total, rows, columns);
-        total.clear();
+        let splits = work.splits(item.block);
         let (computes, folds) = (!matches!(task, Task::Fold(..)), !matches!(task, Task::Split(..)));
-        if computes {
-            work.load_queries(item, buffers.q);
-        }
-        for split in work.splits(item.block) {
-            let memory = match &mut task {
-                Task::Whole => &mut *part,
-                Task::Split(wanted, _) if *wanted != split => continue,
-                Task::Split(_, part) => &mut **part,
-                Task::Fold(parts, len) => &mut parts[split * *len..(split + 1) * *len],
-            };
-            let mut part = State::of(memory, rows, columns);
-            // SAFETY: the caller's.
-            unsafe {
+        // SAFETY: the caller's.
+        unsafe {
+            if computes {
+                work.load_queries::<D>(item, buffers.q);
+            }
+            if matches!(task, Task::Whole) && splits.len() == 1 {
+                // As folding it into nothing would be.
+                work.split::<D>(item, splits.start, &mut buffers, &mut total);
+                return work.finish(item, &mut total);
+            }
+            total.clear();
+            for split in splits {
+                let memory = match &mut task {
+                    Task::Whole => &mut *part,
+                    Task::Split(wanted, _) if *wanted != split => continue,
+                    Task::Split(_, part) => &mut **part,
+                    Task::Fold(parts, len) => &mut parts[split * *len..(split + 1) * *len],
+                };
+                let mut part = State::of(memory, rows, columns);
                 if computes {
                     work.split::<D>(item, split, &mut buffers, &mut part);
                 }
@@ -417,10 +432,9 @@ impl PairKernel for Run<'_> {
                     total.fold::<D>(&mut part);
                 }
             }
-        }
-        if folds {
-            // SAFETY: the caller's.
-            unsafe { work.finish(item, &mut total) };
+            if folds {
+                work.finish(item, &mut total);
+            }
         }
     }
 }
@@ -458,7 +472,8 @@ impl Tile {
         }
         for panel in panels {
             let position = start + panel * PANEL;
-            let (block, offset) = (block_table[position / shape.block_size] as usize, position % shape.block_size);
+            let (block, offset) =
+                (block_table[position / shape.block_size] as usize, position % shape.block_size);
             let key = shape.key_panel(block, head, offset);
             tile.keys[panel] = pages.k[key..][..PANEL * shape.key_pairs()].as_ptr();
             let value = shape.value_row(block, head, offset);
@@ -482,7 +497,8 @@ fn gather(
     let (pairs, columns) = (shape.key_pairs(), shape.columns());
     for key in wanted {
         let position = start + key;
-        let (block, offset) = (block_table[position / shape.block_size] as usize, position % shape.block_size);
+        let (block, offset) =
+            (block_table[position / shape.block_size] as usize, position % shape.block_size);
         let from = shape.key_panel(block, head, offset) + offset;
         for i in 0..pairs {
             keys[(key / PANEL * pairs + i) * PANEL + key % PANEL] = pages.k[from + i * shape.lanes()];
@@ -505,7 +521,7 @@ struct Scores<'a> {
 
 impl Tiled for Scores<'_> {
     #[inline(always)]
-    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: bool) {
+    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
         fits::<D, M, P>();
         let q = &self.q[row * self.pairs..(row + M) * self.pairs];
         // SAFETY: `q` holds M rows; each panel holds `pairs` vectors, and so do its values or more of them.
@@ -586,7 +602,7 @@ struct Values<'a> {
 
 impl Tiled for Values<'_> {
     #[inline(always)]
-    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: bool) {
+    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
         fits::<D, M, P>();
         let weights = &self.weights[row * TILE / 2..(row + M) * TILE / 2];
         // SAFETY: `weights` holds M rows of TILE / 2, `out` its rows; values reach to the last column.

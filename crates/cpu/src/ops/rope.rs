@@ -7,9 +7,10 @@ use super::norm::norm_in_place;
 use crate::buffer::{Aligned, Shared};
 use crate::element::Element;
 use crate::kv::{KvLayer, PageShape, Pages};
-use crate::pages::SharedPackedPages;
+use crate::pages::{SharedPackedPages, StoreRow};
 use crate::pool::Pool;
-use crate::simd::{Kernel, Simd};
+use crate::simd::pairs::dispatch_pairs;
+use crate::simd::{Isa, Kernel, Simd};
 
 /// Sines and cosines of all positions.
 pub struct CpuRope {
@@ -115,15 +116,15 @@ impl<'a> SharedLayer<'a> {
     /// Stores a row's keys and values at `slot`.
     ///
     /// # Safety
-    /// No other thread writes this slot.
-    pub(crate) unsafe fn store(&self, slot: u32, k: &mut [f32], v: &mut [f32]) {
+    /// `isa` is available, and no other thread writes this slot.
+    pub(crate) unsafe fn store(&self, isa: Isa, slot: u32, k: &[f32], v: &[f32]) {
         // SAFETY: the caller's.
         unsafe {
             match self {
                 Self::F32(pages) => pages.store(slot, k, v),
                 Self::F16(pages) => pages.store(slot, k, v),
                 Self::Bf16(pages) => pages.store(slot, k, v),
-                Self::Packed(pages) => pages.store(slot, k, v),
+                Self::Packed(pages) => dispatch_pairs(isa, StoreRow { pages: *pages, slot, k, v }),
             }
         }
     }

@@ -9,13 +9,20 @@ pub(crate) const WIDE: usize = 4;
 /// Panels at once for many rows.
 pub(crate) const NARROW: usize = 2;
 
+/// Tile `index` of `of`.
+#[derive(Clone, Copy)]
+pub(crate) struct Turn {
+    pub index: usize,
+    pub of: usize,
+}
+
 /// Something that is computed tile by tile.
 pub(crate) trait Tiled {
-    /// Rows `row..row + M` of panels `panel..panel + P`; `last` if these are the last rows for these panels.
+    /// Rows `row..row + M` of panels `panel..panel + P`; `turn` says which of all tiles of these panels this is.
     ///
     /// # Safety
     /// As for [`PairDot`], and what the job asks for.
-    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, last: bool);
+    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, turn: Turn);
 }
 
 /// All panels for these rows: four at a time where there are few rows, else two.
@@ -52,22 +59,22 @@ unsafe fn each_row<D: PairDot, const P: usize>(job: &impl Tiled, rows: Range<usi
     let mut m = rows.start;
     for tile in 0..tiles {
         let height = least + usize::from(tile < larger);
-        let last = tile + 1 == tiles;
+        let turn = Turn { index: tile, of: tiles };
         // SAFETY: the caller's.
         unsafe {
             match height {
-                1 => job.tile::<D, 1, P>(m, p, last),
-                2 => job.tile::<D, 2, P>(m, p, last),
-                3 => job.tile::<D, 3, P>(m, p, last),
-                4 => job.tile::<D, 4, P>(m, p, last),
-                5 => job.tile::<D, 5, P>(m, p, last),
-                6 => job.tile::<D, 6, P>(m, p, last),
-                7 => job.tile::<D, 7, P>(m, p, last),
-                8 => job.tile::<D, 8, P>(m, p, last),
-                9 => job.tile::<D, 9, P>(m, p, last),
-                10 => job.tile::<D, 10, P>(m, p, last),
-                11 => job.tile::<D, 11, P>(m, p, last),
-                _ => job.tile::<D, 12, P>(m, p, last),
+                1 => job.tile::<D, 1, P>(m, p, turn),
+                2 => job.tile::<D, 2, P>(m, p, turn),
+                3 => job.tile::<D, 3, P>(m, p, turn),
+                4 => job.tile::<D, 4, P>(m, p, turn),
+                5 => job.tile::<D, 5, P>(m, p, turn),
+                6 => job.tile::<D, 6, P>(m, p, turn),
+                7 => job.tile::<D, 7, P>(m, p, turn),
+                8 => job.tile::<D, 8, P>(m, p, turn),
+                9 => job.tile::<D, 9, P>(m, p, turn),
+                10 => job.tile::<D, 10, P>(m, p, turn),
+                11 => job.tile::<D, 11, P>(m, p, turn),
+                _ => job.tile::<D, 12, P>(m, p, turn),
             }
         }
         m += height;

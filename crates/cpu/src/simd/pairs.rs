@@ -7,9 +7,9 @@
 
 use super::portable::Portable;
 use super::{Isa, Simd};
-use crate::packed::round_pairs;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
+use crate::packed::round_pairs;
 
 /// Lanes: output channels that lie side by side in packed weights.
 pub const PANEL: usize = 16;
