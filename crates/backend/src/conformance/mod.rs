@@ -15,6 +15,9 @@ mod random;
 mod sampling;
 mod schedule;
 
+#[cfg(test)]
+pub(crate) use random::Rng;
+
 use crate::Backend;
 
 /// How far values may lie from the reference: `|a - b| <= tolerance * max(1, largest |b| of the buffer)`.
