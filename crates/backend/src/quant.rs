@@ -16,6 +16,8 @@
 //!
 //! Numbers below [`TINY`] count as zero, so that no reciprocal overflows.
 
+use quire_core::{DType, QuantFormat};
+
 use crate::BackendError;
 use crate::convert::tensor_error;
 
@@ -234,6 +236,16 @@ fn max_magnitude(x: &[f32]) -> f32 {
 fn round(x: f32) -> f32 {
     const ULP_IS_ONE: f32 = 12_582_912.0;
     (x + ULP_IS_ONE) - ULP_IS_ONE
+}
+
+/// Bytes of a row of weights: those of the checkpoint's type, or codes, steps, zeros and scale as described here.
+/// Backends may add padding of their own.
+pub const fn row_bytes(dtype: DType, quant: QuantFormat, in_features: usize) -> usize {
+    match quant {
+        QuantFormat::None => in_features * dtype.size(),
+        QuantFormat::Int8 | QuantFormat::Fp8 => in_features + size_of::<f32>(),
+        QuantFormat::Int4 => in_features.div_ceil(INT4_GROUP) * (INT4_GROUP / 2 + 1) + size_of::<f32>(),
+    }
 }
 
 /// Refuses a row of weights that cannot be quantized.

@@ -166,3 +166,12 @@ fn weights_that_are_not_finite_are_refused_by_place() {
         check_finite("layers.0.qkv", 5, &[1.0, f32::NEG_INFINITY, f32::NAN]).unwrap_err().to_string();
     assert!(message.contains("layers.0.qkv") && message.contains("row 5, column 1 is -inf"), "{message}");
 }
+
+#[test]
+fn a_row_takes_its_codes_and_a_scale() {
+    let bytes = |quant| row_bytes(DType::BF16, quant, 1000);
+    assert_eq!(bytes(QuantFormat::None), 2000);
+    assert_eq!(bytes(QuantFormat::Int8), 1000 + 4);
+    // 4.25 bits a weight, for 1000 weights as for 1024.
+    assert_eq!(bytes(QuantFormat::Int4), 1024 * 17 / 32 + 4);
+}
