@@ -86,7 +86,8 @@ pub fn trained_model(name: &str) -> Option<PathBuf> {
     }
     // Past the test harness, which would swallow it.
     let hint = "QUIRE_SHARED names the folder that holds data/models";
-    writeln!(std::io::stderr(), "skipped {name}: {} is not there; {hint}", path.display()).unwrap();
+    let mut stderr = std::io::stderr();
+    writeln!(stderr, "skipped {name}: {} is not there; {hint}", path.display()).unwrap();
     None
 }
 
