@@ -4,7 +4,7 @@ use std::fmt;
 
 use quire_core::{DType, Limits, QuantFormat};
 use quire_model::{Mixer, ModelSpec, RopeScaling};
-use quire_runner::{MemoryPlan, RunnerConfig};
+use quire_runner::{MemoryPlan, RunnerConfig, WeightPlan};
 
 use crate::args::{Device, EngineArgs, Quantize, ServerArgs, Switch};
 use crate::machine;
@@ -54,6 +54,8 @@ pub struct Config {
     pub threads: u32,
     /// Sizes of the runner.
     pub runner: RunnerConfig,
+    /// How weights are stored.
+    pub weights: WeightPlan,
     /// Where the memory goes.
     pub memory: MemoryPlan,
     /// Bounds of requests.
@@ -90,7 +92,7 @@ impl Config {
             block_size: args.block_size,
             num_blocks: 1,
             kv_dtype: args.kv_cache_dtype.dtype().unwrap_or_else(|| default_kv_dtype(spec.dtype)),
-            quant: QuantFormat::None,
+            quant: args.quantize.format(),
         };
         runner.num_blocks = num_blocks(args, spec, &runner, machine)?;
         runner.max_model_len = fitting_model_len(args, &runner)?;
@@ -106,6 +108,7 @@ impl Config {
         };
         Ok(Self {
             threads: args.threads.unwrap_or(machine.cores),
+            weights: WeightPlan::new(spec, runner.quant),
             memory: MemoryPlan::new(spec, &runner),
             runner,
             limits,
@@ -164,8 +167,8 @@ fn check_supported(args: &EngineArgs, spec: &ModelSpec) -> Result<(), ConfigErro
             "splitting a model over GPUs is not supported yet; leave it at 1",
         );
     }
-    if args.quantize != Quantize::None {
-        return fail("quantize", "quantization is not supported yet; leave it at none");
+    if args.quantize == Quantize::Fp8 {
+        return fail("quantize", "fp8 weights are not supported on cpu; use int8 or int4");
     }
     if args.batch_invariant == Switch::Off {
         return fail("batch-invariant", "the CPU backend is always batch invariant; use auto or on");
@@ -251,6 +254,15 @@ fn fitting_model_len(args: &EngineArgs, runner: &RunnerConfig) -> Result<u32, Co
     Ok(pool as u32)
 }
 
+/// `int4: 4.28 bits per weight (321.5 MiB); left as they are: norms (240 KiB)`.
+pub(crate) fn stored(weights: &WeightPlan) -> String {
+    let WeightPlan { quant, bytes, unquantized_bytes, unquantized, .. } = weights;
+    let (total, left) = (Bytes(*bytes), Bytes(*unquantized_bytes));
+    let bits = weights.bits_per_weight();
+    let left_out = unquantized.join(", ");
+    format!("{}: {bits:.2} bits per weight ({total}); left as they are: {left_out} ({left})", quant.name())
+}
+
 fn error(flag: &'static str, message: String) -> ConfigError {
     ConfigError { flag, message }
 }
@@ -258,6 +270,9 @@ fn error(flag: &'static str, message: String) -> ConfigError {
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (runner, memory) = (&self.runner, &self.memory);
+        if runner.quant != QuantFormat::None {
+            writeln!(f, "weights  {}", stored(&self.weights))?;
+        }
         writeln!(
             f,
             "memory   weights {}, KV cache {} ({} tokens in {} blocks of {}, {}), workspace {}",
@@ -353,11 +368,28 @@ mod tests {
     }
 
     #[test]
+    fn quantization_is_planned_and_announced() {
+        let plain = resolve("", &ROOMY).unwrap();
+        assert!(!plain.to_string().contains("bits per weight"), "{plain}");
+        for (format, bits) in [("int8", 8.5..8.8), ("int4", 4.8..5.2)] {
+            let config = resolve(&format!("--quantize {format}"), &ROOMY).unwrap();
+            assert_eq!(config.runner.quant.name(), format);
+            assert_eq!(config.memory.weight_bytes, config.weights.bytes);
+            // Scales weigh more on rows of 64 than on a real model's.
+            assert!(bits.contains(&config.weights.bits_per_weight()), "{config}");
+            let text = config.to_string();
+            let line = text.lines().next().unwrap();
+            assert!(line.starts_with(&format!("weights  {format}: ")), "{line}");
+            assert!(line.ends_with("left as they are: norms (1.2 KiB)"), "{line}");
+        }
+    }
+
+    #[test]
     fn every_missing_feature_names_its_flag() {
         for (flags, flag) in [
             ("--device cuda", "device"),
             ("--tensor-parallel-size 2", "tensor-parallel-size"),
-            ("--quantize int8", "quantize"),
+            ("--quantize fp8", "quantize"),
             ("--batch-invariant off", "batch-invariant"),
             ("--dtype f16", "dtype"),
             ("--kv-cache-dtype fp8", "kv-cache-dtype"),

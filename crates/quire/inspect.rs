@@ -2,7 +2,9 @@
 
 use std::io::{self, Write};
 
+use quire_core::QuantFormat;
 use quire_model::{Checkpoint, Ffn, FfnShape, Head, Mixer, ModelSpec, QkNorm, TensorInfo};
+use quire_runner::WeightPlan;
 
 use crate::cli::InspectArgs;
 use crate::config::{Config, Machine};
@@ -65,8 +67,19 @@ fn print_spec(out: &mut impl Write, spec: &ModelSpec) -> io::Result<()> {
     let Ffn::Dense(ffn) = &layer.ffn;
     let shape = if ffn.shape == FfnShape::Gated { "gated " } else { "" };
     writeln!(out, "  feed-forward  {} wide, {shape}{:?}", ffn.intermediate_size, ffn.activation)?;
+    writeln!(out, "  weights       {}", sizes(spec))?;
     writeln!(out, "  KV a token    {}", Bytes(spec.kv_bytes_per_token(spec.dtype)))?;
     writeln!(out, "  tokens        bos {:?}, eos {:?}", spec.bos_token_id, spec.eos_token_ids)
+}
+
+/// What the weights take as they are and in each format of `--quantize`: `1.1 GiB in bf16, 571.6 MiB in int8, …`.
+fn sizes(spec: &ModelSpec) -> String {
+    let formats = [QuantFormat::None, QuantFormat::Int8, QuantFormat::Int4];
+    let size = |quant: QuantFormat| {
+        let name = if quant == QuantFormat::None { spec.dtype.name() } else { quant.name() };
+        format!("{} in {name}", Bytes(WeightPlan::new(spec, quant).bytes))
+    };
+    formats.map(size).join(", ")
 }
 
 /// The tensors; those of all layers after the first are left out unless `all`, because layers look alike.

@@ -1,8 +1,10 @@
 //! From settings to a model that answers: checkpoint, tokenizer, executor, engine, text-level API.
 
 use std::hash::{BuildHasher, RandomState};
+use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use quire_core::{BlockHasher, DType, Executor, ExecutorLimits};
 use quire_cpu::{CpuBackend, CpuConfig, Isa, Precision};
 use quire_engine::{Engine, EngineConfig, metrics as engine_metrics};
@@ -22,8 +24,12 @@ use crate::{Failure, Result};
 
 /// Threads that render templates and tokenize, at most.
 const MAX_TOKENIZER_THREADS: u32 = 8;
-/// Loading is silent for this long; after that its progress is logged.
+/// Loading is silent for this long; after that its progress is logged, or drawn on a terminal.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// A terminal need not wait so long: a bar leaves nothing behind.
+const PATIENCE_ON_TERMINAL: Duration = Duration::from_millis(300);
+
+const BAR_TEMPLATE: &str = "loading weights {wide_bar} {bytes} of {total_bytes}";
 
 /// A model that answers. Dropping it stops the engine thread.
 pub(crate) struct Loaded {
@@ -155,7 +161,7 @@ fn executor(
     }
     let fail = |error: &dyn std::fmt::Display| Failure(format!("cannot load the model: {error}"));
     let (backend, device) = cpu_backend(checkpoint.spec().dtype, config.threads)?;
-    let mut progress = ProgressLog::default();
+    let mut progress = Progress::start();
     let runner = ModelRunner::load(backend, checkpoint, &config.runner, |now| progress.report(now))
         .map_err(|error| fail(&error))?;
     Ok((Box::new(runner), device))
@@ -194,24 +200,45 @@ pub(crate) fn executor_limits(spec: &ModelSpec, config: &Config) -> ExecutorLimi
     }
 }
 
-/// Logs every tenth of a load that takes longer than [`PATIENCE`].
-struct ProgressLog {
-    start: Instant,
-    logged_tenths: u64,
+/// Tells how far a load is that takes long: a bar where standard error is a terminal, else a log line every tenth.
+enum Progress {
+    Bar { start: Instant, bar: ProgressBar },
+    Log { start: Instant, logged_tenths: u64 },
 }
 
-impl Default for ProgressLog {
-    fn default() -> Self {
-        Self { start: Instant::now(), logged_tenths: 0 }
+impl Progress {
+    fn start() -> Self {
+        let start = Instant::now();
+        if !std::io::stderr().is_terminal() {
+            return Self::Log { start, logged_tenths: 0 };
+        }
+        // Hidden until patience ends; it draws on standard error then.
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+        let style = ProgressStyle::with_template(BAR_TEMPLATE).expect("the template is constant and correct");
+        Self::Bar { start, bar: bar.with_style(style) }
     }
-}
 
-impl ProgressLog {
     fn report(&mut self, progress: LoadProgress) {
-        let tenths = progress.done_bytes * 10 / progress.total_bytes.max(1);
-        if self.start.elapsed() > PATIENCE && tenths > self.logged_tenths {
-            self.logged_tenths = tenths;
-            tracing::info!(percent = tenths * 10, "loading weights");
+        match self {
+            Self::Bar { start, bar } => {
+                let is_done = progress.done_bytes == progress.total_bytes;
+                if is_done {
+                    bar.finish_and_clear();
+                } else if start.elapsed() > PATIENCE_ON_TERMINAL {
+                    if bar.is_hidden() {
+                        bar.set_draw_target(ProgressDrawTarget::stderr());
+                    }
+                    bar.set_length(progress.total_bytes);
+                    bar.set_position(progress.done_bytes);
+                }
+            }
+            Self::Log { start, logged_tenths } => {
+                let tenths = progress.done_bytes * 10 / progress.total_bytes.max(1);
+                if start.elapsed() > PATIENCE && tenths > *logged_tenths {
+                    *logged_tenths = tenths;
+                    tracing::info!(percent = tenths * 10, "loading weights");
+                }
+            }
         }
     }
 }

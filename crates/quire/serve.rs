@@ -165,6 +165,8 @@ impl Server<'_> {
                 block_size = config.limits.block_size,
                 num_blocks = config.limits.num_blocks,
                 kv_cache_dtype = config.runner.kv_dtype.name(),
+                quantize = config.runner.quant.name(),
+                bits_per_weight = config.weights.bits_per_weight(),
                 prefix_cache = config.prefix_cache,
                 memory_bytes = config.memory.total_bytes(),
                 seconds,

@@ -11,14 +11,15 @@
 //!   order;
 //! * nothing is allocated after start.
 //!
-//! Reading order: [`step_input`], [`ops`], [`backend`], [`mod@reference`] with [`sampling_rng`], [`conformance`]; [`convert`]
-//! helps to load.
+//! Reading order: [`step_input`], [`ops`], [`backend`], [`mod@reference`] with [`sampling_rng`], [`quant`], [`conformance`];
+//! [`convert`] helps to load.
 #![forbid(unsafe_code)]
 
 pub mod backend;
 pub mod conformance;
 pub mod convert;
 pub mod ops;
+pub mod quant;
 pub mod reference;
 pub mod sampling_rng;
 pub mod step_input;

@@ -51,10 +51,22 @@ pub enum QuantFormat {
     None,
     /// 8-bit integers, one scale per output channel.
     Int8,
-    /// 4-bit integers in groups along K.
+    /// 4-bit integers in groups along K, one scale per output channel.
     Int4,
     /// FP8 E4M3, one scale per output channel.
     Fp8,
+}
+
+impl QuantFormat {
+    /// The name used in configuration files and on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+            Self::Fp8 => "fp8",
+        }
+    }
 }
 
 /// A tensor that lives in a checkpoint: row-major, contiguous, borrowed from an mmap or from static bytes.

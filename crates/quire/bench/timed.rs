@@ -3,11 +3,12 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use quire_backend::quant::row_bytes;
 use quire_backend::{
     AddNorm, Attention, Backend, BackendError, Embed, GraphKey, KvLayout, Linear, LinearSource, Logits, Mlp,
     RopeAndCache, RopeTable, SeqState, StepInput,
 };
-use quire_core::{LateInputs, ModelRunnerOutput, QuantFormat, StepId, TensorView};
+use quire_core::{LateInputs, ModelRunnerOutput, StepId, TensorView};
 
 /// The operations of a step, in the order of their first use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,14 +148,14 @@ impl<B: Backend> Timed<B> {
     }
 }
 
-/// Bytes of a weight's elements as stored; scales are left out.
+/// Bytes of a weight as stored, with its scales.
 fn stored_bytes(source: &LinearSource<'_>) -> f64 {
-    let bits = |weight: &TensorView<'_>| match source.quant {
-        QuantFormat::None => 8 * weight.dtype.size(),
-        QuantFormat::Int8 | QuantFormat::Fp8 => 8,
-        QuantFormat::Int4 => 4,
+    let bytes = |weight: &TensorView<'_>| match *weight.shape {
+        [rows, cols] => rows * row_bytes(weight.dtype, source.quant, cols),
+        // The backend will refuse it.
+        _ => 0,
     };
-    source.parts.iter().map(|part| (part.weight.num_elements() * bits(&part.weight)) as f64 / 8.0).sum()
+    source.parts.iter().map(|part| bytes(&part.weight) as f64).sum()
 }
 
 impl<B: Backend> Backend for Timed<B> {

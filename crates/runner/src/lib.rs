@@ -8,7 +8,7 @@
 //! * a plan that contradicts the mirror is an error with the numbers in it, never a silent repair.
 //!
 //! Reading order: [`model_runner`] (one step), `input_batch.rs` and `block_tables.rs` (the mirror), `pass.rs` (a step
-//! as flat arrays), [`decoder`] (the forward pass); then [`config`], `workspace.rs`, [`load`], [`memory`].
+//! as flat arrays), [`decoder`] (the forward pass); then [`config`], `workspace.rs`, [`load`], [`weights`], [`memory`].
 #![forbid(unsafe_code)]
 
 mod block_tables;
@@ -20,6 +20,7 @@ pub mod load;
 pub mod memory;
 pub mod model_runner;
 mod pass;
+pub mod weights;
 mod workspace;
 
 pub use config::RunnerConfig;
@@ -28,3 +29,4 @@ pub use error::RunnerError;
 pub use load::LoadProgress;
 pub use memory::MemoryPlan;
 pub use model_runner::ModelRunner;
+pub use weights::WeightPlan;

@@ -10,6 +10,7 @@ use quire_model::{
 };
 
 use crate::decoder::{AttnLayer, Decoder, DecoderLayer, MlpLayer};
+use crate::weights::embed_format;
 use crate::{RunnerConfig, RunnerError};
 
 /// How far loading is.
@@ -43,9 +44,7 @@ pub(crate) fn load_decoder<B: Backend>(
         ropes: Vec::new(),
     };
 
-    // Lookups gain nothing from quantization; a table that is also the head does.
-    let embed_quant = if spec.head == Head::Tied { config.quant } else { QuantFormat::None };
-    let embed = loader.global_linear(GlobalTensor::Embed, "embed", embed_quant)?;
+    let embed = loader.global_linear(GlobalTensor::Embed, "embed", embed_format(spec, config.quant))?;
     let layers = (0..spec.layers.len()).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
     let final_norm = checkpoint.global_tensor(GlobalTensor::FinalNorm)?;
     let final_norm = loader.norm("final_norm", &final_norm)?;

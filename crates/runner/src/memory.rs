@@ -1,11 +1,10 @@
 //! Where the memory goes, computed from the model's shape before anything is loaded.
 
 use quire_backend::{KvLayerShape, KvLayout};
-use quire_core::{DType, QuantFormat};
-use quire_model::{Head, Mixer, ModelSpec};
+use quire_model::{Mixer, ModelSpec};
 
-use crate::RunnerConfig;
 use crate::workspace::WorkspaceShape;
+use crate::{RunnerConfig, WeightPlan};
 
 /// Bytes by purpose. Backends may add padding of their own; what they pack differently differs by a few per cent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +25,7 @@ impl MemoryPlan {
     /// The plan of a model under these limits.
     pub fn new(spec: &ModelSpec, config: &RunnerConfig) -> Self {
         Self {
-            weight_bytes: weight_bytes(spec, config.quant),
+            weight_bytes: WeightPlan::new(spec, config.quant).bytes,
             workspace_bytes: WorkspaceShape::new(spec, config).bytes(),
             kv_block_bytes: kv_layout(spec, config).block_bytes() as u64,
             num_blocks: config.num_blocks,
@@ -70,33 +69,10 @@ pub(crate) fn kv_layout(spec: &ModelSpec, config: &RunnerConfig) -> KvLayout {
     }
 }
 
-/// Linear layers in `quant`, vectors in f32; an embedding table that is no output head stays as stored.
-fn weight_bytes(spec: &ModelSpec, quant: QuantFormat) -> u64 {
-    let layers = (0..spec.layers.len()).flat_map(|layer| spec.layer_tensors(layer)).map(|(_, shape)| shape);
-    let layers: u64 = layers.map(|shape| tensor_bytes(&shape, spec.dtype, quant)).sum();
-    let table = [spec.vocab_size, spec.hidden_size];
-    let embed = match spec.head {
-        Head::Tied => 0,
-        Head::Own => tensor_bytes(&table, spec.dtype, QuantFormat::None),
-    };
-    let final_norm = tensor_bytes(&[spec.hidden_size], spec.dtype, quant);
-    layers + embed + tensor_bytes(&table, spec.dtype, quant) + final_norm
-}
-
-fn tensor_bytes(shape: &[usize], dtype: DType, quant: QuantFormat) -> u64 {
-    let elements: u64 = shape.iter().map(|&dim| dim as u64).product();
-    let &[out_features, _] = shape else { return elements * size_of::<f32>() as u64 };
-    let scales = out_features as u64 * size_of::<f32>() as u64;
-    match quant {
-        QuantFormat::None => elements * dtype.size() as u64,
-        QuantFormat::Int8 | QuantFormat::Fp8 => elements + scales,
-        // Two weights a byte, and a 16-bit scale per 32 of them, the common group.
-        QuantFormat::Int4 => elements / 2 + elements / 16,
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use quire_core::{DType, QuantFormat};
+
     use super::*;
 
     fn spec() -> ModelSpec {
@@ -141,12 +117,5 @@ mod tests {
         assert_eq!(plan.num_blocks_in(3 * plan.kv_block_bytes - 1), 2);
         assert_eq!(plan.num_blocks_in(0), 0);
         assert_eq!(plan.num_blocks_in(u64::MAX), u32::MAX / 16, "slots are numbered in 32 bits");
-    }
-
-    #[test]
-    fn quantized_weights_shrink() {
-        let int8 = MemoryPlan::new(&spec(), &RunnerConfig { quant: QuantFormat::Int8, ..config() });
-        let plain = MemoryPlan::new(&spec(), &config());
-        assert!(int8.weight_bytes < plain.weight_bytes * 6 / 10, "{int8:?} {plain:?}");
     }
 }

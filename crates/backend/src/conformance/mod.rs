@@ -2,18 +2,25 @@
 //!
 //! * Values: every operation of a small two-layer decoder, over a grid of odd shapes, within a tolerance.
 //! * Batch invariance: the same rows computed alone, in any batch, in any chunks, in any blocks, give the same bits.
+//! * Quantized layers ([`run_quantized`]): the same numbers as the reference, exactly.
 //! * Sampling: the same ids as the reference, and the same bits alone and in a batch.
 //!
 //! Every body handed to [`crate::Backend::run`] is run twice, and keys recur with other lengths, so that a backend which
 //! records and replays is tested on replays. A failure panics with the name of the case.
 //!
-//! Reading order: `random`, `model`, `schedule`, `forward`, `sampling`.
+//! Reading order: `random`, `model`, `schedule`, `forward`, `quantized`, `sampling`.
 
 mod forward;
 mod model;
+mod quantized;
 mod random;
 mod sampling;
 mod schedule;
+
+#[cfg(test)]
+pub(crate) use random::Rng;
+
+use quire_core::QuantFormat;
 
 use crate::Backend;
 
@@ -52,12 +59,25 @@ pub fn run_with<B: Backend>(tolerance: Tolerance, mut make: impl FnMut() -> B) {
     sampling::run(&mut make);
 }
 
+/// Holds the operations on quantized weights against [`crate::quant`]. For backends that quantize; apart from [`run`],
+/// which all pass.
+///
+/// # Panics
+/// As [`run`].
+pub fn run_quantized<B: Backend>(quant: QuantFormat, mut make: impl FnMut() -> B) {
+    quantized::run(quant, &mut make);
+}
+
 #[cfg(test)]
 mod tests {
+    use quire_core::QuantFormat;
+
     use crate::reference::RefBackend;
 
     #[test]
     fn reference_conforms_to_itself() {
         super::run(RefBackend::new);
+        super::run_quantized(QuantFormat::Int8, RefBackend::new);
+        super::run_quantized(QuantFormat::Int4, RefBackend::new);
     }
 }

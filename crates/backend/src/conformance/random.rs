@@ -6,32 +6,32 @@ use quire_core::{DType, TensorView};
 use crate::sampling_rng::philox4x32;
 
 /// A stream of numbers from a seed.
-pub(super) struct Rng {
+pub(crate) struct Rng {
     key: u32,
     counter: u32,
 }
 
 impl Rng {
-    pub(super) const fn new(seed: u32) -> Self {
+    pub(crate) const fn new(seed: u32) -> Self {
         Self { key: seed, counter: 0 }
     }
 
-    pub(super) fn next_u32(&mut self) -> u32 {
+    pub(crate) fn next_u32(&mut self) -> u32 {
         self.counter += 1;
         philox4x32([self.counter, 0, 0, 1], [self.key, 0x5EED])[0]
     }
 
     /// In `0..n`.
-    pub(super) fn below(&mut self, n: u32) -> u32 {
+    pub(crate) fn below(&mut self, n: u32) -> u32 {
         ((u64::from(self.next_u32()) * u64::from(n)) >> 32) as u32
     }
 
     /// In `[-1, 1)`.
-    pub(super) fn signed(&mut self) -> f32 {
+    pub(crate) fn signed(&mut self) -> f32 {
         self.next_u32() as i32 as f32 / 2_147_483_648.0
     }
 
-    pub(super) fn shuffle<T>(&mut self, items: &mut [T]) {
+    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
             items.swap(i, self.below(i as u32 + 1) as usize);
         }

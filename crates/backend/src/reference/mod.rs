@@ -123,7 +123,7 @@ impl Backend for RefBackend {
             if id as usize >= vocab {
                 return Err(failed(format!("token id {id} is outside the embedding of {vocab} rows")));
             }
-            op.out.row_mut(t).copy_from_slice(op.table.row(id as usize));
+            op.table.read_row(id as usize, op.out.row_mut(t));
         }
         Ok(())
     }

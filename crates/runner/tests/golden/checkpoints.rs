@@ -1,5 +1,6 @@
 //! The golden checkpoints and their expectations.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use quire_core::TokenId;
@@ -73,6 +74,21 @@ fn prompt(value: &Value, logits: &SafeTensors<'_>) -> Prompt {
         greedy: ids(&value["greedy"]),
         margins: floats(&value["margins"]),
     }
+}
+
+/// The folder of a small trained model, or `None`, with a message, where it is not there.
+pub fn trained_model(name: &str) -> Option<PathBuf> {
+    let shared =
+        std::env::var_os("QUIRE_SHARED").map_or_else(|| workspace().join("../shared"), PathBuf::from);
+    let path = shared.join("data/models").join(name);
+    if path.is_dir() {
+        return Some(path);
+    }
+    // Past the test harness, which would swallow it.
+    let hint = "QUIRE_SHARED names the folder that holds data/models";
+    let mut stderr = std::io::stderr();
+    writeln!(stderr, "skipped {name}: {} is not there; {hint}", path.display()).unwrap();
+    None
 }
 
 pub fn read_json(path: &Path) -> Value {

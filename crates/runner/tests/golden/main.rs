@@ -26,4 +26,5 @@ mod contract;
 mod driver;
 mod families;
 mod invariance;
+mod quantized;
 mod trained;

@@ -1,12 +1,9 @@
 //! Two small trained models against their `reference.json`; skipped, with a message, where they are not there.
 
-use std::io::Write;
-use std::path::PathBuf;
-
 use quire_model::Checkpoint;
 use serde_json::Value;
 
-use crate::checkpoints::{floats, ids, list, max_error, read_json, workspace};
+use crate::checkpoints::{floats, ids, list, max_error, read_json, trained_model};
 use crate::driver::{Driver, Seq, TestBackend, config, greedy};
 
 /// On log-probabilities and logits; `reference.json` has six decimals.
@@ -26,16 +23,7 @@ fn agrees_on_tinystories_656k<B: TestBackend>() {
 }
 
 fn agrees<B: TestBackend>(name: &str) {
-    let shared =
-        std::env::var_os("QUIRE_SHARED").map_or_else(|| workspace().join("../shared"), PathBuf::from);
-    let path = shared.join("data/models").join(name);
-    if !path.is_dir() {
-        // Past the test harness, which would swallow it.
-        let hint = "QUIRE_SHARED names the folder that holds data/models";
-        let mut stderr = std::io::stderr();
-        writeln!(stderr, "skipped {name}: {} is not there; {hint}", path.display()).unwrap();
-        return;
-    }
+    let Some(path) = trained_model(name) else { return };
     let checkpoint = Checkpoint::open(&path).unwrap();
     let reference = read_json(&path.join("reference.json"));
     let mut worst = 0.0f32;

@@ -1,0 +1,266 @@
+//! Weights in 8 and 4 bits, activations in 8: the codec that defines the numbers of quantized layers.
+//!
+//! All products are of 8-bit integers, so their sums are exact and any order of summation gives the same bits; floats
+//! appear once per [`ACT_GROUP`] inputs and once per output channel. With `a` the scales of the activations and `w` the
+//! scale of channel `n`,
+//!
+//! ```text
+//! y[n] = (Σ_g a[g] · Σ_{k in g} x[k] · v[n][k]) · w[n] + bias[n]      in f32, g ascending, each term a fused multiply-add
+//! ```
+//!
+//! * int8: `v` is the stored byte; one scale per channel, by the largest weight.
+//! * int4: `v = step · (q - zero)` with an unsigned 4-bit code `q`. Step and zero are *integers* of 4 bits, one pair per
+//!   [`INT4_GROUP`] inputs, so `v` fits a byte as well. Per-group scales that are multiples of a row's scale are the idea
+//!   of llama.cpp's K-quants; here the multiples are small enough for the whole weight to be an 8-bit integer.
+//!   4.25 bits a weight, and a scale a row.
+//!
+//! Numbers below [`TINY`] count as zero, so that no reciprocal overflows.
+
+use quire_core::{DType, QuantFormat};
+
+use crate::BackendError;
+use crate::convert::tensor_error;
+
+/// Inputs that share an int4 step and zero.
+pub const INT4_GROUP: usize = 32;
+/// Inputs that share an activation scale; a multiple of [`INT4_GROUP`]. The integer sum over one group is below 2^24 and
+/// so exact in f32.
+pub const ACT_GROUP: usize = 256;
+/// 2^-100: rows and groups whose largest magnitude is smaller are stored as zeros.
+pub const TINY: f32 = 7.888_609e-31;
+
+/// The largest magnitude of a quantized value.
+const LIMIT: f32 = 127.0;
+/// The largest 4-bit code, step and zero.
+const MAX_CODE: f32 = 15.0;
+/// Row scales that are tried, relative to the one at which the widest group just fits its 16 codes at step 15.
+const ROW_SCALES: [f32; 4] = [0.94, 1.0, 1.06, 1.12];
+/// Steps that are tried per group, from the one that covers the whole group downwards: finer steps that clip its ends.
+const STEPS: usize = 2;
+
+/// Quantizes a row of weights: `weight ≈ scale * q` with `q` in `-127..=127`. Returns the scale, `max|w| / 127`.
+///
+/// # Panics
+/// If `q` is not as long as `row`.
+pub fn quantize_int8(row: &[f32], q: &mut [i8]) -> f32 {
+    assert_eq!(row.len(), q.len(), "one code per weight");
+    quantize_group(row, q)
+}
+
+/// Quantizes a row of activations in groups of [`ACT_GROUP`]: `scales[g] = max|x| / 127` and
+/// `q = round_ties_even(x * (127 / max|x|))`. A group with a number that is not finite gets a scale that is not finite,
+/// and its `q` mean nothing.
+///
+/// # Panics
+/// If `q` is not as long as `x`, or `scales` as `x` has groups.
+pub fn quantize_activations(x: &[f32], q: &mut [i8], scales: &mut [f32]) {
+    assert_eq!(x.len(), q.len(), "one code per activation");
+    assert_eq!(x.len().div_ceil(ACT_GROUP), scales.len(), "one scale per group");
+    for ((x, q), scale) in x.chunks(ACT_GROUP).zip(q.chunks_mut(ACT_GROUP)).zip(scales) {
+        *scale = quantize_group(x, q);
+    }
+}
+
+/// The int8 code of weights and activations alike.
+fn quantize_group(x: &[f32], q: &mut [i8]) -> f32 {
+    let max = max_magnitude(x);
+    if max < TINY {
+        q.fill(0);
+        return 0.0;
+    }
+    let inverse = LIMIT / max;
+    for (q, x) in q.iter_mut().zip(x) {
+        // `as` saturates and maps NaN to 0.
+        *q = round(x * inverse) as i32 as i8;
+    }
+    max / LIMIT
+}
+
+/// `step * (q - zero)` of an int4 code, in `-127..=127` for every code that [`quantize_int4`] makes.
+pub fn int4_value(groups_byte: u8, q: u8) -> i32 {
+    let (step, zero) = (i32::from(groups_byte & 15), i32::from(groups_byte >> 4));
+    step * (i32::from(q) - zero)
+}
+
+/// Quantizes a row of weights: `weight ≈ scale * step * (q - zero)`. `q` gets one code in `0..=15` per weight, `groups`
+/// one byte `step | zero << 4` per [`INT4_GROUP`] weights, of which the last may be fewer. Returns the scale.
+///
+/// Row scale, steps and zeros are searched for the least squared error; at last the scale is fitted to the codes.
+///
+/// # Panics
+/// If `q` is not as long as `row`, or `groups` as `row` has groups.
+pub fn quantize_int4(row: &[f32], q: &mut [u8], groups: &mut [u8]) -> f32 {
+    assert_eq!(row.len(), q.len(), "one code per weight");
+    assert_eq!(row.len().div_ceil(INT4_GROUP), groups.len(), "one step and zero per group");
+    let max = max_magnitude(row);
+    if max < TINY || !max.is_finite() {
+        q.fill(0);
+        groups.fill(0);
+        return 0.0;
+    }
+    let scale = best_row_scale(row, fitting_row_scale(row, max));
+    let (mut dot, mut norm) = (0.0, 0.0);
+    for ((row, q), group) in row.chunks(INT4_GROUP).zip(q.chunks_mut(INT4_GROUP)).zip(groups) {
+        let x = in_units(row, 1.0 / scale);
+        let grid = search_group(&x).0;
+        *group = grid.step as u8 | (grid.zero as u8) << 4;
+        for (q, x) in q.iter_mut().zip(x) {
+            let code = grid.nearest(x * grid.inverse);
+            let value = f64::from(grid.step * code);
+            *q = (code + grid.zero) as u8;
+            dot += f64::from(x) * value;
+            norm += value * value;
+        }
+    }
+    if norm > 0.0 { (f64::from(scale) * (dot / norm)) as f32 } else { 0.0 }
+}
+
+/// The smallest scale at which no group of the row has to be clipped.
+fn fitting_row_scale(row: &[f32], max: f32) -> f32 {
+    let widest = row.chunks(INT4_GROUP).map(|group| {
+        let (low, high) = extremes(&in_units(group, 1.0 / max));
+        high - low
+    });
+    let widest = widest.fold(0.0, f32::max);
+    max * (widest / (MAX_CODE * MAX_CODE)).max(1.0 / LIMIT)
+}
+
+fn best_row_scale(row: &[f32], fitting: f32) -> f32 {
+    let (mut best, mut least) = (fitting, f32::INFINITY);
+    for factor in ROW_SCALES {
+        let scale = fitting * factor;
+        let groups = row.chunks(INT4_GROUP).map(|group| search_group(&in_units(group, 1.0 / scale)).1);
+        // In units of `fitting`, so that it neither overflows nor vanishes.
+        let error = groups.sum::<f32>() * factor * factor;
+        if error < least {
+            (best, least) = (scale, error);
+        }
+    }
+    best
+}
+
+/// Step and zero of a group.
+#[derive(Clone, Copy, Debug, Default)]
+struct Grid {
+    step: f32,
+    zero: f32,
+    inverse: f32,
+    /// The least and the greatest `q - zero`: `q` is a code, and `step * (q - zero)` stays within `LIMIT`.
+    low: f32,
+    high: f32,
+}
+
+impl Grid {
+    fn new(step: f32, zero: f32) -> Self {
+        let reach = (LIMIT / step).floor();
+        Self { step, zero, inverse: 1.0 / step, low: -reach.min(zero), high: reach.min(MAX_CODE - zero) }
+    }
+
+    /// `q - zero` of the nearest code, for a weight in units of the step.
+    fn nearest(&self, x: f32) -> f32 {
+        // Comparisons of this form are one instruction each; `f32::clamp` also minds NaN.
+        let x = round(x);
+        let x = if x > self.low { x } else { self.low };
+        if x < self.high { x } else { self.high }
+    }
+
+    /// The sum of squared errors.
+    fn error(&self, x: &[f32; INT4_GROUP]) -> f32 {
+        // Independent sums, so that they can be vectors.
+        let mut sums = [0.0; 8];
+        for x in x.as_chunks::<8>().0 {
+            for (sum, x) in sums.iter_mut().zip(x) {
+                let x = x * self.inverse;
+                let error = x - self.nearest(x);
+                *sum += error * error;
+            }
+        }
+        sums.iter().sum::<f32>() * self.step * self.step
+    }
+}
+
+/// The best step and zero for a group in units of the row's scale, and the squared error in these units.
+fn search_group(x: &[f32; INT4_GROUP]) -> (Grid, f32) {
+    let (low, high) = extremes(x);
+    let widest = ((high - low) / MAX_CODE).ceil().clamp(1.0, MAX_CODE);
+    let mut best = (Grid::default(), f32::INFINITY);
+    for finer in 0..STEPS {
+        let step = widest - finer as f32;
+        if step < 1.0 {
+            break;
+        }
+        // The zeros at which the lowest and the highest weight keep their place. Where the codes cannot hold both, also
+        // the one that clips both ends alike.
+        let keeps_low = round(-low / step).clamp(0.0, MAX_CODE);
+        let keeps_high = (MAX_CODE - round(high / step)).clamp(0.0, MAX_CODE);
+        for zero in [keeps_low, keeps_high, round(0.5 * (keeps_low + keeps_high))] {
+            let grid = Grid::new(step, zero);
+            let error = grid.error(x);
+            if error < best.1 {
+                best = (grid, error);
+            }
+            if keeps_low >= keeps_high {
+                break;
+            }
+        }
+    }
+    best
+}
+
+/// The weights of a group in units of a scale; a short group is filled up with zeros, which every grid holds exactly.
+fn in_units(group: &[f32], inverse: f32) -> [f32; INT4_GROUP] {
+    let mut x = [0.0; INT4_GROUP];
+    x.iter_mut().zip(group).for_each(|(x, w)| *x = w * inverse);
+    x
+}
+
+/// The least and the greatest of the group and zero.
+fn extremes(x: &[f32; INT4_GROUP]) -> (f32, f32) {
+    let (mut low, mut high) = ([0.0f32; 8], [0.0f32; 8]);
+    for x in x.as_chunks::<8>().0 {
+        for lane in 0..8 {
+            low[lane] = if x[lane] < low[lane] { x[lane] } else { low[lane] };
+            high[lane] = if x[lane] > high[lane] { x[lane] } else { high[lane] };
+        }
+    }
+    (low.iter().fold(0.0, |a, b| a.min(*b)), high.iter().fold(0.0, |a, b| a.max(*b)))
+}
+
+/// NaN if there is one: as integers, magnitudes are ordered like the numbers, infinity and NaN last.
+fn max_magnitude(x: &[f32]) -> f32 {
+    f32::from_bits(x.iter().map(|x| x.to_bits() & 0x7FFF_FFFF).max().unwrap_or(0))
+}
+
+/// To the nearest integer, ties to even, for magnitudes below 2^22. Two additions on any processor, where
+/// `f32::round_ties_even` may be a call.
+fn round(x: f32) -> f32 {
+    const ULP_IS_ONE: f32 = 12_582_912.0;
+    (x + ULP_IS_ONE) - ULP_IS_ONE
+}
+
+/// Bytes of a row of weights: those of the checkpoint's type, or codes, steps, zeros and scale as described here.
+/// Backends may add padding of their own.
+pub const fn row_bytes(dtype: DType, quant: QuantFormat, in_features: usize) -> usize {
+    match quant {
+        QuantFormat::None => in_features * dtype.size(),
+        QuantFormat::Int8 | QuantFormat::Fp8 => in_features + size_of::<f32>(),
+        QuantFormat::Int4 => in_features.div_ceil(INT4_GROUP) * (INT4_GROUP / 2 + 1) + size_of::<f32>(),
+    }
+}
+
+/// Refuses a row of weights that cannot be quantized.
+///
+/// # Errors
+/// [`BackendError::Tensor`] with the first weight that is infinite or not a number.
+pub fn check_finite(name: &str, row: usize, weights: &[f32]) -> Result<(), BackendError> {
+    if max_magnitude(weights).is_finite() {
+        return Ok(());
+    }
+    let column = weights.iter().position(|w| !w.is_finite()).unwrap_or(0);
+    let weight = weights[column];
+    Err(tensor_error(name, format!("row {row}, column {column} is {weight}, which cannot be quantized")))
+}
+
+#[cfg(test)]
+#[path = "quant_tests.rs"]
+mod tests;
