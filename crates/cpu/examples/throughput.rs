@@ -13,66 +13,66 @@ use quire_cpu::{CpuBackend, CpuConfig, Precision};
 
 /// Linear layers of one block: outputs, inputs.
 const SHAPES: [(&str, usize, usize); 4] =
-    [("qkv", 4096, 1024), ("output", 1024, 2048), ("gate+up", 6144, 1024), ("down", 1024, 3072)];
+    [("x16", 64, 2048),("qkv", 4096, 1024), ("output", 1024, 2048),("down", 1024, 3072)];
+
+/// Forms of the weights, in turn, so that all meet the same load.
+const FORMS: [(&str, QuantFormat); 3] =
+    [("bf16", QuantFormat::None), ("int8", QuantFormat::Int8), ("int4", QuantFormat::Int4)];
 
 fn main() -> Result<(), BackendError> {
-    let mut config = CpuConfig::default();
+    let mut config = CpuConfig { precision: Precision::Bf16, ..CpuConfig::default() };
     if let Some(threads) = std::env::args().nth(1).and_then(|arg| arg.parse().ok()) {
         config.threads = threads;
     }
-    let make = |precision| CpuBackend::new(CpuConfig { precision, ..config });
-    let mut backends = [make(Precision::F32)?, make(Precision::Bf16)?];
-    println!("{} threads, {:?}", config.threads, backends[0].isa());
-    println!("bf16 weights:                 f32 products            bf16 products        ratio");
+    let mut backend = CpuBackend::new(config)?;
+    println!("{} threads, {:?}; fastest single calls", config.threads, backend.isa());
+    println!("{:>8} {:>4} {}", "layer", "rows", FORMS.map(|(form, _)| format!("{form:>9} GB/s  Gop/s")).join(""));
     for (name, n, k) in SHAPES {
-        for rows in [1, 8, 32, 512] {
-            linear(&mut backends, name, (n, k), rows)?;
+        for rows in [1, 2, 4, 8, 16, 32] {
+            linear(&mut backend, name, (n, k), rows)?;
         }
     }
     for (rows, context) in [(1, 4096), (512, 512)] {
-        attention(&mut backends[1], rows, context)?;
+        attention(&mut backend, rows, context)?;
     }
     barrier(config.threads)
 }
 
-/// Many layers in turn, so that weights come from memory; both backends in turn, so that both meet the same load.
+/// Many layers in turn, so that weights come from memory.
 fn linear(
-    backends: &mut [CpuBackend; 2],
+    backend: &mut CpuBackend,
     name: &str,
     (n, k): (usize, usize),
     rows: u32,
 ) -> Result<(), BackendError> {
-    let layers = (96 << 20) / (n * k);
-    let bytes = vec![0x3c; n * k * 2];
+    let layers = ((96 << 20) / (n * k)).min(100);
+    // Whatever repeats after some rows is quantized in no time.
+    let bytes: Vec<u8> = (0..n * k).flat_map(|i| [(i * 31 % 251) as u8, 0x3c | (i % 2) as u8]).collect();
     let weight = TensorView { dtype: DType::BF16, shape: &[n, k], data: &bytes };
     let parts = [LinearPart { weight, bias: None }];
-    let source = LinearSource { name: "w", parts: &parts, quant: QuantFormat::None, shard: Shard::WHOLE };
-    let mut setups = Vec::new();
-    for backend in backends.iter_mut() {
-        let weights = (0..layers).map(|_| backend.load_linear(&source)).collect::<Result<Vec<_>, _>>()?;
-        setups.push((weights, backend.alloc(rows as usize, k)?, backend.alloc(rows as usize, n)?));
-        prepare(backend, rows, 0)?;
+    let mut weights = Vec::new();
+    for (_, quant) in FORMS {
+        let source = LinearSource { name: "w", parts: &parts, quant, shard: Shard::WHOLE };
+        let layers = (0..layers).map(|_| backend.load_linear(&source)).collect::<Result<Vec<_>, _>>()?;
+        weights.push(layers);
     }
-    let mut times = [Vec::new(), Vec::new()];
+    let (x, mut out) = (backend.alloc(rows as usize, k)?, backend.alloc(rows as usize, n)?);
+    prepare(backend, rows, 0)?;
+    let mut fastest = [f64::INFINITY; FORMS.len()];
     for _ in 0..if rows > 100 { 4 } else { 12 } {
-        for ((backend, (weights, x, out)), times) in backends.iter_mut().zip(&mut setups).zip(&mut times) {
-            for weight in &*weights {
+        for (weights, fastest) in weights.iter().zip(&mut fastest) {
+            for weight in weights {
                 let start = Instant::now();
-                backend.linear(Linear { x, weight, out })?;
-                times.push(start.elapsed().as_secs_f64());
+                backend.linear(Linear { x: &x, weight, out: &mut out })?;
+                *fastest = fastest.min(start.elapsed().as_secs_f64());
             }
         }
     }
-    // The fastest single call: one that no other process cut in two.
-    let seconds = times.map(|times| times.into_iter().fold(f64::INFINITY, f64::min));
-    let flops = 2.0 * (n * k * rows as usize) as f64;
-    let rates = |s: f64| (bytes.len() as f64 / s / 1e9, flops / s / 1e9);
-    let ((old_bytes, old_flops), (new_bytes, new_flops)) = (rates(seconds[0]), rates(seconds[1]));
-    println!(
-        "{name:>8} {rows:>4} rows: {old_bytes:6.1} GB/s {old_flops:7.1} GFLOP/s {new_bytes:6.1} GB/s {new_flops:7.1} \
-         GFLOP/s {:6.2}",
-        seconds[0] / seconds[1]
-    );
+    let (weights, ops) = ((n * k) as f64, 2.0 * (n * k * rows as usize) as f64);
+    let rates = fastest.iter().zip([2.0, 1.0, 0.53125]).map(|(seconds, size)| {
+        format!("{:14.1} {:6.0}", weights * size / seconds / 1e9, ops / seconds / 1e9)
+    });
+    println!("{name:>8} {rows:>4} {}", rates.collect::<String>());
     Ok(())
 }
 

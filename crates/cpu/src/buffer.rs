@@ -61,6 +61,7 @@ impl<T> Drop for Aligned<T> {
 impl<T: Plain> std::ops::Deref for Aligned<T> {
     type Target = [T];
 
+    #[inline(always)]
     fn deref(&self) -> &[T] {
         // SAFETY: `start` begins `len` initialised elements (any bits are a `T`), aligned to 64.
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
@@ -68,6 +69,7 @@ impl<T: Plain> std::ops::Deref for Aligned<T> {
 }
 
 impl<T: Plain> std::ops::DerefMut for Aligned<T> {
+    #[inline(always)]
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as in `deref`, and borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
@@ -123,6 +125,7 @@ impl<'a, T> Shared<'a, T> {
     ///
     /// # Safety
     /// While the result lives, no other call of any copy may return an overlapping part.
+    #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn slice(&self, start: usize, len: usize) -> &'a mut [T] {
         let end = start.checked_add(len).expect("an index that fits");
@@ -135,6 +138,7 @@ impl<'a, T> Shared<'a, T> {
 impl<T> Shared<'_, T> {
     /// The first of `count` elements that lie `stride` apart; panics if they are not all inside. Only these may be
     /// touched through it, and by one thread at a time.
+    #[inline(always)]
     pub fn strided(&self, start: usize, stride: usize, count: usize) -> *mut T {
         let end = count.checked_sub(1).and_then(|n| n.checked_mul(stride)).and_then(|n| n.checked_add(start));
         assert!(
@@ -159,6 +163,7 @@ impl<'a> SharedRows<'a> {
     ///
     /// # Safety
     /// As [`Shared::slice`].
+    #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn part(&self, t: usize, from: usize, len: usize) -> &'a mut [f32] {
         assert!(from + len <= self.cols, "columns {from}..{} of {}", from + len, self.cols);
@@ -170,6 +175,7 @@ impl<'a> SharedRows<'a> {
     ///
     /// # Safety
     /// As [`Shared::slice`].
+    #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn row(&self, t: usize) -> &'a mut [f32] {
         // SAFETY: the caller's.

@@ -154,6 +154,7 @@ impl<'a> RoundedRows<'a> {
     ///
     /// # Safety
     /// As [`Shared::slice`].
+    #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn row(&self, m: usize) -> &'a mut [u32] {
         // SAFETY: the caller's.
@@ -164,6 +165,7 @@ impl<'a> RoundedRows<'a> {
     ///
     /// # Safety
     /// As [`Shared::slice`].
+    #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn part(&self, m: usize, from: usize, len: usize) -> &'a mut [u32] {
         assert!(from + len <= self.stride, "pairs {from}..{} of {}", from + len, self.stride);

@@ -228,13 +228,16 @@ pub(crate) struct Bytes {
     small_groups: usize,
 }
 
-/// A row of [`Bytes`].
+/// Consecutive rows of [`Bytes`]: where the first begins and how far it is from one to the next.
 #[derive(Clone, Copy)]
-pub(crate) struct ByteRow {
+pub(crate) struct ByteRows {
     pub quads: *const u32,
+    pub stride: usize,
     pub scales: *const f32,
     pub offsets: *const i32,
+    pub groups: usize,
     pub sums: *const i32,
+    pub small_groups: usize,
 }
 
 impl Bytes {
@@ -305,15 +308,20 @@ impl Bytes {
         Ok(())
     }
 
-    /// Row `m`, with at least `quads` of them.
+    /// Rows `first..first + rows`, with at least `quads` of them each.
     #[inline(always)]
-    pub(crate) fn row(&self, m: usize, quads: usize) -> ByteRow {
-        assert!(quads <= self.stride, "rows of {} quads for weights of {quads}", self.stride);
-        ByteRow {
-            quads: self.quads[m * self.stride..(m + 1) * self.stride].as_ptr(),
-            scales: self.scales[m * self.groups..(m + 1) * self.groups].as_ptr(),
-            offsets: self.offsets[m * self.groups..(m + 1) * self.groups].as_ptr(),
-            sums: self.sums[m * self.small_groups..(m + 1) * self.small_groups].as_ptr(),
+    pub(crate) fn rows(&self, first: usize, rows: usize, quads: usize) -> ByteRows {
+        let Self { stride, groups, small_groups, .. } = *self;
+        assert!(quads <= stride, "rows of {stride} quads for weights of {quads}");
+        let end = first + rows;
+        ByteRows {
+            quads: self.quads[first * stride..end * stride].as_ptr(),
+            stride,
+            scales: self.scales[first * groups..end * groups].as_ptr(),
+            offsets: self.offsets[first * groups..end * groups].as_ptr(),
+            groups,
+            sums: self.sums[first * small_groups..end * small_groups].as_ptr(),
+            small_groups,
         }
     }
 }
@@ -332,50 +340,63 @@ impl PairKernel for QuantizeRow<'_> {
 
     #[inline(always)]
     unsafe fn run<D: ByteDot>(self) {
-        let small = ACT_GROUP / INT4_GROUP;
-        let to = self.quads.chunks_mut(ACT_QUADS).zip(self.sums.chunks_mut(small));
+        let to = self.quads.chunks_mut(ACT_QUADS).zip(self.sums.chunks_mut(ACT_GROUP / INT4_GROUP));
         let scales = self.scales.iter_mut().zip(self.offsets);
         for ((x, (quads, sums)), (scale, offset)) in self.x.chunks(ACT_GROUP).zip(to).zip(scales) {
-            let mut q = [0i8; ACT_GROUP];
             // SAFETY: the caller's.
-            *scale = unsafe { quantize_group::<D>(x, &mut q) };
-            for (quad, q) in quads.iter_mut().zip(q.as_chunks::<4>().0) {
-                *quad = u32::from_le_bytes(q.map(i8::cast_unsigned));
-            }
-            for (sum, q) in sums.iter_mut().zip(q.as_chunks::<INT4_GROUP>().0) {
-                *sum = q.iter().map(|&q| i32::from(q)).sum();
+            *scale = unsafe { quantize_group::<D>(x, quads) };
+            for (sums, quads) in sums.chunks_mut(2).zip(quads.chunks(2 * INT4_QUADS)) {
+                let (mut padded, mut by_quad) = ([0; PANEL], [0; PANEL]);
+                padded[..quads.len()].copy_from_slice(quads);
+                // SAFETY: as above, and both are one vector.
+                unsafe {
+                    let quads = D::load_words(padded.as_ptr());
+                    D::store_words(by_quad.as_mut_ptr(), D::sum_bytes(quads));
+                }
+                for (sum, by_quad) in sums.iter_mut().zip(by_quad.as_chunks::<INT4_QUADS>().0) {
+                    *sum = by_quad.iter().map(|x| x.cast_signed()).sum();
+                }
             }
             *offset = -128 * sums.iter().sum::<i32>();
         }
     }
 }
 
-/// Codes of one group; returns its scale.
+/// Codes of one group, with zeros up to the end of `quads`; returns its scale. Magnitudes are compared as integers,
+/// among which infinity and NaN come last, so that they show in the scale.
 #[inline(always)]
-unsafe fn quantize_group<D: ByteDot>(x: &[f32], q: &mut [i8; ACT_GROUP]) -> f32 {
-    // As integers, magnitudes are ordered like the numbers, infinity and NaN last.
-    let mut max = [0u32; PANEL];
+unsafe fn quantize_group<D: ByteDot>(x: &[f32], quads: &mut [u32]) -> f32 {
     let (panels, rest) = x.as_chunks::<PANEL>();
-    for panel in panels {
-        for (max, x) in max.iter_mut().zip(panel) {
-            *max = (*max).max(x.to_bits() & 0x7FFF_FFFF);
+    let (mut max, mut last) = ([0u32; PANEL], [0.0; PANEL]);
+    last[..rest.len()].copy_from_slice(rest);
+    // SAFETY: all hold a panel; the rest is the caller's.
+    unsafe {
+        let mut bits = D::max_magnitude(D::splat_int(0), D::load_sums(last.as_ptr()));
+        for panel in panels {
+            bits = D::max_magnitude(bits, D::load_sums(panel.as_ptr()));
         }
-    }
-    for (max, x) in max.iter_mut().zip(rest) {
-        *max = (*max).max(x.to_bits() & 0x7FFF_FFFF);
+        D::store_words(max.as_mut_ptr(), bits);
     }
     let max = f32::from_bits(max.into_iter().fold(0, u32::max));
+    let (to, after) = quads.split_at_mut(panels.len() * (PANEL / 4));
+    after.fill(0);
     if max < TINY {
+        to.fill(0);
         return 0.0;
     }
-    let inverse = 127.0 / max;
-    let mut last = [0.0; PANEL];
-    last[..rest.len()].copy_from_slice(rest);
-    for (panel, q) in panels.iter().chain(std::iter::once(&last)).zip(q.as_chunks_mut::<PANEL>().0) {
-        // SAFETY: both hold a panel; the rest is the caller's.
-        unsafe {
-            let scaled = D::mul(D::load_sums(panel.as_ptr()), D::splat(inverse));
-            D::store_bytes(q.as_mut_ptr(), D::round(scaled));
+    // SAFETY: all hold a panel; the rest is the caller's.
+    unsafe {
+        let inverse = D::splat(127.0 / max);
+        let code = |from: &[f32; PANEL], to: &mut [u32; PANEL / 4]| {
+            let scaled = D::mul(D::load_sums(from.as_ptr()), inverse);
+            D::store_bytes(to.as_mut_ptr().cast(), D::round(scaled));
+        };
+        panels.iter().zip(to.as_chunks_mut().0).for_each(|(from, to)| code(from, to));
+        if !rest.is_empty() {
+            let mut codes = [0; PANEL / 4];
+            code(&last, &mut codes);
+            let len = after.len().min(PANEL / 4);
+            after[..len].copy_from_slice(&codes[..len]);
         }
     }
     max / 127.0

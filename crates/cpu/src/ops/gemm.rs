@@ -10,9 +10,8 @@ use std::ops::Range;
 use quire_backend::Activation;
 use quire_core::ExecError;
 
-use super::grain;
 use super::mlp::activate_lanes;
-use super::tiles::{Tiled, Turn, WIDE, each_panel, fits};
+use super::tiles::{Tiled, Turn, WIDE, ahead, each_panel, fits, pieces};
 use crate::buffer::SharedRows;
 use crate::packed::{Packed, Rounded, RoundedRows};
 use crate::pool::Pool;
@@ -24,8 +23,6 @@ use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
 const GROUP_PAIRS: usize = 128 * 1024;
 /// Tokens of a group at least.
 const MIN_GROUP: usize = 12;
-/// How far ahead weights are asked for, in vectors of a panel.
-const AHEAD: usize = 32;
 
 /// A product.
 #[derive(Clone, Copy)]
@@ -71,7 +68,7 @@ impl Gemm<'_> {
     ) -> Result<(), ExecError> {
         let units = panels.div_ceil(WIDE);
         let work = WIDE * PANEL * 2 * self.weight.k2() * self.tokens;
-        pool.split(units, grain(units, work, pool.num_threads()), |_, units| {
+        pool.split(units, pieces(units, work, self.tokens, pool.num_threads()), |_, units| {
             let panels = units.start * WIDE..(units.end * WIDE).min(panels);
             // SAFETY: `isa` was detected; each piece has panels, that is columns of the output, of its own.
             unsafe { dispatch_pairs(isa, Product { gemm: self, panels, place, to }) }
@@ -191,15 +188,27 @@ impl<F: Fn(usize) -> usize, T: Sink> PairKernel for Product<'_, F, T> {
         for first in (0..self.gemm.tokens).step_by(group) {
             let tokens = first..(first + group).min(self.gemm.tokens);
             // SAFETY: the caller's.
-            unsafe { each_panel::<D>(&self, tokens, self.panels.clone()) };
+            unsafe { each_panel::<D, _>(&self, tokens, self.panels.clone()) };
         }
+    }
+}
+
+impl<F: Fn(usize) -> usize, T: Sink> Product<'_, F, T> {
+    /// What memory works ahead on while the last tile of `panels` computes.
+    #[inline(always)]
+    fn ahead<const P: usize>(&self, p: usize, panels: [*const u32; P]) -> [*const u32; P] {
+        let next = |i: usize| {
+            let next = p + P + i;
+            (next < self.panels.end).then(|| self.gemm.weight.panel((self.place)(next)))
+        };
+        ahead(panels, self.gemm.weight.k2(), next)
     }
 }
 
 impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
-        fits::<D, M, P>();
+        fits::<M, P>(Self::sums::<D>());
         let k2 = self.gemm.weight.k2();
         let panels: [*const u32; P] =
             std::array::from_fn(|i| self.gemm.weight.panel((self.place)(p + i)).as_ptr());
@@ -208,17 +217,7 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
         // SAFETY: `panels` hold k2 vectors each, `x` M rows of `stride`; prefetches may leave them.
         unsafe {
             let rows: [*const u32; M] = std::array::from_fn(|i| x.as_ptr().add(i * stride));
-            // Memory works ahead while the last tile computes: on the panels after these; or, where there is one tile
-            // and memory is the limit, a little further on in these.
-            let last = turn.index + 1 == turn.of;
-            let ahead: [*const u32; P] = std::array::from_fn(|i| {
-                let next = p + P + i;
-                if last && P < WIDE && next < self.panels.end {
-                    self.gemm.weight.panel((self.place)(next)).as_ptr()
-                } else {
-                    panels[i].wrapping_add(AHEAD * PANEL)
-                }
-            });
+            let ahead = if turn.index + 1 == turn.of { self.ahead(p, panels) } else { panels };
             let mut sums = [[D::zero(); P]; M];
             for k in 0..k2 {
                 let mut weights = [D::load(panels[0]); P];

@@ -9,11 +9,10 @@ use std::ops::Range;
 use quire_core::ExecError;
 
 use super::gemm::Sink;
-use super::grain;
-use super::tiles::{Tiled, Turn, WIDE, each_panel, fits};
+use super::tiles::{Tiled, Turn, WIDE, ahead, each_panel, fits, pieces};
 use crate::buffer::Shared;
 use crate::pool::Pool;
-use crate::quantized::{ACT_QUADS, ByteRow, Bytes, Codes, INT4_QUADS, INT4_VECTORS, Quantized};
+use crate::quantized::{ACT_QUADS, ByteRows, Bytes, Codes, INT4_QUADS, INT4_VECTORS, Quantized};
 use crate::simd::Isa;
 use crate::simd::bytes::ByteDot;
 use crate::simd::pairs::{PANEL, PairKernel, dispatch_pairs};
@@ -22,10 +21,10 @@ use crate::simd::pairs::{PANEL, PairKernel, dispatch_pairs};
 const GROUP_QUADS: usize = 128 * 1024;
 /// Tokens of a group at least.
 const MIN_GROUP: usize = 192;
-/// How far ahead weights are asked for, in vectors of a panel.
-const AHEAD: usize = 32;
 /// Up to how many tokens int4 is multiplied without being expanded.
-const FEW: usize = 2;
+const FEW: usize = 8;
+/// Sums of a tile of int4 that is not expanded.
+const NIBBLE_SUMS: usize = 8;
 
 /// A product.
 #[derive(Clone, Copy)]
@@ -57,7 +56,7 @@ impl IntGemm<'_> {
         let scratch = Shared::new(scratch);
         let units = panels.div_ceil(WIDE);
         let work = WIDE * PANEL * quads * self.tokens;
-        pool.split(units, grain(units, work, pool.num_threads()), |worker, units| {
+        pool.split(units, pieces(units, work, self.tokens, pool.num_threads()), |worker, units| {
             let panels = units.start * WIDE..(units.end * WIDE).min(panels);
             // SAFETY: `isa` was detected; each piece has panels, that is columns of the output, of its own, and each
             // thread its scratch.
@@ -91,9 +90,9 @@ impl<F: Fn(usize) -> usize, T: Sink> PairKernel for Piece<'_, F, T> {
             // SAFETY: the caller's.
             unsafe {
                 if weight.codes() == Codes::Int4 && self.gemm.tokens <= FEW {
-                    each_panel::<D>(&Nibbles(&self), tokens, self.panels.clone());
+                    each_panel::<D, _>(&Nibbles(&self), tokens, self.panels.clone());
                 } else {
-                    each_panel::<D>(&self, tokens, self.panels.clone());
+                    each_panel::<D, _>(&self, tokens, self.panels.clone());
                 }
             }
         }
@@ -119,6 +118,16 @@ impl<F: Fn(usize) -> usize, T: Sink> Piece<'_, F, T> {
                 to.as_ptr()
             }
         }
+    }
+
+    /// What memory works ahead on while the last tile of `panels` computes.
+    #[inline(always)]
+    fn ahead<const P: usize>(&self, p: usize, panels: [*const u32; P]) -> [*const u32; P] {
+        let next = |i: usize| {
+            let next = p + P + i;
+            (next < self.panels.end).then(|| self.gemm.weight.panel((self.place)(next)))
+        };
+        ahead(panels, self.gemm.weight.quads(), next)
     }
 
     /// Scales the sums of row `m` by those of the weights.
@@ -158,29 +167,29 @@ unsafe fn expand<D: ByteDot>(panel: &[u32], steps_at: usize, to: &mut [u32]) {
 }
 
 impl<F: Fn(usize) -> usize, T: Sink> Tiled for Piece<'_, F, T> {
+    /// Fewer, as sums of integers lie beside those of floats.
+    fn sums<D: ByteDot>() -> usize {
+        D::TILE_SUMS * 2 / 3
+    }
+
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
-        fits::<D, M, P>();
+        fits::<M, P>(Self::sums::<D>());
         let quads = self.gemm.weight.quads();
         // SAFETY: panels hold `quads` vectors each, rows as many quads; prefetches may leave them.
         unsafe {
-            let rows: [ByteRow; M] = std::array::from_fn(|r| self.gemm.x.row(m + r, quads));
-            let panels: [*const u32; P] = std::array::from_fn(|i| self.bytes::<D>(p, i, turn));
-            // As in `gemm.rs`.
-            let last = turn.index + 1 == turn.of;
-            let ahead: [*const u32; P] = std::array::from_fn(|i| {
-                let next = p + P + i;
-                if last && P < WIDE && next < self.panels.end {
-                    self.gemm.weight.panel((self.place)(next)).as_ptr()
-                } else {
-                    panels[i].wrapping_add(AHEAD * PANEL)
-                }
-            });
+            let x = self.gemm.x.rows(m, M, quads);
+            // Not by `from_fn`: a closure that is not inlined would be compiled without the instruction set.
+            let mut panels = [std::ptr::null(); P];
+            for i in 0..P {
+                panels[i] = self.bytes::<D>(p, i, turn);
+            }
+            let ahead = if turn.index + 1 == turn.of { self.ahead(p, panels) } else { panels };
             let mut sums = [[D::zero(); P]; M];
             for (g, first) in (0..quads).step_by(ACT_QUADS).enumerate() {
                 let mut dots = [[D::splat_int(0); P]; M];
                 for r in 0..M {
-                    dots[r] = [D::splat_int(*rows[r].offsets.add(g)); P];
+                    dots[r] = [D::splat_int(*x.offsets.add(r * x.groups + g)); P];
                 }
                 for k in first..(first + ACT_QUADS).min(quads) {
                     let mut weights = [D::load_words(panels[0]); P];
@@ -190,12 +199,12 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Piece<'_, F, T> {
                     }
                     for r in 0..M {
                         for i in 0..P {
-                            dots[r][i] = D::dot_bytes(dots[r][i], weights[i], rows[r].quads.add(k));
+                            dots[r][i] = D::dot_bytes(dots[r][i], weights[i], x.quads.add(r * x.stride + k));
                         }
                     }
                 }
                 for r in 0..M {
-                    let scale = D::splat(*rows[r].scales.add(g));
+                    let scale = D::splat(*x.scales.add(r * x.groups + g));
                     for i in 0..P {
                         sums[r][i] = D::fma(scale, D::to_float(dots[r][i]), sums[r][i]);
                     }
@@ -212,31 +221,29 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Piece<'_, F, T> {
 struct Nibbles<'a, 'b, F, T>(&'b Piece<'a, F, T>);
 
 impl<F: Fn(usize) -> usize, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
+    fn sums<D: ByteDot>() -> usize {
+        D::TILE_SUMS.min(NIBBLE_SUMS)
+    }
+
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, _: Turn) {
-        if M > FEW {
-            unreachable!("{M} tokens at once");
-        }
+        fits::<M, P>(Self::sums::<D>());
         let weight = self.0.gemm.weight;
         let (quads, steps_at) = (weight.quads(), weight.steps_at());
         // SAFETY: panels hold `steps_at` words of codes and then the steps, rows `quads` quads; prefetches may leave them.
         unsafe {
-            let rows: [ByteRow; M] = std::array::from_fn(|r| self.0.gemm.x.row(m + r, quads));
+            let x = self.0.gemm.x.rows(m, M, quads);
             let panels: [*const u32; P] =
                 std::array::from_fn(|i| weight.panel((self.0.place)(p + i)).as_ptr());
+            let ahead = self.0.ahead(p, panels);
             let mut sums = [[D::zero(); P]; M];
             for (g, first) in (0..quads).step_by(ACT_QUADS).enumerate() {
                 let mut totals = [[D::splat_int(0); P]; M];
                 for small in first / INT4_QUADS..(first + ACT_QUADS).min(quads) / INT4_QUADS {
-                    for i in 0..P {
-                        let dots = group_dots::<D, M>(panels[i], steps_at, small, rows);
-                        for r in 0..M {
-                            totals[r][i] = D::add_int(totals[r][i], dots[r]);
-                        }
-                    }
+                    add_group::<D, M, P>(&mut totals, panels, ahead, steps_at, small, x);
                 }
                 for r in 0..M {
-                    let scale = D::splat(*rows[r].scales.add(g));
+                    let scale = D::splat(*x.scales.add(r * x.groups + g));
                     for i in 0..P {
                         sums[r][i] = D::fma(scale, D::to_float(totals[r][i]), sums[r][i]);
                     }
@@ -249,34 +256,40 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
     }
 }
 
-/// `step * Σ (code - zero) * x` over one group of inputs.
+/// Adds `step * Σ (code - zero) * x` over one group of inputs.
 #[inline(always)]
-unsafe fn group_dots<D: ByteDot, const M: usize>(
-    panel: *const u32,
+unsafe fn add_group<D: ByteDot, const M: usize, const P: usize>(
+    totals: &mut [[D::I; P]; M],
+    panels: [*const u32; P],
+    ahead: [*const u32; P],
     steps_at: usize,
     group: usize,
-    rows: [ByteRow; M],
-) -> [D::I; M] {
+    x: ByteRows,
+) {
     // SAFETY: the caller's.
     unsafe {
-        let codes = panel.add(group * INT4_VECTORS * PANEL);
-        let mut low_dots = [D::splat_int(0); M];
-        let mut high_dots = low_dots;
+        let mut dots = [[D::splat_int(0); P]; M];
         for v in 0..INT4_VECTORS {
-            let [low, high] = D::nibbles(D::load_words(codes.add(v * PANEL)));
-            D::prefetch(codes.wrapping_add((v + AHEAD) * PANEL));
-            for r in 0..M {
-                let x = rows[r].quads.add(group * INT4_QUADS + v);
-                low_dots[r] = D::dot_bytes(low_dots[r], low, x);
-                high_dots[r] = D::dot_bytes(high_dots[r], high, x.add(INT4_VECTORS));
+            let at = (group * INT4_VECTORS + v) * PANEL;
+            let quads = x.quads.add(group * INT4_QUADS + v);
+            for i in 0..P {
+                let [low, high] = D::nibbles(D::load_words(panels[i].add(at)));
+                D::prefetch(ahead[i].wrapping_add(at));
+                for r in 0..M {
+                    let quads = quads.add(r * x.stride);
+                    dots[r][i] = D::dot_bytes(dots[r][i], low, quads);
+                    dots[r][i] = D::dot_bytes(dots[r][i], high, quads.add(INT4_VECTORS));
+                }
             }
         }
-        let steps = panel.add(steps_at + group * (PANEL / 4));
-        let [step, zero] = D::steps_and_zeros(steps.cast());
-        std::array::from_fn(|r| {
-            let dots = D::add_int(low_dots[r], high_dots[r]);
-            let offset = D::mul_int(zero, D::splat_int(*rows[r].sums.add(group)));
-            D::mul_int(step, D::sub_int(dots, offset))
-        })
+        for i in 0..P {
+            let steps = panels[i].add(steps_at + group * (PANEL / 4));
+            let [step, zero] = D::steps_and_zeros(steps.cast());
+            for r in 0..M {
+                let offset = D::mul_int(zero, D::splat_int(*x.sums.add(r * x.small_groups + group)));
+                let dot = D::mul_int(step, D::sub_int(dots[r][i], offset));
+                totals[r][i] = D::add_int(totals[r][i], dot);
+            }
+        }
     }
 }

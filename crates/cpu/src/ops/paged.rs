@@ -317,7 +317,7 @@ impl Work<'_> {
         let scores = Scores { q: s.q, pairs, tile, out: Shared::new(s.scores) };
         // SAFETY: the tile was found, and the buffers have been made for its shape.
         unsafe {
-            each_panel::<D>(&scores, rows.clone(), panels.clone());
+            each_panel::<D, _>(&scores, rows.clone(), panels.clone());
             for r in rows.clone() {
                 let seen = self.seen(block, r / self.group);
                 let seen = seen.start.max(start) - start..seen.end.min(start + TILE) - start;
@@ -336,7 +336,7 @@ impl Work<'_> {
                 columns,
                 out: Shared::new(state.out),
             };
-            each_panel::<D>(&values, rows, 0..columns / PANEL);
+            each_panel::<D, _>(&values, rows, 0..columns / PANEL);
         }
     }
 
@@ -523,7 +523,7 @@ struct Scores<'a> {
 impl Tiled for Scores<'_> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
-        fits::<D, M, P>();
+        fits::<M, P>(Self::sums::<D>());
         let q = &self.q[row * self.pairs..(row + M) * self.pairs];
         // SAFETY: `q` holds M rows; each panel holds `pairs` vectors, and so do its values or more of them.
         unsafe {
@@ -604,7 +604,7 @@ struct Values<'a> {
 impl Tiled for Values<'_> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
-        fits::<D, M, P>();
+        fits::<M, P>(Self::sums::<D>());
         let weights = &self.weights[row * TILE / 2..(row + M) * TILE / 2];
         // SAFETY: `weights` holds M rows of TILE / 2, `out` its rows; values reach to the last column.
         unsafe {

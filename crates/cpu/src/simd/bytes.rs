@@ -32,10 +32,15 @@ pub unsafe trait ByteDot: PairDot {
     unsafe fn expand(codes: Self::I, expander: [Self::I; 2]) -> Self::I;
     /// Whole numbers in -127..=127, as bytes.
     unsafe fn store_bytes(to: *mut i8, v: Self::V);
+    /// The larger of `bits` and the magnitude of `v`, as the bits that order magnitudes: infinity and NaN come last.
+    unsafe fn max_magnitude(bits: Self::I, v: Self::V) -> Self::I;
+    /// The sum of the four signed bytes of each lane.
+    unsafe fn sum_bytes(quads: Self::I) -> Self::I;
 }
 
 const LOW_NIBBLES: u32 = 0x0F0F_0F0F;
 const EVEN_BYTES: u32 = 0x00FF_00FF;
+const MAGNITUDE: u32 = 0x7FFF_FFFF;
 
 // SAFETY: needs no more than `S`; pointers are read and written unaligned.
 unsafe impl<S: Simd> ByteDot for Emulated<S> {
@@ -125,6 +130,18 @@ unsafe impl<S: Simd> ByteDot for Emulated<S> {
         // SAFETY: as above.
         unsafe { to.cast::<[i8; PANEL]>().write_unaligned(v.map(|x| x as i32 as i8)) }
     }
+
+    #[inline(always)]
+    unsafe fn max_magnitude(bits: Self::I, v: Self::V) -> Self::I {
+        std::array::from_fn(|i| bits[i].max(v[i].to_bits() & MAGNITUDE))
+    }
+
+    #[inline(always)]
+    unsafe fn sum_bytes(quads: Self::I) -> Self::I {
+        quads.map(|quad| {
+            quad.to_le_bytes().iter().map(|b| i32::from(b.cast_signed())).sum::<i32>().cast_unsigned()
+        })
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -132,7 +149,7 @@ mod avx512 {
     use std::arch::x86_64::*;
 
     use super::super::avx512::Avx512Bf16;
-    use super::{ByteDot, EVEN_BYTES, LOW_NIBBLES};
+    use super::{ByteDot, EVEN_BYTES, LOW_NIBBLES, MAGNITUDE};
 
     // SAFETY: each method needs only the features that `avx512::run` enables and valid pointers.
     unsafe impl ByteDot for Avx512Bf16 {
@@ -232,6 +249,21 @@ mod avx512 {
             // SAFETY: as above.
             unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
         }
+
+        #[inline(always)]
+        unsafe fn max_magnitude(bits: __m512i, v: __m512) -> __m512i {
+            // SAFETY: as above.
+            unsafe {
+                let magnitude = _mm512_set1_epi32(MAGNITUDE.cast_signed());
+                _mm512_max_epu32(bits, _mm512_and_si512(_mm512_castps_si512(v), magnitude))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn sum_bytes(quads: __m512i) -> __m512i {
+            // SAFETY: as above.
+            unsafe { _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), quads) }
+        }
     }
 }
 
@@ -241,15 +273,15 @@ mod tests {
     use super::super::pairs::{PairKernel, dispatch_pairs};
     use super::*;
 
-    /// Eight words of everything, from random words.
+    /// Some of everything, from random words.
     struct Everything<'a>(&'a [[u32; PANEL]; 4]);
 
     impl PairKernel for Everything<'_> {
-        type Output = [[u32; PANEL]; 8];
+        type Output = [[u32; PANEL]; 9];
 
         #[inline(always)]
         unsafe fn run<D: ByteDot>(self) -> Self::Output {
-            let mut out = [[0; PANEL]; 8];
+            let mut out = [[0; PANEL]; 9];
             // SAFETY: all arrays hold PANEL elements.
             unsafe {
                 let [a, b, c, x] = self.0.each_ref().map(|words| D::load_words(words.as_ptr()));
@@ -267,6 +299,7 @@ mod tests {
                 D::store(out[6].as_mut_ptr().cast(), floats);
                 let small = D::round(D::mul(floats, D::splat(1e-5)));
                 D::store_bytes(out[7].as_mut_ptr().cast(), small);
+                D::store_words(out[8].as_mut_ptr(), D::max_magnitude(D::sum_bytes(a), floats));
             }
             out
         }
