@@ -11,12 +11,13 @@ use quire_core::{
 
 use crate::Isa;
 use crate::buffer::{Aligned, CpuBuf, Shared};
-use crate::kv::CpuKv;
+use crate::kv::{CpuKv, KvLayer};
 use crate::ops::attention::attention;
 use crate::ops::embed::embed_row;
 use crate::ops::linear::{Input, Rows, linear};
 use crate::ops::mlp::{MlpArgs, mlp};
 use crate::ops::norm::AddNormRow;
+use crate::ops::paged::{Workspace, paged_attention};
 use crate::ops::rope::{CpuRope, RopeRow, SharedLayer};
 use crate::ops::sample::{SampleRow, Scratch, sanitize};
 use crate::ops::{MIN_WORK, grain};
@@ -74,6 +75,7 @@ pub struct CpuBackend {
     precision: Precision,
     /// Inputs of the linear layer at work, and of the one after it.
     rounded: [Rounded; 2],
+    attention: Workspace,
 }
 
 /// What `sample` found for one logit row.
@@ -98,6 +100,7 @@ impl CpuBackend {
             scratch: (0..threads).map(|_| Scratch::default()).collect(),
             precision: config.precision,
             rounded: [Rounded::new()?, Rounded::new()?],
+            attention: Workspace::default(),
         })
     }
 
@@ -160,7 +163,7 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_kv(&mut self, layout: &KvLayout) -> Result<CpuKv, BackendError> {
-        CpuKv::new(layout)
+        CpuKv::new(layout, self.precision)
     }
 
     fn prepare(&mut self, input: &StepInput<'_>) -> Result<(), BackendError> {
@@ -253,7 +256,7 @@ impl Backend for CpuBackend {
                     let position = step.positions[t];
                     dispatch(isa, RopeRow { row: &mut *row, shape, qk_norm, eps, rope, position });
                     let (k, v) = row[q_size..].split_at(kv_size);
-                    cache.store(step.slot_mapping[t], k, v);
+                    cache.store(isa, step.slot_mapping[t], k, v);
                 }
             }
         })?;
@@ -264,7 +267,12 @@ impl Backend for CpuBackend {
         let tokens = self.step.num_tokens();
         expect_shape("attention input", op.qkv, tokens, op.shape.qkv_size())?;
         expect_shape("attention output", op.out, tokens, op.shape.q_size())?;
-        Ok(attention(&mut self.pool, self.isa, &self.step, &self.row_seqs, op)?)
+        let (pool, isa, step) = (&mut self.pool, self.isa, &self.step);
+        match &op.kv.layers[op.layer] {
+            KvLayer::Packed(pages) => paged_attention(pool, isa, step, &mut self.attention, pages, op)?,
+            _ => attention(pool, isa, step, &self.row_seqs, op)?,
+        }
+        Ok(())
     }
 
     fn mlp(&mut self, op: Mlp<'_, Self>) -> Result<(), BackendError> {

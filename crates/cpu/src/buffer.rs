@@ -74,6 +74,14 @@ impl<T: Plain> std::ops::DerefMut for Aligned<T> {
     }
 }
 
+impl Aligned<u32> {
+    /// The same memory as halves, the low one first.
+    pub fn halves_mut(&mut self) -> &mut [u16] {
+        // SAFETY: twice as many elements of half the size, whose alignment is less; any bits are a `u16`.
+        unsafe { std::slice::from_raw_parts_mut(self.start.cast(), 2 * self.len) }
+    }
+}
+
 /// Activations `[rows, cols]`.
 pub struct CpuBuf {
     pub(crate) values: Aligned<f32>,
@@ -121,6 +129,21 @@ impl<'a, T> Shared<'a, T> {
         assert!(end <= self.len, "elements {start}..{end} of {}", self.len);
         // SAFETY: in bounds of the borrowed slice; exclusive by contract.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
+
+impl<T> Shared<'_, T> {
+    /// The first of `count` elements that lie `stride` apart; panics if they are not all inside. Only these may be
+    /// touched through it, and by one thread at a time.
+    pub fn strided(&self, start: usize, stride: usize, count: usize) -> *mut T {
+        let end = count.checked_sub(1).and_then(|n| n.checked_mul(stride)).and_then(|n| n.checked_add(start));
+        assert!(
+            end.is_some_and(|end| end < self.len),
+            "{count} elements from {start} by {stride} of {}",
+            self.len
+        );
+        // SAFETY: `start <= end < len`.
+        unsafe { self.start.add(start) }
     }
 }
 

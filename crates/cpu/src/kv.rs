@@ -1,13 +1,15 @@
-//! The paged cache: per layer `[num_blocks, num_kv_heads, block_size, head_dim]`, so that one head's keys within a block
-//! follow each other.
+//! The paged cache. Per layer either `[num_blocks, num_kv_heads, block_size, head_dim]`, so that one head's keys within a
+//! block follow each other, or packed for products of pairs (`pages.rs`).
 
 use half::{bf16, f16};
 use quire_backend::convert::tensor_error;
 use quire_backend::{BackendError, KvLayerShape, KvLayout};
 use quire_core::{BlockCopy, DType};
 
+use crate::Precision;
 use crate::buffer::Aligned;
 use crate::element::Element;
+use crate::pages::PackedPages;
 
 /// The cache of one KV group.
 pub struct CpuKv {
@@ -19,6 +21,7 @@ pub(crate) enum KvLayer {
     F32(Pages<f32>),
     F16(Pages<f16>),
     Bf16(Pages<bf16>),
+    Packed(PackedPages),
 }
 
 /// K and V of a layer in one element type.
@@ -50,11 +53,15 @@ impl PageShape {
 }
 
 impl CpuKv {
-    pub(crate) fn new(layout: &KvLayout) -> Result<Self, BackendError> {
+    /// A bf16 cache is packed where products are of bf16.
+    pub(crate) fn new(layout: &KvLayout, precision: Precision) -> Result<Self, BackendError> {
         let layer = |shape: &KvLayerShape| {
             Ok(match layout.dtype {
                 DType::F32 => KvLayer::F32(Pages::new(layout, shape)?),
                 DType::F16 => KvLayer::F16(Pages::new(layout, shape)?),
+                DType::BF16 if precision == Precision::Bf16 => {
+                    KvLayer::Packed(PackedPages::new(layout, shape)?)
+                }
                 DType::BF16 => KvLayer::Bf16(Pages::new(layout, shape)?),
                 other => {
                     let message = format!("type {other} is not supported on cpu yet, use f32, f16 or bf16");
@@ -72,6 +79,7 @@ impl CpuKv {
                 KvLayer::F32(pages) => pages.copy_block(copy),
                 KvLayer::F16(pages) => pages.copy_block(copy),
                 KvLayer::Bf16(pages) => pages.copy_block(copy),
+                KvLayer::Packed(pages) => pages.copy_block(copy.src.0 as usize, copy.dst.0 as usize),
             }
         }
     }

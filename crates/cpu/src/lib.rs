@@ -22,6 +22,7 @@ pub mod element;
 pub mod kv;
 pub mod ops;
 mod packed;
+mod pages;
 pub mod pool;
 pub mod simd;
 pub mod weights;

@@ -10,8 +10,8 @@ use crate::buffer::{Aligned, Shared};
 use crate::ops::grain;
 use crate::ops::linear::Input;
 use crate::pool::Pool;
-use crate::simd::pairs::PANEL;
-use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::simd::Isa;
+use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
 
 /// Weights `[out_features, in_features]` in panels.
 pub(crate) struct Packed {
@@ -129,7 +129,7 @@ impl Rounded {
         pool.split(rows, grain, |_, rows| {
             for m in rows {
                 // SAFETY: `isa` was detected; row `m` belongs to this piece.
-                unsafe { dispatch(isa, RoundRow { from: x.row(m, k), to: to.row(m) }) };
+                unsafe { dispatch_pairs(isa, RoundRow { from: x.row(m, k), to: to.row(m) }) };
             }
         })?;
         Ok(())
@@ -173,25 +173,44 @@ impl<'a> RoundedRows<'a> {
 }
 
 /// Rounds a row to pairs; the last one is filled up with zero.
-pub(crate) struct RoundRow<'a> {
-    pub from: &'a [f32],
-    pub to: &'a mut [u32],
+struct RoundRow<'a> {
+    from: &'a [f32],
+    to: &'a mut [u32],
 }
 
-impl Kernel for RoundRow<'_> {
+impl PairKernel for RoundRow<'_> {
     type Output = ();
 
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        round_pairs(self.from, self.to);
+    unsafe fn run<D: PairDot>(self) {
+        // SAFETY: the caller's.
+        unsafe { round_row::<D>(self.from, self.to) };
     }
 }
 
 /// [`RoundRow`], inside another kernel.
+///
+/// # Safety
+/// As for [`PairDot`].
+#[inline(always)]
+pub(crate) unsafe fn round_row<D: PairDot>(from: &[f32], to: &mut [u32]) {
+    assert!(to.len() * 2 >= from.len(), "{} pairs for {} numbers", to.len(), from.len());
+    let (chunks, rest) = from.as_chunks::<{ 2 * PANEL }>();
+    let (whole, after) = to.split_at_mut(chunks.len() * PANEL);
+    for (from, to) in chunks.iter().zip(whole.as_chunks_mut::<PANEL>().0) {
+        // SAFETY: both hold two panels of numbers; the rest is the caller's.
+        unsafe {
+            let low = D::load_sums(from.as_ptr());
+            D::store_pairs(to.as_mut_ptr(), low, D::load_sums(from[PANEL..].as_ptr()));
+        }
+    }
+    round_pairs(rest, after);
+}
+
+/// The portable form of [`round_row`].
 #[inline(always)]
 pub(crate) fn round_pairs(from: &[f32], to: &mut [u32]) {
     let (pairs, rest) = from.as_chunks::<2>();
-    assert!(to.len() * 2 >= from.len(), "{} pairs for {} numbers", to.len(), from.len());
     let (to, after) = to.split_at_mut(pairs.len());
     to.iter_mut().zip(pairs).for_each(|(to, &[even, odd])| *to = high_half(even) >> 16 | high_half(odd));
     if let [last] = *rest {

@@ -81,6 +81,7 @@ impl Row<'_> {
                 KvLayer::F32(pages) => dispatch(isa, RowKernel { row: self, pages }),
                 KvLayer::F16(pages) => dispatch(isa, RowKernel { row: self, pages }),
                 KvLayer::Bf16(pages) => dispatch(isa, RowKernel { row: self, pages }),
+                KvLayer::Packed(_) => unreachable!("packed pages have an operation of their own"),
             }
         }
     }

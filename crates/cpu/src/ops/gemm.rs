@@ -11,21 +11,18 @@ use quire_backend::Activation;
 use quire_core::ExecError;
 
 use super::grain;
-use super::mlp::activate;
+use super::mlp::activate_lanes;
+use super::tiles::{Tiled, Turn, WIDE, each_panel, fits};
 use crate::buffer::SharedRows;
-use crate::packed::{Packed, Rounded, RoundedRows, round_pairs};
+use crate::packed::{Packed, Rounded, RoundedRows};
 use crate::pool::Pool;
 use crate::simd::Isa;
 use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
 
-/// Sums of one tile, in vectors: leaves registers of 32 for the weights and one pair of activations.
-const TILE_SUMS: usize = 24;
-/// Panels at once for few tokens: enough sums to hide the latency of an addition, enough streams to keep memory busy.
-const WIDE: usize = 4;
-/// Panels at once for many tokens.
-const NARROW: usize = 2;
 /// Pairs of activations that stay in cache while weights stream by: half of a 1 MiB L2.
 const GROUP_PAIRS: usize = 128 * 1024;
+/// Tokens of a group at least.
+const MIN_GROUP: usize = 12;
 /// How far ahead weights are asked for, in vectors of a panel.
 const AHEAD: usize = 32;
 
@@ -137,15 +134,17 @@ impl Sink for ToGated<'_> {
         // One panel alone cannot be: both halves have the same number.
         for i in (0..P - 1).step_by(2) {
             let panel = (p + i) / 2;
-            let (mut gate, mut up) = ([0.0; PANEL], [0.0; PANEL]);
-            // SAFETY: the arrays hold a panel; the columns are ours by contract.
+            // SAFETY: the biases reach to the last channel; the columns are ours by contract.
             unsafe {
-                D::store(gate.as_mut_ptr(), sums[i]);
-                D::store(up.as_mut_ptr(), sums[i + 1]);
-                add_bias(&mut gate, self.bias, panel * PANEL);
-                add_bias(&mut up, self.bias, self.n + panel * PANEL);
-                activate::<D::S>(self.activation, &mut gate, Some(&up));
-                round_pairs(&gate, self.out.part(m, panel * PANEL / 2, PANEL / 2));
+                let [mut gate, mut up] = [sums[i], sums[i + 1]];
+                if let Some(bias) = self.bias {
+                    gate = D::add(gate, D::load_sums(bias[panel * PANEL..][..PANEL].as_ptr()));
+                    up = D::add(up, D::load_sums(bias[self.n + panel * PANEL..][..PANEL].as_ptr()));
+                }
+                let hidden = D::mul(activate_lanes::<D>(self.activation, gate), up);
+                let mut pairs = [0; PANEL];
+                D::store_pairs(pairs.as_mut_ptr(), hidden, D::zero());
+                self.out.part(m, panel * PANEL / 2, PANEL / 2).copy_from_slice(&pairs[..PANEL / 2]);
             }
         }
     }
@@ -171,68 +170,19 @@ impl<F: Fn(usize) -> usize, T: Sink> PairKernel for Product<'_, F, T> {
 
     #[inline(always)]
     unsafe fn run<D: PairDot>(self) {
-        let group = (GROUP_PAIRS / self.gemm.weight.k2().max(1)).max(TILE_SUMS / NARROW);
+        let group = (GROUP_PAIRS / self.gemm.weight.k2().max(1)).max(MIN_GROUP);
         for first in (0..self.gemm.tokens).step_by(group) {
             let tokens = first..(first + group).min(self.gemm.tokens);
-            let mut p = self.panels.start;
             // SAFETY: the caller's.
-            unsafe {
-                if tokens.len() <= TILE_SUMS / WIDE {
-                    while p + WIDE <= self.panels.end {
-                        self.tokens::<D, WIDE>(p, tokens.clone());
-                        p += WIDE;
-                    }
-                }
-                while p + NARROW <= self.panels.end {
-                    self.tokens::<D, NARROW>(p, tokens.clone());
-                    p += NARROW;
-                }
-                if p < self.panels.end {
-                    self.tokens::<D, 1>(p, tokens);
-                }
-            }
+            unsafe { each_panel::<D>(&self, tokens, self.panels.clone()) };
         }
     }
 }
 
-impl<F: Fn(usize) -> usize, T: Sink> Product<'_, F, T> {
-    /// Panels `p..p + P` for these tokens, in tiles of about the same size.
+impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
     #[inline(always)]
-    unsafe fn tokens<D: PairDot, const P: usize>(&self, p: usize, tokens: Range<usize>) {
-        let most = if P > NARROW { TILE_SUMS / WIDE } else { TILE_SUMS / NARROW };
-        let tiles = tokens.len().div_ceil(most);
-        let (least, larger) = (tokens.len() / tiles, tokens.len() % tiles);
-        let mut m = tokens.start;
-        for tile in 0..tiles {
-            let rows = least + usize::from(tile < larger);
-            let last = tile + 1 == tiles;
-            // SAFETY: the caller's.
-            unsafe {
-                match rows {
-                    1 => self.tile::<D, 1, P>(m, p, last),
-                    2 => self.tile::<D, 2, P>(m, p, last),
-                    3 => self.tile::<D, 3, P>(m, p, last),
-                    4 => self.tile::<D, 4, P>(m, p, last),
-                    5 => self.tile::<D, 5, P>(m, p, last),
-                    6 => self.tile::<D, 6, P>(m, p, last),
-                    7 => self.tile::<D, 7, P>(m, p, last),
-                    8 => self.tile::<D, 8, P>(m, p, last),
-                    9 => self.tile::<D, 9, P>(m, p, last),
-                    10 => self.tile::<D, 10, P>(m, p, last),
-                    11 => self.tile::<D, 11, P>(m, p, last),
-                    _ => self.tile::<D, 12, P>(m, p, last),
-                }
-            }
-            m += rows;
-        }
-    }
-
-    /// Tokens `m..m + M`, panels `p..p + P`; `last` if no further tile needs these panels.
-    #[inline(always)]
-    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, m: usize, p: usize, last: bool) {
-        if M * P > TILE_SUMS {
-            unreachable!("a tile of {M} tokens and {P} panels does not fit the registers");
-        }
+    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
+        fits::<D, M, P>();
         let k2 = self.gemm.weight.k2();
         let panels: [*const u32; P] =
             std::array::from_fn(|i| self.gemm.weight.panel((self.place)(p + i)).as_ptr());
@@ -243,6 +193,7 @@ impl<F: Fn(usize) -> usize, T: Sink> Product<'_, F, T> {
             let rows: [*const u32; M] = std::array::from_fn(|i| x.as_ptr().add(i * stride));
             // Memory works ahead while the last tile computes: on the panels after these; or, where there is one tile
             // and memory is the limit, a little further on in these.
+            let last = turn.index + 1 == turn.of;
             let ahead: [*const u32; P] = std::array::from_fn(|i| {
                 let next = p + P + i;
                 if last && P < WIDE && next < self.panels.end {

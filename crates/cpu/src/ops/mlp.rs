@@ -8,7 +8,7 @@ use super::linear::{Input, Rows, linear, linear_rows};
 use crate::buffer::{CpuBuf, SharedRows};
 use crate::packed::Rounded;
 use crate::pool::Pool;
-use crate::simd::pairs::PANEL;
+use crate::simd::pairs::{PANEL, PairDot, exp2};
 use crate::simd::{Isa, Kernel, LANES, Simd, dispatch, exp};
 use crate::weights::{CpuWeight, Matrix};
 
@@ -125,12 +125,26 @@ impl Kernel for Activate<'_> {
     }
 }
 
-/// [`Activate`], inside another kernel.
+/// The nonlinearity of a panel.
 ///
 /// # Safety
-/// As for [`Simd`].
+/// As for [`PairDot`].
 #[inline(always)]
-pub(crate) unsafe fn activate<S: Simd>(activation: Activation, values: &mut [f32], up: Option<&[f32]>) {
+pub(crate) unsafe fn activate_lanes<D: PairDot>(activation: Activation, x: D::V) -> D::V {
+    // SAFETY: the array holds a panel; the rest is the caller's.
+    unsafe {
+        if activation == Activation::Silu {
+            let e = exp2::<D>(D::mul(x, D::splat(-std::f32::consts::LOG2_E)));
+            return D::div(x, D::add(D::splat(1.0), e));
+        }
+        let mut values = [0.0; PANEL];
+        D::store(values.as_mut_ptr(), x);
+        D::load_sums(values.map(|x| activation.apply(x)).as_ptr())
+    }
+}
+
+#[inline(always)]
+unsafe fn activate<S: Simd>(activation: Activation, values: &mut [f32], up: Option<&[f32]>) {
     if activation == Activation::Silu {
         // SAFETY: the caller's.
         unsafe { silu::<S>(values) };

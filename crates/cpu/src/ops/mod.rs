@@ -7,8 +7,10 @@ pub mod gemm;
 pub mod linear;
 pub mod mlp;
 pub mod norm;
+pub(crate) mod paged;
 pub mod rope;
 pub mod sample;
+pub(crate) mod tiles;
 mod topk;
 
 /// Least work of one piece, in multiply-adds: about as long as waking a thread takes.

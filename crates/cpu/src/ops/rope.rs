@@ -7,8 +7,10 @@ use super::norm::norm_in_place;
 use crate::buffer::{Aligned, Shared};
 use crate::element::Element;
 use crate::kv::{KvLayer, PageShape, Pages};
+use crate::pages::{SharedPackedPages, StoreRow};
 use crate::pool::Pool;
-use crate::simd::{Kernel, Simd};
+use crate::simd::pairs::dispatch_pairs;
+use crate::simd::{Isa, Kernel, Simd};
 
 /// Sines and cosines of all positions.
 pub struct CpuRope {
@@ -91,6 +93,7 @@ pub(crate) enum SharedLayer<'a> {
     F32(SharedPages<'a, f32>),
     F16(SharedPages<'a, f16>),
     Bf16(SharedPages<'a, bf16>),
+    Packed(SharedPackedPages<'a>),
 }
 
 #[derive(Clone, Copy)]
@@ -106,20 +109,22 @@ impl<'a> SharedLayer<'a> {
             KvLayer::F32(pages) => Self::F32(SharedPages::new(pages)),
             KvLayer::F16(pages) => Self::F16(SharedPages::new(pages)),
             KvLayer::Bf16(pages) => Self::Bf16(SharedPages::new(pages)),
+            KvLayer::Packed(pages) => Self::Packed(SharedPackedPages::new(pages)),
         }
     }
 
     /// Stores a row's keys and values at `slot`.
     ///
     /// # Safety
-    /// No other thread writes this slot.
-    pub(crate) unsafe fn store(&self, slot: u32, k: &[f32], v: &[f32]) {
+    /// `isa` is available, and no other thread writes this slot.
+    pub(crate) unsafe fn store(&self, isa: Isa, slot: u32, k: &[f32], v: &[f32]) {
         // SAFETY: the caller's.
         unsafe {
             match self {
                 Self::F32(pages) => pages.store(slot, k, v),
                 Self::F16(pages) => pages.store(slot, k, v),
                 Self::Bf16(pages) => pages.store(slot, k, v),
+                Self::Packed(pages) => dispatch_pairs(isa, StoreRow { pages: *pages, slot, k, v }),
             }
         }
     }

@@ -9,6 +9,7 @@ use super::portable::Portable;
 use super::{Isa, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
+use crate::packed::round_pairs;
 
 /// Lanes: output channels that lie side by side in packed weights.
 pub const PANEL: usize = 16;
@@ -19,6 +20,8 @@ pub const PANEL: usize = 16;
 /// As for [`Simd`]; pointers must be valid for [`PANEL`] elements (`x`: for one), at any alignment.
 #[allow(clippy::missing_safety_doc, missing_docs)] // said once, above; the names say the rest
 pub unsafe trait PairDot: Copy {
+    /// Vectors of sums that the registers hold next to their operands: those of one tile. At least four.
+    const TILE_SUMS: usize;
     /// For the rest of the arithmetic.
     type S: Simd;
     type V: Copy;
@@ -28,8 +31,57 @@ pub unsafe trait PairDot: Copy {
     /// Adds the products of the weights' pairs with the one pair `x`.
     unsafe fn dot(sums: Self::V, weights: Self::W, x: *const u32) -> Self::V;
     unsafe fn store(to: *mut f32, sums: Self::V);
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load_sums(from: *const f32) -> Self::V;
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, fused.
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The larger; `b` if one is not a number.
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// To the nearest integer, ties to even.
+    unsafe fn round(a: Self::V) -> Self::V;
+    /// `a * 2^n` for whole `n` in -126..=127.
+    unsafe fn scale(a: Self::V, n: Self::V) -> Self::V;
+    /// `v` where `x >= bound`, else 0.
+    unsafe fn zero_below(v: Self::V, x: Self::V, bound: f32) -> Self::V;
+    /// The largest lane; lanes that are not numbers may be left out.
+    unsafe fn highest(v: Self::V) -> f32;
+    /// Rounds 32 numbers to bf16 (to nearest, ties to even) and stores them as [`PANEL`] pairs, `low`'s first.
+    unsafe fn store_pairs(to: *mut u32, low: Self::V, high: Self::V);
     /// A hint that the cache line at `at` will be read; any address will do.
     unsafe fn prefetch(at: *const u32);
+}
+
+/// `2^x` to about 2e-7 for `x <= 127`; 0 below -126. `2^n 2^f` with whole `n` and the Taylor series of `2^f`, `|f| <= 1/2`.
+///
+/// # Safety
+/// As for [`PairDot`].
+#[inline(always)]
+pub unsafe fn exp2<D: PairDot>(x: D::V) -> D::V {
+    const LOWEST: f32 = -126.0;
+    const COEFFICIENTS: [f32; 7] = [
+        1.540_353e-4,
+        1.333_355_8e-3,
+        9.618_129e-3,
+        5.550_410_9e-2,
+        2.402_265e-1,
+        std::f32::consts::LN_2,
+        1.0,
+    ];
+    // SAFETY: the caller's.
+    unsafe {
+        let clamped = D::max(x, D::splat(LOWEST));
+        let n = D::round(clamped);
+        let f = D::sub(clamped, n);
+        let mut y = D::splat(COEFFICIENTS[0]);
+        for c in &COEFFICIENTS[1..] {
+            y = D::fma(y, f, D::splat(*c));
+        }
+        D::zero_below(D::scale(y, n), x, LOWEST)
+    }
 }
 
 /// [`super::Kernel`], over [`PairDot`].
@@ -75,6 +127,7 @@ const fn odd(pair: u32) -> f32 {
 
 // SAFETY: needs no more than `S`; pointers are read unaligned.
 unsafe impl<S: Simd> PairDot for Emulated<S> {
+    const TILE_SUMS: usize = 4;
     type S = S;
     type V = [f32; PANEL];
     type W = [u32; PANEL];
@@ -107,6 +160,75 @@ unsafe impl<S: Simd> PairDot for Emulated<S> {
     }
 
     #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        [x; PANEL]
+    }
+
+    #[inline(always)]
+    unsafe fn load_sums(from: *const f32) -> Self::V {
+        // SAFETY: as above.
+        unsafe { from.cast::<Self::V>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+
+    #[inline(always)]
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] - b[i])
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] / b[i])
+    }
+
+    #[inline(always)]
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+
+    #[inline(always)]
+    unsafe fn round(a: Self::V) -> Self::V {
+        a.map(f32::round_ties_even)
+    }
+
+    #[inline(always)]
+    unsafe fn scale(a: Self::V, n: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] * f32::from_bits(((n[i] as i32 + 127) << 23).cast_unsigned()))
+    }
+
+    #[inline(always)]
+    unsafe fn zero_below(v: Self::V, x: Self::V, bound: f32) -> Self::V {
+        std::array::from_fn(|i| if x[i] >= bound { v[i] } else { 0.0 })
+    }
+
+    #[inline(always)]
+    unsafe fn highest(v: Self::V) -> f32 {
+        v.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    #[inline(always)]
+    unsafe fn store_pairs(to: *mut u32, low: Self::V, high: Self::V) {
+        // SAFETY: as above; PANEL pairs may be written.
+        let to = unsafe { std::slice::from_raw_parts_mut(to, PANEL) };
+        round_pairs(&low, &mut to[..PANEL / 2]);
+        round_pairs(&high, &mut to[PANEL / 2..]);
+    }
+
+    #[inline(always)]
     unsafe fn prefetch(_: *const u32) {}
 }
 
@@ -130,6 +252,48 @@ mod tests {
                 D::store(out.as_mut_ptr(), sums);
             }
             out.map(f32::to_bits)
+        }
+    }
+
+    struct Lanes<'a>(&'a [f32; PANEL]);
+
+    impl PairKernel for Lanes<'_> {
+        type Output = ([f32; PANEL], u32, [u32; PANEL]);
+        #[inline(always)]
+        unsafe fn run<D: PairDot>(self) -> Self::Output {
+            let (mut out, mut pairs) = ([0.0; PANEL], [0; PANEL]);
+            // SAFETY: all arrays hold PANEL elements.
+            unsafe {
+                let x = D::load_sums(self.0.as_ptr());
+                let y = exp2::<D>(x);
+                D::store(out.as_mut_ptr(), y);
+                D::store_pairs(pairs.as_mut_ptr(), y, D::mul(y, D::splat(-3.7)));
+                (out, D::highest(x).to_bits(), pairs)
+            }
+        }
+    }
+
+    #[test]
+    fn exp2_is_accurate_and_every_instruction_set_agrees() {
+        for step in 0..20_000 {
+            let first = -125.0 + step as f32 * 0.0126;
+            let x = std::array::from_fn(|i| first + i as f32 * 7e-4);
+            // SAFETY: the instruction sets are there.
+            let run = |isa: Isa| unsafe { dispatch_pairs(isa.min(Isa::detect()), Lanes(&x)) };
+            let expected = run(Isa::Portable);
+            for (x, y) in x.iter().zip(expected.0) {
+                let error = f64::from(y) / f64::from(*x).exp2() - 1.0;
+                assert!(error.abs() < 3e-7, "2^{x} = {y}");
+            }
+            assert_eq!(run(Isa::Avx2), expected);
+            assert_eq!(run(Isa::Avx512Bf16), expected);
+        }
+        let mut x = [-126.5; PANEL];
+        x[..3].copy_from_slice(&[f32::NEG_INFINITY, 0.0, 1.0]);
+        for isa in [Isa::Portable, Isa::detect().min(Isa::Avx2), Isa::detect()] {
+            // SAFETY: as above.
+            let (y, highest, _) = unsafe { dispatch_pairs(isa, Lanes(&x)) };
+            assert_eq!((y[..4].to_vec(), f32::from_bits(highest)), (vec![0.0, 1.0, 2.0, 0.0], 1.0));
         }
     }
 

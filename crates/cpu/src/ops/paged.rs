@@ -1,0 +1,644 @@
+//! Causal attention over packed pages, as products of bf16 pairs: one code for a decoding row and for a long prompt.
+//!
+//! One item of work is a few consecutive tokens of a sequence and one KV head: the query heads that share it are rows of
+//! the same products, so keys and values are read once for all of them. Keys come in tiles that begin at multiples of
+//! [`TILE`] positions, merged in order by the online softmax (Milakov & Gimelshein, arXiv 1805.02867; blocks as in
+//! FlashAttention, arXiv 2205.14135); every [`SPLIT`] positions a new partial result begins, and partial results are
+//! folded in order (arXiv 2311.01282), whether one thread has computed them or several. So a row's bits depend on its
+//! position alone. Weights are rounded to bf16 for the product with the values, while their sum keeps f32.
+
+use std::ops::Range;
+
+use quire_backend::{Attention, AttnShape, StepBuffer};
+use quire_core::ExecError;
+
+use super::tiles::{Tiled, Turn, each_panel, fits};
+use crate::CpuBackend;
+use crate::buffer::{CpuBuf, Shared, SharedRows};
+use crate::packed::round_row;
+use crate::pages::PackedPages;
+use crate::pool::Pool;
+use crate::simd::Isa;
+use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs, exp2};
+
+/// Positions in a tile.
+const TILE: usize = 64;
+/// Panels of keys in a tile.
+const PANELS: usize = TILE / PANEL;
+/// Pairs of values in a panel of keys.
+const PANEL_PAIRS: usize = PANEL / 2;
+/// Positions of a partial result.
+const SPLIT: usize = 1024;
+/// Rows (tokens times query heads of a KV head) of an item.
+const ROWS: usize = 64;
+
+/// Consecutive tokens of one sequence.
+#[derive(Clone, Copy)]
+struct Block {
+    seq: usize,
+    first_row: usize,
+    tokens: usize,
+}
+
+/// Memory to work in: the blocks of a step, partial results, and one [`Scratch`] a thread.
+#[derive(Default)]
+pub(crate) struct Workspace {
+    blocks: Vec<Block>,
+    partial: Vec<f32>,
+    scratch: Vec<Scratch>,
+}
+
+/// Of one thread.
+#[derive(Default)]
+struct Scratch {
+    /// `[ROWS][key_pairs]` queries.
+    q: Vec<u32>,
+    /// `[ROWS][TILE]` scores.
+    scores: Vec<f32>,
+    /// `[ROWS][TILE / 2]` weights.
+    weights: Vec<u32>,
+    /// A [`State`]: of the split at work, and of those before.
+    part: Vec<f32>,
+    total: Vec<f32>,
+    /// A tile gathered from blocks smaller than a panel: `[PANELS][key_pairs][PANEL]`, `[TILE / 2][columns]`.
+    keys: Vec<u32>,
+    values: Vec<u32>,
+}
+
+impl Scratch {
+    fn reserve(&mut self, key_pairs: usize, columns: usize) {
+        self.q.resize(ROWS * key_pairs, 0);
+        self.scores.resize(ROWS * TILE, 0.0);
+        self.weights.resize(ROWS * TILE / 2, 0);
+        self.part.resize(State::len(ROWS, columns), 0.0);
+        self.total.resize(State::len(ROWS, columns), 0.0);
+        self.keys.resize(TILE * key_pairs, 0);
+        self.values.resize(TILE / 2 * columns, 0);
+    }
+}
+
+/// What the softmax knows of some rows: for each row its largest score, the sum of its weights in [`PANEL`] lanes, and
+/// its weighted values.
+struct State<'a> {
+    max: &'a mut [f32],
+    sum: &'a mut [[f32; PANEL]],
+    out: &'a mut [f32],
+}
+
+impl<'a> State<'a> {
+    const fn len(rows: usize, columns: usize) -> usize {
+        rows * (1 + PANEL + columns)
+    }
+
+    /// Divides memory of [`State::len`].
+    fn of(memory: &'a mut [f32], rows: usize, columns: usize) -> Self {
+        let (max, rest) = memory[..Self::len(rows, columns)].split_at_mut(rows);
+        let (sum, out) = rest.split_at_mut(rows * PANEL);
+        Self { max, sum: sum.as_chunks_mut().0, out }
+    }
+
+    /// Nothing seen.
+    fn clear(&mut self) {
+        self.max.fill(f32::NEG_INFINITY);
+        self.sum.fill([0.0; PANEL]);
+        self.out.fill(0.0);
+    }
+
+    /// Row `r` of `out`.
+    fn row(&mut self, r: usize) -> &mut [f32] {
+        let columns = self.out.len() / self.max.len();
+        &mut self.out[r * columns..(r + 1) * columns]
+    }
+
+    /// Makes row `r`'s weights relative to a new maximum.
+    #[inline(always)]
+    unsafe fn rebase<D: PairDot>(&mut self, r: usize, max: f32) {
+        if max == self.max[r] {
+            return; // all factors would be 1
+        }
+        // SAFETY: a row has whole panels; the rest is the caller's.
+        unsafe {
+            let shrink = exp2::<D>(D::splat(self.max[r] - max));
+            self.max[r] = max;
+            let sum = self.sum[r].as_mut_ptr();
+            D::store(sum, D::mul(D::load_sums(sum), shrink));
+            for panel in self.row(r).as_chunks_mut::<PANEL>().0 {
+                D::store(panel.as_mut_ptr(), D::mul(D::load_sums(panel.as_ptr()), shrink));
+            }
+        }
+    }
+
+    /// Adds the next part.
+    #[inline(always)]
+    unsafe fn fold<D: PairDot>(&mut self, part: &mut State<'_>) {
+        for r in 0..self.max.len() {
+            let max = self.max[r].max(part.max[r]);
+            // SAFETY: the caller's.
+            unsafe {
+                self.rebase::<D>(r, max);
+                part.rebase::<D>(r, max);
+            }
+            self.sum[r].iter_mut().zip(&part.sum[r]).for_each(|(sum, part)| *sum += part);
+            self.row(r).iter_mut().zip(part.row(r)).for_each(|(out, part)| *out += *part);
+        }
+    }
+}
+
+/// The whole operation.
+pub(crate) fn paged_attention(
+    pool: &mut Pool,
+    isa: Isa,
+    step: &StepBuffer,
+    workspace: &mut Workspace,
+    pages: &PackedPages,
+    op: Attention<'_, CpuBackend>,
+) -> Result<(), ExecError> {
+    let Attention { qkv, shape, scale, window, out, .. } = op;
+    let (kv_heads, columns) = (shape.num_kv_heads as usize, pages.shape.columns());
+    let group = (shape.num_heads / shape.num_kv_heads) as usize;
+    let Workspace { blocks, partial, scratch } = workspace;
+    cut_blocks(step, (ROWS / group).max(1), blocks);
+    scratch.resize_with(pool.num_threads(), Scratch::default);
+    scratch.iter_mut().for_each(|scratch| scratch.reserve(pages.shape.key_pairs(), columns));
+    let scratch = Shared::new(scratch);
+    let work = Work {
+        qkv,
+        shape,
+        group,
+        factor: scale * std::f32::consts::LOG2_E,
+        window: window.map_or(usize::MAX, |window| window as usize),
+        pages,
+        step,
+        out: out.shared(),
+    };
+    // Later blocks see more keys: they go first, so that no long one is left at the end.
+    let item = |i: usize| Item { block: blocks[blocks.len() - 1 - i / kv_heads], kv_head: i % kv_heads };
+    let items = blocks.len() * kv_heads;
+    let splits = blocks.iter().map(|&block| work.splits(block).end).max().unwrap_or(0);
+    if splits < 2 || items >= 4 * pool.num_threads() {
+        return pool.split(items, 1, |worker, range| {
+            for i in range {
+                // SAFETY: `isa` was detected; scratch `worker` is this thread's, the item's columns of `out` its own.
+                unsafe {
+                    let scratch = &mut scratch.slice(worker, 1)[0];
+                    dispatch_pairs(isa, Run { work: &work, item: item(i), scratch, task: Task::Whole });
+                }
+            }
+        });
+    }
+    // Few items over a long context: their splits are computed side by side and folded afterwards.
+    let len = State::len(ROWS.max(group), columns);
+    partial.resize((items * splits * len).max(partial.len()), 0.0);
+    let partial = Shared::new(partial);
+    pool.split(items * splits, 1, |worker, range| {
+        for i in range {
+            let (item, split) = (item(i / splits), i % splits);
+            // SAFETY: as above, and the partial result is this piece's own.
+            unsafe {
+                let (scratch, part) = (&mut scratch.slice(worker, 1)[0], partial.slice(i * len, len));
+                dispatch_pairs(isa, Run { work: &work, item, scratch, task: Task::Split(split, part) });
+            }
+        }
+    })?;
+    pool.split(items, 1, |worker, range| {
+        for i in range {
+            // SAFETY: as above; this piece has all partial results of its items.
+            unsafe {
+                let scratch = &mut scratch.slice(worker, 1)[0];
+                let parts = partial.slice(i * splits * len, splits * len);
+                dispatch_pairs(
+                    isa,
+                    Run { work: &work, item: item(i), scratch, task: Task::Fold(parts, len) },
+                );
+            }
+        }
+    })
+}
+
+/// Cuts the rows of each sequence into blocks of at most `most` tokens.
+fn cut_blocks(step: &StepBuffer, most: usize, blocks: &mut Vec<Block>) {
+    blocks.clear();
+    for seq in 0..step.num_seqs() {
+        let rows = step.rows_of(seq);
+        for first_row in rows.clone().step_by(most) {
+            blocks.push(Block { seq, first_row, tokens: most.min(rows.end - first_row) });
+        }
+    }
+}
+
+/// What all items share.
+struct Work<'a> {
+    qkv: &'a CpuBuf,
+    shape: AttnShape,
+    /// Query heads of a KV head.
+    group: usize,
+    /// Turns a dot product into the exponent of 2 of its weight.
+    factor: f32,
+    window: usize,
+    pages: &'a PackedPages,
+    step: &'a StepBuffer,
+    out: SharedRows<'a>,
+}
+
+#[derive(Clone, Copy)]
+struct Item {
+    block: Block,
+    kv_head: usize,
+}
+
+impl Work<'_> {
+    /// Positions that token `t` of a block sees.
+    #[inline(always)]
+    fn seen(&self, block: Block, t: usize) -> Range<usize> {
+        let end = self.step.positions[block.first_row + t] as usize + 1;
+        end.saturating_sub(self.window)..end
+    }
+
+    /// Positions that any token of a block sees.
+    fn all_seen(&self, block: Block) -> Range<usize> {
+        self.seen(block, 0).start..self.seen(block, block.tokens - 1).end
+    }
+
+    fn splits(&self, block: Block) -> Range<usize> {
+        let seen = self.all_seen(block);
+        seen.start / SPLIT..seen.end.div_ceil(SPLIT)
+    }
+
+    /// Rounds the queries of an item.
+    #[inline(always)]
+    unsafe fn load_queries<D: PairDot>(&self, item: Item, q: &mut [u32]) {
+        let (head_dim, pairs) = (self.shape.head_dim as usize, self.pages.shape.key_pairs());
+        let first = item.kv_head * self.group * head_dim;
+        let mut to = q.chunks_exact_mut(pairs);
+        for t in 0..item.block.tokens {
+            let heads = &self.qkv.row(item.block.first_row + t)[first..first + self.group * head_dim];
+            for (q, to) in heads.chunks_exact(head_dim).zip(&mut to) {
+                // SAFETY: the caller's.
+                unsafe { round_row::<D>(q, to) };
+            }
+        }
+    }
+
+    /// Brings one split of an item into `state`.
+    #[inline(always)]
+    unsafe fn split<D: PairDot>(&self, item: Item, split: usize, s: &mut Buffers<'_>, state: &mut State<'_>) {
+        state.clear();
+        let seen = self.all_seen(item.block);
+        let (from, to) = (seen.start.max(split * SPLIT), seen.end.min((split + 1) * SPLIT));
+        for tile in from / TILE..to.div_ceil(TILE) {
+            // SAFETY: the caller's.
+            unsafe { self.tile::<D>(item, tile * TILE, s, state) };
+        }
+    }
+
+    /// The keys of one tile, for the rows that see any of them.
+    #[inline(always)]
+    unsafe fn tile<D: PairDot>(&self, item: Item, start: usize, s: &mut Buffers<'_>, state: &mut State<'_>) {
+        let Item { block, kv_head } = item;
+        // Positions grow from token to token, so those that see part of the tile are neighbours.
+        let sees = |t: usize| {
+            let seen = self.seen(block, t);
+            seen.start < start + TILE && seen.end > start
+        };
+        let first = (0..block.tokens).find(|&t| sees(t)).unwrap_or(block.tokens);
+        let end = (first..block.tokens).find(|&t| !sees(t)).unwrap_or(block.tokens);
+        if first == end {
+            return;
+        }
+        let keys = self.seen(block, first).start.max(start) - start
+            ..self.seen(block, end - 1).end.min(start + TILE) - start;
+        let panels = keys.start / PANEL..keys.end.div_ceil(PANEL);
+        let rows = first * self.group..end * self.group;
+        let pairs = self.pages.shape.key_pairs();
+        let columns = self.pages.shape.columns();
+        let block_table = self.step.block_table(block.seq);
+        let tile = Tile::find(self.pages, block_table, kv_head, start, keys.clone(), s.keys, s.values);
+        let scores = Scores { q: s.q, pairs, tile, out: Shared::new(s.scores) };
+        // SAFETY: the tile was found, and the buffers have been made for its shape.
+        unsafe {
+            each_panel::<D>(&scores, rows.clone(), panels.clone());
+            for r in rows.clone() {
+                let seen = self.seen(block, r / self.group);
+                let seen = seen.start.max(start) - start..seen.end.min(start + TILE) - start;
+                let scores = &mut s.scores[r * TILE..(r + 1) * TILE];
+                if seen.len() < PANEL * panels.len() {
+                    scores[panels.start * PANEL..seen.start].fill(f32::NEG_INFINITY);
+                    scores[seen.end..panels.end * PANEL].fill(f32::NEG_INFINITY);
+                }
+                let weights = &mut s.weights[r * TILE / 2..(r + 1) * TILE / 2];
+                softmax::<D>(scores, panels.clone(), self.factor, weights, r, state);
+            }
+            let values = Values {
+                weights: s.weights,
+                tile,
+                pairs: panels.start * PANEL_PAIRS..keys.end.div_ceil(2),
+                columns,
+                out: Shared::new(state.out),
+            };
+            each_panel::<D>(&values, rows, 0..columns / PANEL);
+        }
+    }
+
+    /// Divides by the sums and writes the rows of an item.
+    #[inline(always)]
+    unsafe fn finish(&self, item: Item, state: &mut State<'_>) {
+        let head_dim = self.shape.head_dim as usize;
+        for r in 0..item.block.tokens * self.group {
+            let scale = 1.0 / sum_lanes(state.sum[r]);
+            let head = item.kv_head * self.group + r % self.group;
+            let row = item.block.first_row + r / self.group;
+            // SAFETY: the columns are this item's, by contract.
+            let out = unsafe { self.out.part(row, head * head_dim, head_dim) };
+            out.iter_mut().zip(state.row(r)).for_each(|(out, x)| *out = *x * scale);
+        }
+    }
+}
+
+/// By a fixed tree.
+fn sum_lanes(lanes: [f32; PANEL]) -> f32 {
+    let by8: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
+    let by4: [f32; 4] = std::array::from_fn(|i| by8[i] + by8[i + 4]);
+    (by4[0] + by4[2]) + (by4[1] + by4[3])
+}
+
+/// The parts of [`Scratch`] that a tile works in.
+struct Buffers<'a> {
+    q: &'a mut [u32],
+    scores: &'a mut [f32],
+    weights: &'a mut [u32],
+    keys: &'a mut [u32],
+    values: &'a mut [u32],
+}
+
+impl Scratch {
+    fn parts(&mut self) -> (Buffers<'_>, &mut [f32], &mut [f32]) {
+        let Self { q, scores, weights, part, total, keys, values } = self;
+        (Buffers { q, scores, weights, keys, values }, part, total)
+    }
+}
+
+/// What is to be done of an item.
+enum Task<'a> {
+    /// All splits one after the other.
+    Whole,
+    /// One split, into a partial result.
+    Split(usize, &'a mut [f32]),
+    /// The rest, from the partial results of all splits, each as long as this says.
+    Fold(&'a mut [f32], usize),
+}
+
+/// A task. One kernel for all of them, as what it calls is compiled into it.
+struct Run<'a> {
+    work: &'a Work<'a>,
+    item: Item,
+    scratch: &'a mut Scratch,
+    task: Task<'a>,
+}
+
+impl PairKernel for Run<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<D: PairDot>(self) {
+        let Self { work, item, scratch, mut task } = self;
+        let (mut buffers, part, total) = scratch.parts();
+        let (rows, columns) = (item.block.tokens * work.group, work.pages.shape.columns());
+        let mut total = State::of(total, rows, columns);
+        let splits = work.splits(item.block);
+        let (computes, folds) = (!matches!(task, Task::Fold(..)), !matches!(task, Task::Split(..)));
+        // SAFETY: the caller's.
+        unsafe {
+            if computes {
+                work.load_queries::<D>(item, buffers.q);
+            }
+            if matches!(task, Task::Whole) && splits.len() == 1 {
+                // As folding it into nothing would be.
+                work.split::<D>(item, splits.start, &mut buffers, &mut total);
+                return work.finish(item, &mut total);
+            }
+            total.clear();
+            for split in splits {
+                let memory = match &mut task {
+                    Task::Whole => &mut *part,
+                    Task::Split(wanted, _) if *wanted != split => continue,
+                    Task::Split(_, part) => &mut **part,
+                    Task::Fold(parts, len) => &mut parts[split * *len..(split + 1) * *len],
+                };
+                let mut part = State::of(memory, rows, columns);
+                if computes {
+                    work.split::<D>(item, split, &mut buffers, &mut part);
+                }
+                if folds {
+                    total.fold::<D>(&mut part);
+                }
+            }
+            if folds {
+                work.finish(item, &mut total);
+            }
+        }
+    }
+}
+
+/// Where the keys and values of a tile lie: panels of 16 keys, `[key_pairs][PANEL]`, and the values of the same keys,
+/// `[PANEL_PAIRS][columns]`. Panels without a visible key are null.
+#[derive(Clone, Copy)]
+struct Tile {
+    keys: [*const u32; PANELS],
+    values: [*const u32; PANELS],
+}
+
+impl Tile {
+    /// The tile from position `start` on, with the visible `wanted` keys. Panics if a block lies outside the cache.
+    #[inline(always)]
+    fn find(
+        pages: &PackedPages,
+        block_table: &[u32],
+        head: usize,
+        start: usize,
+        wanted: Range<usize>,
+        keys: &mut [u32],
+        values: &mut [u32],
+    ) -> Self {
+        let shape = pages.shape;
+        let mut tile = Self { keys: [std::ptr::null(); PANELS], values: [std::ptr::null(); PANELS] };
+        let panels = wanted.start / PANEL..wanted.end.div_ceil(PANEL);
+        if shape.block_size < PANEL {
+            gather(pages, block_table, head, start, wanted, keys, values);
+            for panel in panels {
+                tile.keys[panel] = keys[panel * PANEL * shape.key_pairs()..].as_ptr();
+                tile.values[panel] = values[panel * PANEL_PAIRS * shape.columns()..].as_ptr();
+            }
+            return tile;
+        }
+        for panel in panels {
+            let position = start + panel * PANEL;
+            let (block, offset) =
+                (block_table[position / shape.block_size] as usize, position % shape.block_size);
+            let key = shape.key_panel(block, head, offset);
+            tile.keys[panel] = pages.k[key..][..PANEL * shape.key_pairs()].as_ptr();
+            let value = shape.value_row(block, head, offset);
+            tile.values[panel] = pages.v[value..][..PANEL_PAIRS * shape.columns()].as_ptr();
+        }
+        tile
+    }
+}
+
+/// Copies the keys and values of a tile together.
+fn gather(
+    pages: &PackedPages,
+    block_table: &[u32],
+    head: usize,
+    start: usize,
+    wanted: Range<usize>,
+    keys: &mut [u32],
+    values: &mut [u32],
+) {
+    let shape = pages.shape;
+    let (pairs, columns) = (shape.key_pairs(), shape.columns());
+    for key in wanted {
+        let position = start + key;
+        let (block, offset) =
+            (block_table[position / shape.block_size] as usize, position % shape.block_size);
+        let from = shape.key_panel(block, head, offset) + offset;
+        for i in 0..pairs {
+            keys[(key / PANEL * pairs + i) * PANEL + key % PANEL] = pages.k[from + i * shape.lanes()];
+        }
+        let from = &pages.v[shape.value_row(block, head, offset)..][..columns];
+        for (to, from) in values[key / 2 * columns..].iter_mut().zip(from) {
+            let half = if offset % 2 == 0 { from & 0xFFFF } else { from >> 16 };
+            *to = if key % 2 == 0 { *to & 0xFFFF_0000 | half } else { *to & 0xFFFF | half << 16 };
+        }
+    }
+}
+
+/// `scores = q · keysᵀ`: rows by panels of keys.
+struct Scores<'a> {
+    q: &'a [u32],
+    pairs: usize,
+    tile: Tile,
+    out: Shared<'a, f32>,
+}
+
+impl Tiled for Scores<'_> {
+    #[inline(always)]
+    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
+        fits::<D, M, P>();
+        let q = &self.q[row * self.pairs..(row + M) * self.pairs];
+        // SAFETY: `q` holds M rows; each panel holds `pairs` vectors, and so do its values or more of them.
+        unsafe {
+            let rows: [*const u32; M] = std::array::from_fn(|r| q.as_ptr().add(r * self.pairs));
+            let keys: [*const u32; P] = std::array::from_fn(|i| self.tile.keys[panel + i]);
+            let ahead: [*const u32; P] = std::array::from_fn(|i| self.tile.values[panel + i]);
+            let mut sums = [[D::zero(); P]; M];
+            for k in 0..self.pairs {
+                let mut weights = [D::load(keys[0]); P];
+                for i in 0..P {
+                    weights[i] = D::load(keys[i].add(k * PANEL));
+                    D::prefetch(ahead[i].wrapping_add(k * PANEL));
+                }
+                for r in 0..M {
+                    for i in 0..P {
+                        sums[r][i] = D::dot(sums[r][i], weights[i], rows[r].add(k));
+                    }
+                }
+            }
+            for r in 0..M {
+                let out = self.out.slice((row + r) * TILE + panel * PANEL, P * PANEL);
+                for i in 0..P {
+                    D::store(out[i * PANEL..].as_mut_ptr(), sums[r][i]);
+                }
+            }
+        }
+    }
+}
+
+/// Turns a row's scores into weights, and scales what was summed before if they hold a new maximum.
+///
+/// # Safety
+/// As for [`PairDot`].
+#[inline(always)]
+unsafe fn softmax<D: PairDot>(
+    scores: &[f32],
+    panels: Range<usize>,
+    factor: f32,
+    weights: &mut [u32],
+    r: usize,
+    state: &mut State<'_>,
+) {
+    let (scores, pairs) = (scores.as_chunks::<PANEL>().0, weights.as_chunks_mut::<PANEL>().0);
+    // SAFETY: every chunk holds a panel; the rest is the caller's.
+    unsafe {
+        let factor = D::splat(factor);
+        let mut x = [D::splat(f32::NEG_INFINITY); PANELS];
+        let mut highest = x[0];
+        for i in panels {
+            x[i] = D::mul(D::load_sums(scores[i].as_ptr()), factor);
+            highest = D::max(x[i], highest);
+        }
+        let max = state.max[r].max(D::highest(highest));
+        state.rebase::<D>(r, max);
+        let shift = D::splat(max);
+        let mut sum = D::load_sums(state.sum[r].as_ptr());
+        for i in 0..PANELS {
+            x[i] = exp2::<D>(D::sub(x[i], shift));
+            sum = D::add(sum, x[i]);
+        }
+        D::store(state.sum[r].as_mut_ptr(), sum);
+        for i in 0..PANELS / 2 {
+            D::store_pairs(pairs[i].as_mut_ptr(), x[2 * i], x[2 * i + 1]);
+        }
+    }
+}
+
+/// `out += weights · values`: rows by panels of columns.
+struct Values<'a> {
+    weights: &'a [u32],
+    tile: Tile,
+    /// Pairs of keys.
+    pairs: Range<usize>,
+    columns: usize,
+    out: Shared<'a, f32>,
+}
+
+impl Tiled for Values<'_> {
+    #[inline(always)]
+    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
+        fits::<D, M, P>();
+        let weights = &self.weights[row * TILE / 2..(row + M) * TILE / 2];
+        // SAFETY: `weights` holds M rows of TILE / 2, `out` its rows; values reach to the last column.
+        unsafe {
+            let rows: [*const u32; M] = std::array::from_fn(|r| weights.as_ptr().add(r * TILE / 2));
+            let out: [*mut f32; M] = std::array::from_fn(|r| {
+                self.out.slice((row + r) * self.columns + panel * PANEL, P * PANEL).as_mut_ptr()
+            });
+            let mut sums = [[D::zero(); P]; M];
+            for r in 0..M {
+                for i in 0..P {
+                    sums[r][i] = D::load_sums(out[r].add(i * PANEL));
+                }
+            }
+            let mut pair = self.pairs.start;
+            while pair < self.pairs.end {
+                let end = (pair + PANEL_PAIRS).min(self.pairs.end);
+                let from = self.tile.values[pair / PANEL_PAIRS].add(panel * PANEL);
+                for k in 0..end - pair {
+                    let mut values = [D::load(from); P];
+                    for i in 0..P {
+                        values[i] = D::load(from.add(k * self.columns + i * PANEL));
+                    }
+                    for r in 0..M {
+                        for i in 0..P {
+                            sums[r][i] = D::dot(sums[r][i], values[i], rows[r].add(pair + k));
+                        }
+                    }
+                }
+                pair = end;
+            }
+            for r in 0..M {
+                for i in 0..P {
+                    D::store(out[r].add(i * PANEL), sums[r][i]);
+                }
+            }
+        }
+    }
+}
