@@ -14,14 +14,13 @@ use crate::buffer::{Aligned, CpuBuf, Shared};
 use crate::kv::{CpuKv, KvLayer};
 use crate::ops::attention::attention;
 use crate::ops::embed::embed_row;
-use crate::ops::linear::{Input, Rows, linear};
+use crate::ops::linear::{Input, Inputs, Rows, linear};
 use crate::ops::mlp::{MlpArgs, mlp};
 use crate::ops::norm::AddNormRow;
 use crate::ops::paged::{Workspace, paged_attention};
 use crate::ops::rope::{CpuRope, RopeRow, SharedLayer};
 use crate::ops::sample::{SampleRow, Scratch, sanitize};
 use crate::ops::{MIN_WORK, grain};
-use crate::packed::Rounded;
 use crate::pool::{Pool, default_threads};
 use crate::simd::dispatch;
 use crate::weights::CpuWeight;
@@ -73,8 +72,8 @@ pub struct CpuBackend {
     /// One per thread.
     scratch: Vec<Scratch>,
     precision: Precision,
-    /// Inputs of the linear layer at work, and of the one after it.
-    rounded: [Rounded; 2],
+    /// For the linear layer at work, and for the one after it.
+    inputs: [Inputs; 2],
     attention: Workspace,
 }
 
@@ -99,7 +98,7 @@ impl CpuBackend {
             results: Vec::new(),
             scratch: (0..threads).map(|_| Scratch::default()).collect(),
             precision: config.precision,
-            rounded: [Rounded::new()?, Rounded::new()?],
+            inputs: [Inputs::new(threads)?, Inputs::new(threads)?],
             attention: Workspace::default(),
         })
     }
@@ -157,7 +156,7 @@ impl Backend for CpuBackend {
         let len = rows.saturating_mul(cols);
         if self.precision == Precision::Bf16 {
             // Any buffer may become the input of a linear layer.
-            self.rounded.iter_mut().try_for_each(|rounded| rounded.reserve(rows, cols))?;
+            self.inputs.iter_mut().try_for_each(|inputs| inputs.rounded.reserve(rows, cols))?;
         }
         Ok(CpuBuf { values: Aligned::zeroed(len, "activations")?, rows, cols })
     }
@@ -236,7 +235,7 @@ impl Backend for CpuBackend {
         expect_shape("linear input", op.x, tokens, op.weight.in_features)?;
         expect_shape("linear output", op.out, tokens, op.weight.out_features)?;
         let x = Input::new(op.x, Rows::First(tokens));
-        linear(&mut self.pool, self.isa, op.weight, x, &mut self.rounded[0], op.out.shared())
+        linear(&mut self.pool, self.isa, op.weight, x, &mut self.inputs[0], op.out.shared())
     }
 
     fn rope_and_cache(&mut self, op: RopeAndCache<'_, Self>) -> Result<(), BackendError> {
@@ -288,7 +287,7 @@ impl Backend for CpuBackend {
         expect_shape("mlp output", out, tokens, down.out_features)?;
         let out = out.shared();
         let args = MlpArgs { x, tokens, shape, up, down, activation, scratch, out };
-        mlp(&mut self.pool, self.isa, args, &mut self.rounded)
+        mlp(&mut self.pool, self.isa, args, &mut self.inputs)
     }
 
     fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError> {
@@ -296,7 +295,7 @@ impl Backend for CpuBackend {
         expect_shape("logits input", op.x, self.step.num_tokens(), op.head.in_features)?;
         expect_shape("logits output", op.out, rows.len(), op.head.out_features)?;
         let x = Input::new(op.x, rows);
-        linear(&mut self.pool, self.isa, op.head, x, &mut self.rounded[0], op.out.shared())
+        linear(&mut self.pool, self.isa, op.head, x, &mut self.inputs[0], op.out.shared())
     }
 
     fn sample(

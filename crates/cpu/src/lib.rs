@@ -24,6 +24,7 @@ pub mod ops;
 mod packed;
 mod pages;
 pub mod pool;
+mod quantized;
 pub mod simd;
 pub mod weights;
 

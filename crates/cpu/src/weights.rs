@@ -11,6 +11,7 @@ use crate::buffer::Aligned;
 use crate::element::Element;
 use crate::packed::Packed;
 use crate::pool::Pool;
+use crate::quantized::{Quantized, codes_of};
 
 /// A linear layer `[out_features, in_features]`.
 pub struct CpuWeight {
@@ -26,6 +27,7 @@ pub(crate) enum Matrix {
     F16(Aligned<f16>),
     Bf16(Aligned<bf16>),
     Packed(Packed),
+    Quantized(Quantized),
 }
 
 impl CpuWeight {
@@ -36,11 +38,11 @@ impl CpuWeight {
         source: &LinearSource<'_>,
     ) -> Result<Self, BackendError> {
         let name = source.name;
-        if source.quant != QuantFormat::None {
-            return Err(tensor_error(
-                name,
-                format!("quantization {:?} is not supported on cpu yet", source.quant),
-            ));
+        let codes = codes_of(source.quant);
+        if codes.is_none() && source.quant != QuantFormat::None {
+            let message =
+                format!("quantization {:?} is not supported on cpu, use int8 or int4", source.quant);
+            return Err(tensor_error(name, message));
         }
         if source.shard != Shard::WHOLE {
             return Err(tensor_error(name, format!("{:?} is not supported on cpu yet", source.shard)));
@@ -59,12 +61,15 @@ impl CpuWeight {
         let dtype = first.weight.dtype;
         let uniform = source.parts.iter().all(|part| part.weight.dtype == dtype);
         let len = out_features * in_features;
-        let matrix = match dtype {
-            DType::BF16 if uniform && precision == Precision::Bf16 => {
+        let matrix = match (codes, dtype) {
+            (Some(codes), _) => {
+                Matrix::Quantized(Quantized::pack(pool, source, codes, out_features, in_features)?)
+            }
+            (None, DType::BF16) if uniform && precision == Precision::Bf16 => {
                 Matrix::Packed(Packed::pack(pool, source, out_features, in_features)?)
             }
-            DType::BF16 if uniform => Matrix::Bf16(concat(source, len, bf16::from_le_bytes)?),
-            DType::F16 if uniform => Matrix::F16(concat(source, len, f16::from_le_bytes)?),
+            (None, DType::BF16) if uniform => Matrix::Bf16(concat(source, len, bf16::from_le_bytes)?),
+            (None, DType::F16) if uniform => Matrix::F16(concat(source, len, f16::from_le_bytes)?),
             _ => Matrix::F32(widen(source, len)?),
         };
         let bias = load_bias(source, out_features)?;

@@ -1,6 +1,7 @@
 //! The CPU backend against the reference.
 
 use quire_backend::conformance::{self, Tolerance};
+use quire_core::QuantFormat;
 use quire_cpu::{CpuBackend, CpuConfig, Isa, Precision};
 
 fn backend(threads: usize, max_isa: Isa) -> CpuBackend {
@@ -65,4 +66,18 @@ fn bf16_products_on_changing_instruction_sets() {
 #[test]
 fn bf16_products_in_portable_code() {
     conformance::run_with(BF16_PRODUCTS, || bf16_backend(2, Isa::Portable));
+}
+
+/// To the bit, on every instruction set and number of threads.
+#[test]
+fn quantized_layers_are_those_of_the_reference() {
+    for quant in [QuantFormat::Int8, QuantFormat::Int4] {
+        let mut calls = 0;
+        conformance::run_quantized(quant, || {
+            calls += 1;
+            let isa = [Isa::detect(), Isa::detect().min(Isa::Avx2), Isa::Portable][calls % 3];
+            bf16_backend(1 + calls % 3, isa)
+        });
+        conformance::run_quantized(quant, || bf16_backend(2, Isa::detect()));
+    }
 }

@@ -18,6 +18,7 @@ pub(crate) fn embed_row(table: &CpuWeight, id: TokenId, t: usize, out: SharedRow
         Matrix::F16(matrix) => widen(&matrix[range], out),
         Matrix::Bf16(matrix) => widen(&matrix[range], out),
         Matrix::Packed(packed) => packed.row(id, out),
+        Matrix::Quantized(quantized) => quantized.row(id, out),
     }
 }
 

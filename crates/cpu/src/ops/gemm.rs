@@ -17,6 +17,7 @@ use crate::buffer::SharedRows;
 use crate::packed::{Packed, Rounded, RoundedRows};
 use crate::pool::Pool;
 use crate::simd::Isa;
+use crate::simd::bytes::ByteDot;
 use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
 
 /// Pairs of activations that stay in cache while weights stream by: half of a 1 MiB L2.
@@ -55,10 +56,8 @@ impl Gemm<'_> {
         out: RoundedRows<'_>,
     ) -> Result<(), ExecError> {
         let panels = self.n / PANEL;
-        // Gate and up take turns, so that a tile holds both of the same channels.
-        let place = |p: usize| p / 2 + if p.is_multiple_of(2) { 0 } else { panels };
-        let to = ToGated { bias: self.bias, activation, out, n: self.n };
-        self.split(pool, isa, 2 * panels, place, to)
+        let to = ToGated { bias: self.bias, activation, out: Hidden::Pairs(out), n: self.n };
+        self.split(pool, isa, 2 * panels, gate_and_up(panels), to)
     }
 
     /// Hands out panels `0..panels`; panel `p` lies at `place(p)` of the weights.
@@ -80,8 +79,13 @@ impl Gemm<'_> {
     }
 }
 
+/// The order of panels in which gate and up take turns, so that a tile holds both of the same channels.
+pub(crate) fn gate_and_up(panels: usize) -> impl Fn(usize) -> usize + Copy + Sync {
+    move |p| p / 2 + if p.is_multiple_of(2) { 0 } else { panels }
+}
+
 /// Where the sums of a tile go.
-trait Sink: Copy + Send + Sync {
+pub(crate) trait Sink: Copy + Send + Sync {
     /// Takes the sums of token `m` for panels `p..p + P`.
     ///
     /// # Safety
@@ -91,10 +95,10 @@ trait Sink: Copy + Send + Sync {
 
 /// Plain rows of `n` columns.
 #[derive(Clone, Copy)]
-struct ToRows<'a> {
-    bias: Option<&'a [f32]>,
-    out: SharedRows<'a>,
-    n: usize,
+pub(crate) struct ToRows<'a> {
+    pub bias: Option<&'a [f32]>,
+    pub out: SharedRows<'a>,
+    pub n: usize,
 }
 
 impl Sink for ToRows<'_> {
@@ -121,11 +125,18 @@ impl Sink for ToRows<'_> {
 
 /// The hidden layer of a gated feed-forward: even panels are the gate's, odd ones up's.
 #[derive(Clone, Copy)]
-struct ToGated<'a> {
-    bias: Option<&'a [f32]>,
-    activation: Activation,
-    out: RoundedRows<'a>,
-    n: usize,
+pub(crate) struct ToGated<'a> {
+    pub bias: Option<&'a [f32]>,
+    pub activation: Activation,
+    pub out: Hidden<'a>,
+    pub n: usize,
+}
+
+/// Where it goes to: rounded, or as it is into the first columns.
+#[derive(Clone, Copy)]
+pub(crate) enum Hidden<'a> {
+    Pairs(RoundedRows<'a>),
+    Rows(SharedRows<'a>),
 }
 
 impl Sink for ToGated<'_> {
@@ -142,9 +153,15 @@ impl Sink for ToGated<'_> {
                     up = D::add(up, D::load_sums(bias[self.n + panel * PANEL..][..PANEL].as_ptr()));
                 }
                 let hidden = D::mul(activate_lanes::<D>(self.activation, gate), up);
-                let mut pairs = [0; PANEL];
-                D::store_pairs(pairs.as_mut_ptr(), hidden, D::zero());
-                self.out.part(m, panel * PANEL / 2, PANEL / 2).copy_from_slice(&pairs[..PANEL / 2]);
+                match self.out {
+                    Hidden::Pairs(out) => {
+                        let mut pairs = [0; PANEL];
+                        D::store_pairs(pairs.as_mut_ptr(), hidden, D::zero());
+                        let out = out.part(m, panel * PANEL / 2, PANEL / 2);
+                        out.copy_from_slice(&pairs[..PANEL / 2]);
+                    }
+                    Hidden::Rows(out) => D::store(out.part(m, panel * PANEL, PANEL).as_mut_ptr(), hidden),
+                }
             }
         }
     }
@@ -169,7 +186,7 @@ impl<F: Fn(usize) -> usize, T: Sink> PairKernel for Product<'_, F, T> {
     type Output = ();
 
     #[inline(always)]
-    unsafe fn run<D: PairDot>(self) {
+    unsafe fn run<D: ByteDot>(self) {
         let group = (GROUP_PAIRS / self.gemm.weight.k2().max(1)).max(MIN_GROUP);
         for first in (0..self.gemm.tokens).step_by(group) {
             let tokens = first..(first + group).min(self.gemm.tokens);
@@ -181,7 +198,7 @@ impl<F: Fn(usize) -> usize, T: Sink> PairKernel for Product<'_, F, T> {
 
 impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
     #[inline(always)]
-    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
+    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
         fits::<D, M, P>();
         let k2 = self.gemm.weight.k2();
         let panels: [*const u32; P] =

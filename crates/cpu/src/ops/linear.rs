@@ -9,12 +9,15 @@ use half::{bf16, f16};
 use quire_backend::{BackendError, LogitRow};
 
 use super::dot::dot_tile;
-use super::gemm::Gemm;
+use super::gemm::{Gemm, ToRows};
 use super::grain;
+use super::int_gemm::{IntGemm, Panels};
 use crate::buffer::{CpuBuf, SharedRows};
 use crate::element::Element;
 use crate::packed::Rounded;
 use crate::pool::Pool;
+use crate::quantized::Bytes;
+use crate::simd::pairs::PANEL;
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use crate::weights::{CpuWeight, Matrix};
 
@@ -72,21 +75,45 @@ impl<'a> Input<'a> {
     }
 }
 
-/// The whole operation; `rounded` is room to work in.
+/// Room for the inputs of a layer in the form that its kernel reads, and for expanded panels.
+pub(crate) struct Inputs {
+    pub rounded: Rounded,
+    pub bytes: Bytes,
+    /// One per thread.
+    pub panels: Vec<Panels>,
+}
+
+impl Inputs {
+    pub(crate) fn new(threads: usize) -> Result<Self, BackendError> {
+        let panels = (0..threads).map(|_| Vec::new()).collect();
+        Ok(Self { rounded: Rounded::new()?, bytes: Bytes::new()?, panels })
+    }
+}
+
+/// The whole operation; `inputs` is room to work in.
 pub(crate) fn linear(
     pool: &mut Pool,
     isa: Isa,
     weight: &CpuWeight,
     x: Input<'_>,
-    rounded: &mut Rounded,
+    inputs: &mut Inputs,
     out: SharedRows<'_>,
 ) -> Result<(), BackendError> {
     let tokens = x.rows.len();
-    let n = weight.out_features;
-    if let Matrix::Packed(packed) = &weight.matrix {
-        rounded.round(pool, isa, x, weight.in_features)?;
-        let gemm = Gemm { weight: packed, bias: weight.bias.as_deref(), x: rounded, tokens, n };
-        return Ok(gemm.run(pool, isa, out)?);
+    let (n, k, bias) = (weight.out_features, weight.in_features, weight.bias.as_deref());
+    match &weight.matrix {
+        Matrix::Packed(packed) => {
+            inputs.rounded.round(pool, isa, x, k)?;
+            let gemm = Gemm { weight: packed, bias, x: &inputs.rounded, tokens, n };
+            return Ok(gemm.run(pool, isa, out)?);
+        }
+        Matrix::Quantized(quantized) => {
+            inputs.bytes.quantize(pool, isa, x, k)?;
+            let gemm = IntGemm { weight: quantized, x: &inputs.bytes, tokens };
+            let to = ToRows { bias, out, n };
+            return Ok(gemm.run(pool, isa, &mut inputs.panels, n.div_ceil(PANEL), |p| p, to)?);
+        }
+        Matrix::F32(_) | Matrix::F16(_) | Matrix::Bf16(_) => {}
     }
     let pieces = n.div_ceil(SINGLE_ROWS);
     let work = SINGLE_ROWS * weight.in_features * tokens;
@@ -117,7 +144,9 @@ pub(crate) unsafe fn linear_rows(
             Matrix::F32(matrix) => dispatch(isa, RowGemm::<f32> { matrix, k, bias, rows, x, out }),
             Matrix::F16(matrix) => dispatch(isa, RowGemm::<f16> { matrix, k, bias, rows, x, out }),
             Matrix::Bf16(matrix) => dispatch(isa, RowGemm::<bf16> { matrix, k, bias, rows, x, out }),
-            Matrix::Packed(_) => unreachable!("packed weights have an operation of their own"),
+            Matrix::Packed(_) | Matrix::Quantized(_) => {
+                unreachable!("packed weights have an operation of their own")
+            }
         }
     }
 }

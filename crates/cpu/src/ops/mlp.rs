@@ -2,11 +2,11 @@
 
 use quire_backend::{Activation, BackendError, MlpShape};
 
-use super::gemm::Gemm;
+use super::gemm::{Gemm, Hidden, ToGated, gate_and_up};
 use super::grain;
-use super::linear::{Input, Rows, linear, linear_rows};
+use super::int_gemm::IntGemm;
+use super::linear::{Input, Inputs, Rows, linear, linear_rows};
 use crate::buffer::{CpuBuf, SharedRows};
-use crate::packed::Rounded;
 use crate::pool::Pool;
 use crate::simd::pairs::{PANEL, PairDot, exp2};
 use crate::simd::{Isa, Kernel, LANES, Simd, dispatch, exp};
@@ -27,19 +27,19 @@ pub(crate) struct MlpArgs<'a> {
     pub out: SharedRows<'a>,
 }
 
-/// The whole operation; `rounded` is room to work in.
+/// The whole operation; `inputs` is room to work in.
 pub(crate) fn mlp(
     pool: &mut Pool,
     isa: Isa,
     args: MlpArgs<'_>,
-    rounded: &mut [Rounded; 2],
+    inputs: &mut [Inputs; 2],
 ) -> Result<(), BackendError> {
-    let (gated, [x_pairs, hidden_pairs]) = (args.shape == MlpShape::Gated, rounded);
+    let (gated, [first_inputs, second_inputs]) = (args.shape == MlpShape::Gated, inputs);
+    let intermediate = args.down.in_features;
     match (&args.up.matrix, &args.down.matrix) {
-        (Matrix::Packed(up), Matrix::Packed(down))
-            if gated && args.down.in_features.is_multiple_of(PANEL) =>
-        {
-            let (intermediate, tokens) = (args.down.in_features, args.tokens);
+        (Matrix::Packed(up), Matrix::Packed(down)) if gated && intermediate.is_multiple_of(PANEL) => {
+            let tokens = args.tokens;
+            let (x_pairs, hidden_pairs) = (&mut first_inputs.rounded, &mut second_inputs.rounded);
             x_pairs.round(pool, isa, Input::new(args.x, Rows::First(tokens)), args.up.in_features)?;
             let hidden = hidden_pairs.reset(tokens, intermediate)?;
             let bias = args.up.bias.as_deref();
@@ -49,18 +49,33 @@ pub(crate) fn mlp(
             let second = Gemm { weight: down, bias, x: hidden_pairs, tokens, n };
             Ok(second.run(pool, isa, args.out)?)
         }
-        (Matrix::Packed(_), _) => in_turn(pool, isa, args, x_pairs),
-        _ => by_columns(pool, isa, args, x_pairs),
+        (Matrix::Quantized(up), _) if gated && intermediate.is_multiple_of(PANEL) => {
+            let MlpArgs { x, tokens, down, activation, scratch, out, .. } = args;
+            let bias = args.up.bias.as_deref();
+            first_inputs.bytes.quantize(
+                pool,
+                isa,
+                Input::new(x, Rows::First(tokens)),
+                args.up.in_features,
+            )?;
+            let first = IntGemm { weight: up, x: &first_inputs.bytes, tokens };
+            let to = ToGated { bias, activation, out: Hidden::Rows(scratch.shared()), n: intermediate };
+            let panels = intermediate / PANEL;
+            first.run(pool, isa, &mut first_inputs.panels, 2 * panels, gate_and_up(panels), to)?;
+            linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), second_inputs, out)
+        }
+        (Matrix::Packed(_) | Matrix::Quantized(_), _) => in_turn(pool, isa, args, first_inputs),
+        _ => by_columns(pool, isa, args, first_inputs),
     }
 }
 
 /// First layer, nonlinearity and second layer one after the other. The hidden activations end up in the first columns of
 /// `scratch`.
-fn in_turn(pool: &mut Pool, isa: Isa, args: MlpArgs<'_>, rounded: &mut Rounded) -> Result<(), BackendError> {
+fn in_turn(pool: &mut Pool, isa: Isa, args: MlpArgs<'_>, inputs: &mut Inputs) -> Result<(), BackendError> {
     let MlpArgs { x, tokens, shape, up, down, activation, scratch, out } = args;
     let intermediate = down.in_features;
     let hidden = scratch.shared();
-    linear(pool, isa, up, Input::new(x, Rows::First(tokens)), rounded, hidden)?;
+    linear(pool, isa, up, Input::new(x, Rows::First(tokens)), inputs, hidden)?;
     pool.split(tokens, grain(tokens, 16 * intermediate, pool.num_threads()), |_, rows| {
         for t in rows {
             // SAFETY: `isa` was detected; row `t` belongs to this piece.
@@ -71,16 +86,11 @@ fn in_turn(pool: &mut Pool, isa: Isa, args: MlpArgs<'_>, rounded: &mut Rounded) 
             }
         }
     })?;
-    linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), rounded, out)
+    linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), inputs, out)
 }
 
 /// A thread takes columns of the hidden layer through both steps. They end up in the first columns of `scratch`.
-fn by_columns(
-    pool: &mut Pool,
-    isa: Isa,
-    args: MlpArgs<'_>,
-    rounded: &mut Rounded,
-) -> Result<(), BackendError> {
+fn by_columns(pool: &mut Pool, isa: Isa, args: MlpArgs<'_>, inputs: &mut Inputs) -> Result<(), BackendError> {
     let MlpArgs { x, tokens, shape, up, down, activation, scratch, out } = args;
     let intermediate = down.in_features;
     let gated = shape == MlpShape::Gated;
@@ -105,7 +115,7 @@ fn by_columns(
             }
         }
     })?;
-    linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), rounded, out)
+    linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), inputs, out)
 }
 
 /// `values = activation(values)`, times `up` if gated.

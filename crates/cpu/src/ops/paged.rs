@@ -19,6 +19,7 @@ use crate::packed::round_row;
 use crate::pages::PackedPages;
 use crate::pool::Pool;
 use crate::simd::Isa;
+use crate::simd::bytes::ByteDot;
 use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs, exp2};
 
 /// Positions in a tile.
@@ -281,7 +282,7 @@ impl Work<'_> {
 
     /// Brings one split of an item into `state`.
     #[inline(always)]
-    unsafe fn split<D: PairDot>(&self, item: Item, split: usize, s: &mut Buffers<'_>, state: &mut State<'_>) {
+    unsafe fn split<D: ByteDot>(&self, item: Item, split: usize, s: &mut Buffers<'_>, state: &mut State<'_>) {
         state.clear();
         let seen = self.all_seen(item.block);
         let (from, to) = (seen.start.max(split * SPLIT), seen.end.min((split + 1) * SPLIT));
@@ -293,7 +294,7 @@ impl Work<'_> {
 
     /// The keys of one tile, for the rows that see any of them.
     #[inline(always)]
-    unsafe fn tile<D: PairDot>(&self, item: Item, start: usize, s: &mut Buffers<'_>, state: &mut State<'_>) {
+    unsafe fn tile<D: ByteDot>(&self, item: Item, start: usize, s: &mut Buffers<'_>, state: &mut State<'_>) {
         let Item { block, kv_head } = item;
         // Positions grow from token to token, so those that see part of the tile are neighbours.
         let sees = |t: usize| {
@@ -399,7 +400,7 @@ impl PairKernel for Run<'_> {
     type Output = ();
 
     #[inline(always)]
-    unsafe fn run<D: PairDot>(self) {
+    unsafe fn run<D: ByteDot>(self) {
         let Self { work, item, scratch, mut task } = self;
         let (mut buffers, part, total) = scratch.parts();
         let (rows, columns) = (item.block.tokens * work.group, work.pages.shape.columns());
@@ -521,7 +522,7 @@ struct Scores<'a> {
 
 impl Tiled for Scores<'_> {
     #[inline(always)]
-    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
+    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
         fits::<D, M, P>();
         let q = &self.q[row * self.pairs..(row + M) * self.pairs];
         // SAFETY: `q` holds M rows; each panel holds `pairs` vectors, and so do its values or more of them.
@@ -602,7 +603,7 @@ struct Values<'a> {
 
 impl Tiled for Values<'_> {
     #[inline(always)]
-    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
+    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
         fits::<D, M, P>();
         let weights = &self.weights[row * TILE / 2..(row + M) * TILE / 2];
         // SAFETY: `weights` holds M rows of TILE / 2, `out` its rows; values reach to the last column.

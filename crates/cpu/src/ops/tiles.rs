@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::simd::bytes::ByteDot;
 use crate::simd::pairs::PairDot;
 
 /// Panels at once for few rows: enough sums to hide the latency of an addition, enough streams to keep memory busy.
@@ -22,7 +23,7 @@ pub(crate) trait Tiled {
     ///
     /// # Safety
     /// As for [`PairDot`], and what the job asks for.
-    unsafe fn tile<D: PairDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, turn: Turn);
+    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, turn: Turn);
 }
 
 /// All panels for these rows: four at a time where there are few rows, else two.
@@ -30,7 +31,7 @@ pub(crate) trait Tiled {
 /// # Safety
 /// The job's.
 #[inline(always)]
-pub(crate) unsafe fn each_panel<D: PairDot>(job: &impl Tiled, rows: Range<usize>, panels: Range<usize>) {
+pub(crate) unsafe fn each_panel<D: ByteDot>(job: &impl Tiled, rows: Range<usize>, panels: Range<usize>) {
     let mut p = panels.start;
     // SAFETY: the caller's.
     unsafe {
@@ -52,7 +53,7 @@ pub(crate) unsafe fn each_panel<D: PairDot>(job: &impl Tiled, rows: Range<usize>
 
 /// Panels `p..p + P` for these rows, in tiles of about the same size.
 #[inline(always)]
-unsafe fn each_row<D: PairDot, const P: usize>(job: &impl Tiled, rows: Range<usize>, p: usize) {
+unsafe fn each_row<D: ByteDot, const P: usize>(job: &impl Tiled, rows: Range<usize>, p: usize) {
     let most = D::TILE_SUMS / if P > NARROW { WIDE } else { NARROW };
     let tiles = rows.len().div_ceil(most);
     let (least, larger) = (rows.len() / tiles.max(1), rows.len() % tiles.max(1));

@@ -10,7 +10,7 @@ pub(super) struct Avx512Bf16;
 
 /// # Safety
 /// The machine has the features, and whatever the kernel asks for.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
 pub(super) unsafe fn run<K: PairKernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
     unsafe { kernel.run::<Avx512Bf16>() }

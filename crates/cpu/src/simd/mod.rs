@@ -7,6 +7,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod bytes;
 pub mod pairs;
 mod portable;
 
@@ -29,7 +30,11 @@ impl Isa {
             let has_all = is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c");
-            let has_pairs = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
+            let has_pairs = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512vnni")
+                && is_x86_feature_detected!("avx512bf16");
             match (has_all, has_pairs) {
                 (true, true) => return Self::Avx512Bf16,
                 (true, false) => return Self::Avx2,

@@ -5,6 +5,7 @@
 //! emulation does the same and gives the same bits, except that the instruction takes and gives zeros for subnormal
 //! numbers (below 1.2e-38).
 
+use super::bytes::ByteDot;
 use super::portable::Portable;
 use super::{Isa, Simd};
 #[cfg(target_arch = "x86_64")]
@@ -93,7 +94,7 @@ pub trait PairKernel {
     ///
     /// # Safety
     /// The machine has `D`'s instruction set; kernels may ask for more.
-    unsafe fn run<D: PairDot>(self) -> Self::Output;
+    unsafe fn run<D: ByteDot>(self) -> Self::Output;
 }
 
 /// Runs `kernel` compiled for `isa`.

@@ -1,0 +1,282 @@
+//! Products of quantized activations with quantized weights: the counterpart of `gemm.rs` for bytes.
+//!
+//! Sums of integers are exact, so they may be taken in any order; the floats that carry them from one group of inputs to
+//! the next follow the order of [`quire_backend::quant`]. For a few tokens int4 is multiplied as it is and each group's
+//! sum then scaled; for more of them a panel is expanded to bytes once and multiplied like int8.
+
+use std::ops::Range;
+
+use quire_core::ExecError;
+
+use super::gemm::Sink;
+use super::grain;
+use super::tiles::{Tiled, Turn, WIDE, each_panel, fits};
+use crate::buffer::Shared;
+use crate::pool::Pool;
+use crate::quantized::{ACT_QUADS, ByteRow, Bytes, Codes, INT4_QUADS, INT4_VECTORS, Quantized};
+use crate::simd::Isa;
+use crate::simd::bytes::ByteDot;
+use crate::simd::pairs::{PANEL, PairKernel, dispatch_pairs};
+
+/// Quads of activations that stay in cache while weights stream by: half of a 1 MiB L2.
+const GROUP_QUADS: usize = 128 * 1024;
+/// Tokens of a group at least.
+const MIN_GROUP: usize = 192;
+/// How far ahead weights are asked for, in vectors of a panel.
+const AHEAD: usize = 32;
+/// Up to how many tokens int4 is multiplied without being expanded.
+const FEW: usize = 2;
+
+/// A product.
+#[derive(Clone, Copy)]
+pub(crate) struct IntGemm<'a> {
+    pub weight: &'a Quantized,
+    pub x: &'a Bytes,
+    /// Rows of `x`.
+    pub tokens: usize,
+}
+
+/// One thread's room for expanded panels.
+pub(crate) type Panels = Vec<u32>;
+
+impl IntGemm<'_> {
+    /// Hands out panels `0..panels`, of which panel `p` lies at `place(p)` of the weights, and the sums of each to `to`.
+    pub(crate) fn run(
+        self,
+        pool: &mut Pool,
+        isa: Isa,
+        scratch: &mut [Panels],
+        panels: usize,
+        place: impl Fn(usize) -> usize + Copy + Sync,
+        to: impl Sink,
+    ) -> Result<(), ExecError> {
+        let quads = self.weight.quads();
+        if self.weight.codes() == Codes::Int4 && self.tokens > FEW {
+            scratch.iter_mut().for_each(|panels| panels.resize((WIDE * quads * PANEL).max(panels.len()), 0));
+        }
+        let scratch = Shared::new(scratch);
+        let units = panels.div_ceil(WIDE);
+        let work = WIDE * PANEL * quads * self.tokens;
+        pool.split(units, grain(units, work, pool.num_threads()), |worker, units| {
+            let panels = units.start * WIDE..(units.end * WIDE).min(panels);
+            // SAFETY: `isa` was detected; each piece has panels, that is columns of the output, of its own, and each
+            // thread its scratch.
+            unsafe {
+                let expanded = Shared::new(&mut scratch.slice(worker, 1)[0]);
+                dispatch_pairs(isa, Piece { gemm: self, panels, place, to, expanded });
+            }
+        })
+    }
+}
+
+/// Some panels for all tokens.
+struct Piece<'a, F, T> {
+    gemm: IntGemm<'a>,
+    panels: Range<usize>,
+    place: F,
+    to: T,
+    /// Where int4 panels are expanded to.
+    expanded: Shared<'a, u32>,
+}
+
+impl<F: Fn(usize) -> usize, T: Sink> PairKernel for Piece<'_, F, T> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<D: ByteDot>(self) {
+        let IntGemm { weight, tokens, .. } = self.gemm;
+        let group = (GROUP_QUADS / weight.quads().max(1)).max(MIN_GROUP);
+        for first in (0..tokens).step_by(group) {
+            let tokens = first..(first + group).min(tokens);
+            // SAFETY: the caller's.
+            unsafe {
+                if weight.codes() == Codes::Int4 && self.gemm.tokens <= FEW {
+                    each_panel::<D>(&Nibbles(&self), tokens, self.panels.clone());
+                } else {
+                    each_panel::<D>(&self, tokens, self.panels.clone());
+                }
+            }
+        }
+    }
+}
+
+impl<F: Fn(usize) -> usize, T: Sink> Piece<'_, F, T> {
+    /// Panel `p + i` as bytes, expanded if need be: once for all tiles of the same panels.
+    #[inline(always)]
+    unsafe fn bytes<D: ByteDot>(&self, p: usize, i: usize, turn: Turn) -> *const u32 {
+        let weight = self.gemm.weight;
+        let panel = weight.panel((self.place)(p + i));
+        match weight.codes() {
+            Codes::Int8 => panel.as_ptr(),
+            Codes::Int4 => {
+                let len = weight.quads() * PANEL;
+                // SAFETY: the scratch is this thread's.
+                let to = unsafe { self.expanded.slice(i * len, len) };
+                if turn.index == 0 {
+                    // SAFETY: the caller's.
+                    unsafe { expand::<D>(panel, weight.steps_at(), to) };
+                }
+                to.as_ptr()
+            }
+        }
+    }
+
+    /// Scales the sums of row `m` by those of the weights.
+    #[inline(always)]
+    unsafe fn give<D: ByteDot, const P: usize>(&self, m: usize, p: usize, sums: [D::V; P]) {
+        let mut scaled = sums;
+        // SAFETY: a panel's scales are one vector; the rest is the caller's.
+        unsafe {
+            for i in 0..P {
+                let scales = self.gemm.weight.scales((self.place)(p + i));
+                scaled[i] = D::mul(sums[i], D::load_sums(scales.as_ptr()));
+            }
+            self.to.take::<D, P>(m, p, scaled);
+        }
+    }
+}
+
+/// A panel of int4 as one of int8.
+#[inline(always)]
+unsafe fn expand<D: ByteDot>(panel: &[u32], steps_at: usize, to: &mut [u32]) {
+    let (codes, steps) = panel.split_at(steps_at);
+    let groups =
+        codes.as_chunks::<{ INT4_VECTORS * PANEL }>().0.iter().zip(steps.as_chunks::<{ PANEL / 4 }>().0);
+    for ((codes, steps), to) in groups.zip(to.as_chunks_mut::<{ INT4_QUADS * PANEL }>().0) {
+        // SAFETY: all chunks hold whole vectors; the rest is the caller's.
+        unsafe {
+            let [step, zero] = D::steps_and_zeros(steps.as_ptr().cast());
+            let expander = D::expander(step, zero);
+            for v in 0..INT4_VECTORS {
+                let [low, high] = D::nibbles(D::load_words(codes.as_ptr().add(v * PANEL)));
+                D::store_words(to.as_mut_ptr().add(v * PANEL), D::expand(low, expander));
+                let high = D::expand(high, expander);
+                D::store_words(to.as_mut_ptr().add((v + INT4_VECTORS) * PANEL), high);
+            }
+        }
+    }
+}
+
+impl<F: Fn(usize) -> usize, T: Sink> Tiled for Piece<'_, F, T> {
+    #[inline(always)]
+    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
+        fits::<D, M, P>();
+        let quads = self.gemm.weight.quads();
+        // SAFETY: panels hold `quads` vectors each, rows as many quads; prefetches may leave them.
+        unsafe {
+            let rows: [ByteRow; M] = std::array::from_fn(|r| self.gemm.x.row(m + r, quads));
+            let panels: [*const u32; P] = std::array::from_fn(|i| self.bytes::<D>(p, i, turn));
+            // As in `gemm.rs`.
+            let last = turn.index + 1 == turn.of;
+            let ahead: [*const u32; P] = std::array::from_fn(|i| {
+                let next = p + P + i;
+                if last && P < WIDE && next < self.panels.end {
+                    self.gemm.weight.panel((self.place)(next)).as_ptr()
+                } else {
+                    panels[i].wrapping_add(AHEAD * PANEL)
+                }
+            });
+            let mut sums = [[D::zero(); P]; M];
+            for (g, first) in (0..quads).step_by(ACT_QUADS).enumerate() {
+                let mut dots = [[D::splat_int(0); P]; M];
+                for r in 0..M {
+                    dots[r] = [D::splat_int(*rows[r].offsets.add(g)); P];
+                }
+                for k in first..(first + ACT_QUADS).min(quads) {
+                    let mut weights = [D::load_words(panels[0]); P];
+                    for i in 0..P {
+                        weights[i] = D::load_words(panels[i].add(k * PANEL));
+                        D::prefetch(ahead[i].wrapping_add(k * PANEL));
+                    }
+                    for r in 0..M {
+                        for i in 0..P {
+                            dots[r][i] = D::dot_bytes(dots[r][i], weights[i], rows[r].quads.add(k));
+                        }
+                    }
+                }
+                for r in 0..M {
+                    let scale = D::splat(*rows[r].scales.add(g));
+                    for i in 0..P {
+                        sums[r][i] = D::fma(scale, D::to_float(dots[r][i]), sums[r][i]);
+                    }
+                }
+            }
+            for r in 0..M {
+                self.give::<D, P>(m + r, p, sums[r]);
+            }
+        }
+    }
+}
+
+/// The product with int4 as it is, for up to [`FEW`] tokens.
+struct Nibbles<'a, 'b, F, T>(&'b Piece<'a, F, T>);
+
+impl<F: Fn(usize) -> usize, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
+    #[inline(always)]
+    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, _: Turn) {
+        if M > FEW {
+            unreachable!("{M} tokens at once");
+        }
+        let weight = self.0.gemm.weight;
+        let (quads, steps_at) = (weight.quads(), weight.steps_at());
+        // SAFETY: panels hold `steps_at` words of codes and then the steps, rows `quads` quads; prefetches may leave them.
+        unsafe {
+            let rows: [ByteRow; M] = std::array::from_fn(|r| self.0.gemm.x.row(m + r, quads));
+            let panels: [*const u32; P] =
+                std::array::from_fn(|i| weight.panel((self.0.place)(p + i)).as_ptr());
+            let mut sums = [[D::zero(); P]; M];
+            for (g, first) in (0..quads).step_by(ACT_QUADS).enumerate() {
+                let mut totals = [[D::splat_int(0); P]; M];
+                for small in first / INT4_QUADS..(first + ACT_QUADS).min(quads) / INT4_QUADS {
+                    for i in 0..P {
+                        let dots = group_dots::<D, M>(panels[i], steps_at, small, rows);
+                        for r in 0..M {
+                            totals[r][i] = D::add_int(totals[r][i], dots[r]);
+                        }
+                    }
+                }
+                for r in 0..M {
+                    let scale = D::splat(*rows[r].scales.add(g));
+                    for i in 0..P {
+                        sums[r][i] = D::fma(scale, D::to_float(totals[r][i]), sums[r][i]);
+                    }
+                }
+            }
+            for r in 0..M {
+                self.0.give::<D, P>(m + r, p, sums[r]);
+            }
+        }
+    }
+}
+
+/// `step * Σ (code - zero) * x` over one group of inputs.
+#[inline(always)]
+unsafe fn group_dots<D: ByteDot, const M: usize>(
+    panel: *const u32,
+    steps_at: usize,
+    group: usize,
+    rows: [ByteRow; M],
+) -> [D::I; M] {
+    // SAFETY: the caller's.
+    unsafe {
+        let codes = panel.add(group * INT4_VECTORS * PANEL);
+        let mut low_dots = [D::splat_int(0); M];
+        let mut high_dots = low_dots;
+        for v in 0..INT4_VECTORS {
+            let [low, high] = D::nibbles(D::load_words(codes.add(v * PANEL)));
+            D::prefetch(codes.wrapping_add((v + AHEAD) * PANEL));
+            for r in 0..M {
+                let x = rows[r].quads.add(group * INT4_QUADS + v);
+                low_dots[r] = D::dot_bytes(low_dots[r], low, x);
+                high_dots[r] = D::dot_bytes(high_dots[r], high, x.add(INT4_VECTORS));
+            }
+        }
+        let steps = panel.add(steps_at + group * (PANEL / 4));
+        let [step, zero] = D::steps_and_zeros(steps.cast());
+        std::array::from_fn(|r| {
+            let dots = D::add_int(low_dots[r], high_dots[r]);
+            let offset = D::mul_int(zero, D::splat_int(*rows[r].sums.add(group)));
+            D::mul_int(step, D::sub_int(dots, offset))
+        })
+    }
+}

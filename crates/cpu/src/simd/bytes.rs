@@ -1,0 +1,334 @@
+//! Dot products of bytes: what the kernels over int8 and int4 weights ask of an instruction set, beside [`PairDot`].
+//!
+//! A quad is a `u32` of four consecutive inputs, the first in the low byte: unsigned for weights, signed for activations.
+//! Everything is exact, so every instruction set gives the same bits.
+
+use super::Simd;
+use super::pairs::{Emulated, PANEL, PairDot};
+
+/// Vectors of [`PANEL`] 32-bit integers, and bytes or nibbles within them.
+///
+/// # Safety
+/// As for [`PairDot`].
+#[allow(clippy::missing_safety_doc, missing_docs)] // said once, there; the names say the rest
+pub unsafe trait ByteDot: PairDot {
+    type I: Copy;
+    unsafe fn splat_int(x: i32) -> Self::I;
+    unsafe fn load_words(from: *const u32) -> Self::I;
+    unsafe fn store_words(to: *mut u32, words: Self::I);
+    /// Adds, in each lane, the products of a quad of weights with the one quad `x` of activations.
+    unsafe fn dot_bytes(sums: Self::I, weights: Self::I, x: *const u32) -> Self::I;
+    unsafe fn to_float(a: Self::I) -> Self::V;
+    unsafe fn sub_int(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn mul_int(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn add_int(a: Self::I, b: Self::I) -> Self::I;
+    /// The low and the high nibbles of all bytes, as bytes.
+    unsafe fn nibbles(words: Self::I) -> [Self::I; 2];
+    /// Low and high nibbles of [`PANEL`] bytes, as integers: steps and zeros of a group.
+    unsafe fn steps_and_zeros(from: *const u8) -> [Self::I; 2];
+    /// What [`ByteDot::expand`] needs of a group.
+    unsafe fn expander(step: Self::I, zero: Self::I) -> [Self::I; 2];
+    /// `step * (code - zero) + 128` of every byte.
+    unsafe fn expand(codes: Self::I, expander: [Self::I; 2]) -> Self::I;
+    /// Whole numbers in -127..=127, as bytes.
+    unsafe fn store_bytes(to: *mut i8, v: Self::V);
+}
+
+const LOW_NIBBLES: u32 = 0x0F0F_0F0F;
+const EVEN_BYTES: u32 = 0x00FF_00FF;
+
+// SAFETY: needs no more than `S`; pointers are read and written unaligned.
+unsafe impl<S: Simd> ByteDot for Emulated<S> {
+    type I = [u32; PANEL];
+
+    #[inline(always)]
+    unsafe fn splat_int(x: i32) -> Self::I {
+        [x.cast_unsigned(); PANEL]
+    }
+
+    #[inline(always)]
+    unsafe fn load_words(from: *const u32) -> Self::I {
+        // SAFETY: the trait's contract; so for all below.
+        unsafe { from.cast::<Self::I>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn store_words(to: *mut u32, words: Self::I) {
+        // SAFETY: as above.
+        unsafe { to.cast::<Self::I>().write_unaligned(words) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_bytes(sums: Self::I, weights: Self::I, x: *const u32) -> Self::I {
+        // SAFETY: as above.
+        let x = unsafe { *x };
+        let at = |byte: u32| i32::from((x >> (8 * byte)) as i8);
+        let x = [at(0), at(1), at(2), at(3)];
+        std::array::from_fn(|i| {
+            let weight = |byte: u32| (weights[i] >> (8 * byte) & 0xFF).cast_signed();
+            let products = weight(0) * x[0] + weight(1) * x[1] + weight(2) * x[2] + weight(3) * x[3];
+            sums[i].wrapping_add(products.cast_unsigned())
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn to_float(a: Self::I) -> Self::V {
+        a.map(|x| x.cast_signed() as f32)
+    }
+
+    #[inline(always)]
+    unsafe fn sub_int(a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i].wrapping_sub(b[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn mul_int(a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i].wrapping_mul(b[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn add_int(a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn nibbles(words: Self::I) -> [Self::I; 2] {
+        [words.map(|w| w & LOW_NIBBLES), words.map(|w| w >> 4 & LOW_NIBBLES)]
+    }
+
+    #[inline(always)]
+    unsafe fn steps_and_zeros(from: *const u8) -> [Self::I; 2] {
+        // SAFETY: as above.
+        let bytes = unsafe { from.cast::<[u8; PANEL]>().read_unaligned() };
+        [bytes.map(|b| u32::from(b & 15)), bytes.map(|b| u32::from(b >> 4))]
+    }
+
+    #[inline(always)]
+    unsafe fn expander(step: Self::I, zero: Self::I) -> [Self::I; 2] {
+        let offset = |i: usize| 128u32.wrapping_sub(step[i].wrapping_mul(zero[i])) & 0xFF;
+        [step.map(|s| s | s << 16), std::array::from_fn(|i| offset(i) * 0x0101_0101)]
+    }
+
+    #[inline(always)]
+    unsafe fn expand(codes: Self::I, [step, offset]: [Self::I; 2]) -> Self::I {
+        std::array::from_fn(|i| {
+            let byte = |b: u32| {
+                let code = codes[i] >> (8 * b) & 0xFF;
+                (code * (step[i] & 0xFF)).wrapping_add(offset[i]) & 0xFF
+            };
+            byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn store_bytes(to: *mut i8, v: Self::V) {
+        // SAFETY: as above.
+        unsafe { to.cast::<[i8; PANEL]>().write_unaligned(v.map(|x| x as i32 as i8)) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::*;
+
+    use super::super::avx512::Avx512Bf16;
+    use super::{ByteDot, EVEN_BYTES, LOW_NIBBLES};
+
+    // SAFETY: each method needs only the features that `avx512::run` enables and valid pointers.
+    unsafe impl ByteDot for Avx512Bf16 {
+        type I = __m512i;
+
+        #[inline(always)]
+        unsafe fn splat_int(x: i32) -> __m512i {
+            // SAFETY: the trait's contract; so for all below.
+            unsafe { _mm512_set1_epi32(x) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_words(from: *const u32) -> __m512i {
+            // SAFETY: as above.
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_words(to: *mut u32, words: __m512i) {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_si512(to.cast(), words) }
+        }
+
+        #[inline(always)]
+        unsafe fn dot_bytes(sums: __m512i, weights: __m512i, x: *const u32) -> __m512i {
+            // SAFETY: as above.
+            unsafe { _mm512_dpbusd_epi32(sums, weights, _mm512_set1_epi32((*x).cast_signed())) }
+        }
+
+        #[inline(always)]
+        unsafe fn to_float(a: __m512i) -> __m512 {
+            // SAFETY: as above.
+            unsafe { _mm512_cvtepi32_ps(a) }
+        }
+
+        #[inline(always)]
+        unsafe fn sub_int(a: __m512i, b: __m512i) -> __m512i {
+            // SAFETY: as above.
+            unsafe { _mm512_sub_epi32(a, b) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul_int(a: __m512i, b: __m512i) -> __m512i {
+            // SAFETY: as above.
+            unsafe { _mm512_mullo_epi32(a, b) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_int(a: __m512i, b: __m512i) -> __m512i {
+            // SAFETY: as above.
+            unsafe { _mm512_add_epi32(a, b) }
+        }
+
+        #[inline(always)]
+        unsafe fn nibbles(words: __m512i) -> [__m512i; 2] {
+            // SAFETY: as above.
+            unsafe {
+                let low = _mm512_set1_epi32(LOW_NIBBLES.cast_signed());
+                [_mm512_and_si512(words, low), _mm512_and_si512(_mm512_srli_epi32::<4>(words), low)]
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn steps_and_zeros(from: *const u8) -> [__m512i; 2] {
+            // SAFETY: as above.
+            unsafe {
+                let both = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+                [_mm512_and_si512(both, _mm512_set1_epi32(15)), _mm512_srli_epi32::<4>(both)]
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn expander(step: __m512i, zero: __m512i) -> [__m512i; 2] {
+            // SAFETY: as above.
+            unsafe {
+                let offset = _mm512_sub_epi32(_mm512_set1_epi32(128), _mm512_mullo_epi32(step, zero));
+                let offset = _mm512_and_si512(offset, _mm512_set1_epi32(0xFF));
+                let halves = _mm512_or_si512(step, _mm512_slli_epi32::<16>(step));
+                [halves, _mm512_mullo_epi32(offset, _mm512_set1_epi32(0x0101_0101))]
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn expand(codes: __m512i, [step, offset]: [__m512i; 2]) -> __m512i {
+            // Products of a code and a step are below 256, so two bytes can be multiplied as two halves.
+            // SAFETY: as above.
+            unsafe {
+                let even = _mm512_and_si512(codes, _mm512_set1_epi32(EVEN_BYTES.cast_signed()));
+                let odd = _mm512_srli_epi16::<8>(codes);
+                let (even, odd) = (_mm512_mullo_epi16(even, step), _mm512_mullo_epi16(odd, step));
+                _mm512_add_epi8(_mm512_or_si512(even, _mm512_slli_epi16::<8>(odd)), offset)
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store_bytes(to: *mut i8, v: __m512) {
+            // SAFETY: as above.
+            unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Isa;
+    use super::super::pairs::{PairKernel, dispatch_pairs};
+    use super::*;
+
+    /// Eight words of everything, from random words.
+    struct Everything<'a>(&'a [[u32; PANEL]; 4]);
+
+    impl PairKernel for Everything<'_> {
+        type Output = [[u32; PANEL]; 8];
+
+        #[inline(always)]
+        unsafe fn run<D: ByteDot>(self) -> Self::Output {
+            let mut out = [[0; PANEL]; 8];
+            // SAFETY: all arrays hold PANEL elements.
+            unsafe {
+                let [a, b, c, x] = self.0.each_ref().map(|words| D::load_words(words.as_ptr()));
+                let [low, high] = D::nibbles(a);
+                let [step, zero] = D::steps_and_zeros(self.0[1].as_ptr().cast());
+                let expander = D::expander(step, zero);
+                let mut sums = D::splat_int(-5);
+                for quad in &self.0[3] {
+                    sums = D::dot_bytes(sums, c, quad);
+                }
+                let floats = D::to_float(D::sub_int(sums, D::mul_int(step, zero)));
+                let all =
+                    [low, high, D::expand(low, expander), D::expand(high, expander), sums, D::add_int(b, x)];
+                all.iter().zip(&mut out).for_each(|(words, out)| D::store_words(out.as_mut_ptr(), *words));
+                D::store(out[6].as_mut_ptr().cast(), floats);
+                let small = D::round(D::mul(floats, D::splat(1e-5)));
+                D::store_bytes(out[7].as_mut_ptr().cast(), small);
+            }
+            out
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let mut state = 7u64;
+        let mut word = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 32) as u32
+        };
+        for _ in 0..2000 {
+            let words = std::array::from_fn(|_| std::array::from_fn(|_| word()));
+            // SAFETY: the instruction sets are there.
+            let run = |isa: Isa| unsafe { dispatch_pairs(isa.min(Isa::detect()), Everything(&words)) };
+            let expected = run(Isa::Portable);
+            assert_eq!(run(Isa::Avx2), expected);
+            assert_eq!(run(Isa::Avx512Bf16), expected);
+        }
+    }
+
+    #[test]
+    fn expands_to_the_value_of_a_code() {
+        for step in 0..16u32 {
+            for zero in 0..16u32 {
+                let [codes, group] = [0x0302_0100, 0x0F0E_0D0C].map(|codes| {
+                    // SAFETY: the instruction set is there.
+                    unsafe { dispatch_pairs(Isa::detect(), Expand { codes, byte: (step | zero << 4) as u8 }) }
+                });
+                for (code, byte) in
+                    [0u8, 1, 2, 3, 12, 13, 14, 15].into_iter().zip(codes.into_iter().chain(group))
+                {
+                    let value = quire_backend::quant::int4_value((step | zero << 4) as u8, code);
+                    assert_eq!(
+                        i32::from(byte),
+                        (value + 128) & 0xFF,
+                        "step {step}, zero {zero}, code {code}"
+                    );
+                }
+            }
+        }
+    }
+
+    struct Expand {
+        codes: u32,
+        byte: u8,
+    }
+
+    impl PairKernel for Expand {
+        type Output = [u8; 4];
+
+        #[inline(always)]
+        unsafe fn run<D: ByteDot>(self) -> [u8; 4] {
+            let mut out = [0; PANEL];
+            // SAFETY: all arrays hold PANEL elements.
+            unsafe {
+                let [step, zero] = D::steps_and_zeros([self.byte; PANEL].as_ptr());
+                let codes = D::splat_int(self.codes.cast_signed());
+                D::store_words(out.as_mut_ptr(), D::expand(codes, D::expander(step, zero)));
+            }
+            out[3].to_le_bytes()
+        }
+    }
+}
