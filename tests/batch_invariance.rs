@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use quire_core::{DType, FinishReason, Micros, Request, RequestId, SamplingParams, TokenId};
+use quire_core::{DType, FinishReason, Micros, QuantFormat, Request, RequestId, SamplingParams, TokenId};
 use quire_cpu::Precision;
 use quire_engine::EngineCore;
 use quire_model::Checkpoint;
@@ -142,11 +142,10 @@ fn together(checkpoint: &Checkpoint, setup: Setup, requests: &[Request]) -> (Ans
 }
 
 /// `pool_tokens`: what the KV pool holds, about three of the longest sequences (fewer blocks suffice under a window).
-fn assert_same_bytes(family: &str, kv_dtype: DType, precision: Precision, pool_tokens: u32, seed: u64) {
-    println!("{family}, products in {precision:?}, KV in {kv_dtype}");
+fn assert_same_bytes(family: &str, base: Setup, pool_tokens: u32, seed: u64) {
+    println!("{family}, {base:?}");
     let checkpoint = Checkpoint::open(&golden(family)).unwrap();
     let mut random = Random(seed);
-    let base = Setup { kv_dtype, precision, ..Setup::default() };
     let expected = alone(&checkpoint, base, &random_requests(seed, base.block_size));
     assert_eq!(
         expected.len() as u64,
@@ -177,20 +176,33 @@ fn assert_same_bytes(family: &str, kv_dtype: DType, precision: Precision, pool_t
 
 #[test]
 fn same_bytes_llama3_f32_cache() {
-    assert_same_bytes("llama3", DType::F32, Precision::F32, 320, 1);
+    assert_same_bytes("llama3", Setup::default(), 320, 1);
 }
 
 #[test]
 fn same_bytes_qwen3_bf16_cache() {
-    assert_same_bytes("qwen3", DType::BF16, Precision::F32, 320, 2);
+    assert_same_bytes("qwen3", Setup { kv_dtype: DType::BF16, ..Setup::default() }, 320, 2);
 }
 
 #[test]
 fn same_bytes_mistral_sliding_window() {
-    assert_same_bytes("mistral", DType::F32, Precision::F32, 128, 3);
+    assert_same_bytes("mistral", Setup::default(), 128, 3);
 }
+
+/// As bf16 checkpoints run.
+const BF16: Setup = Setup { kv_dtype: DType::BF16, precision: Precision::Bf16, ..Setup::ROOMY };
 
 #[test]
 fn same_bytes_llama3_bf16_products() {
-    assert_same_bytes("llama3", DType::BF16, Precision::Bf16, 320, 4);
+    assert_same_bytes("llama3", BF16, 320, 4);
+}
+
+#[test]
+fn same_bytes_llama3_int8() {
+    assert_same_bytes("llama3", Setup { quant: QuantFormat::Int8, ..BF16 }, 320, 5);
+}
+
+#[test]
+fn same_bytes_qwen3_int4() {
+    assert_same_bytes("qwen3", Setup { quant: QuantFormat::Int4, ..BF16 }, 320, 6);
 }

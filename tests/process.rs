@@ -15,6 +15,8 @@ struct Server {
     child: Child,
     http: String,
     grpc: String,
+    /// What it said up to its addresses.
+    announced: String,
 }
 
 impl Server {
@@ -27,20 +29,21 @@ impl Server {
             .unwrap();
         let (mut http, mut grpc) = (None, None);
         let mut lines = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
+        let (mut line, mut announced) = (String::new(), String::new());
         while http.is_none() || grpc.is_none() {
             line.clear();
             assert!(
                 lines.read_line(&mut line).unwrap() > 0,
                 "the server ended before it said where it listens"
             );
+            announced += &line;
             match line.split_whitespace().collect::<Vec<_>>()[..] {
                 ["http", url] => http = Some(url.trim_start_matches("http://").to_owned()),
                 ["grpc", address] => grpc = Some(address.to_owned()),
                 _ => {}
             }
         }
-        Self { child, http: http.unwrap(), grpc: grpc.unwrap() }
+        Self { child, http: http.unwrap(), grpc: grpc.unwrap(), announced }
     }
 
     fn signal(&self, name: &str) {
@@ -160,6 +163,23 @@ fn http_and_grpc_give_the_same_tokens() {
     assert_eq!(choice["token_ids"], json!(over_grpc.token_ids));
     assert_eq!(streamed, over_grpc.text);
     assert_eq!(over_grpc.token_ids.len(), 24);
+}
+
+#[test]
+fn quantized_models_answer() {
+    for format in ["int8", "int4"] {
+        let server = Server::start(&["--quantize", format]);
+        let (head, body) = server.ask("POST", "/v1/completions", &completion(24));
+        assert!(head.starts_with("http/1.1 200"), "{format}: {head}\n{body}");
+        let answer: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(answer["usage"]["completion_tokens"], 24, "{format}: {body}");
+        let announced = server.announced.lines().find(|line| line.starts_with("weights"));
+        let announced = announced.expect("the format is announced");
+        assert!(
+            announced.contains(&format!("{format}: ")) && announced.contains("as they are: norms ("),
+            "{announced}"
+        );
+    }
 }
 
 #[test]

@@ -116,6 +116,18 @@ impl Config {
             model_context,
         })
     }
+
+    /// Of quantized weights: `int4: 4.28 bits per weight (304.1 MiB); left as they are: norms (256 KiB)`.
+    pub fn quantized(&self) -> Option<String> {
+        let WeightPlan { quant, bytes, unquantized_bytes, unquantized, .. } = &self.weights;
+        let (total, rest) = (Bytes(*bytes), Bytes(*unquantized_bytes));
+        let (bits, kinds) = (self.weights.bits_per_weight(), unquantized.join(", "));
+        let text = format!(
+            "{}: {bits:.2} bits per weight ({total}); left as they are: {kinds} ({rest})",
+            quant.name()
+        );
+        (*quant != QuantFormat::None).then_some(text)
+    }
 }
 
 /// Refuses server settings whose feature does not exist yet.
@@ -254,15 +266,6 @@ fn fitting_model_len(args: &EngineArgs, runner: &RunnerConfig) -> Result<u32, Co
     Ok(pool as u32)
 }
 
-/// `int4: 4.28 bits per weight (321.5 MiB); left as they are: norms (240 KiB)`.
-pub(crate) fn stored(weights: &WeightPlan) -> String {
-    let WeightPlan { quant, bytes, unquantized_bytes, unquantized, .. } = weights;
-    let (total, left) = (Bytes(*bytes), Bytes(*unquantized_bytes));
-    let bits = weights.bits_per_weight();
-    let left_out = unquantized.join(", ");
-    format!("{}: {bits:.2} bits per weight ({total}); left as they are: {left_out} ({left})", quant.name())
-}
-
 fn error(flag: &'static str, message: String) -> ConfigError {
     ConfigError { flag, message }
 }
@@ -270,8 +273,8 @@ fn error(flag: &'static str, message: String) -> ConfigError {
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (runner, memory) = (&self.runner, &self.memory);
-        if runner.quant != QuantFormat::None {
-            writeln!(f, "weights  {}", stored(&self.weights))?;
+        if let Some(format) = self.quantized() {
+            writeln!(f, "weights  {format}")?;
         }
         writeln!(
             f,

@@ -35,7 +35,9 @@ pub(crate) fn run(args: &RunArgs, out: &mut impl Write) -> Result<()> {
         match prompt {
             Some(prompt) => chat.once(&prompt, signals, out).await,
             None => {
-                eprintln_lossy(&format!("{name}: {}\n{HELP}", loaded.headline));
+                let weights = loaded.config.quantized().map(|format| format!("{format}\n"));
+                let weights = weights.unwrap_or_default();
+                eprintln_lossy(&format!("{name}: {}\n{weights}{HELP}", loaded.headline));
                 chat.converse(&mut read_lines(), signals, out).await
             }
         }

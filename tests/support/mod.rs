@@ -30,23 +30,29 @@ pub struct Setup {
     pub max_model_len: u32,
     pub kv_dtype: DType,
     pub precision: Precision,
+    pub quant: QuantFormat,
     pub prefix_caching: bool,
+}
+
+impl Setup {
+    pub const ROOMY: Self = Self {
+        threads: 1,
+        max_num_seqs: 64,
+        max_num_batched_tokens: 256,
+        max_prefill_chunk: u32::MAX,
+        block_size: 16,
+        num_blocks: 512,
+        max_model_len: 128,
+        kv_dtype: DType::F32,
+        precision: Precision::F32,
+        quant: QuantFormat::None,
+        prefix_caching: false,
+    };
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self {
-            threads: 1,
-            max_num_seqs: 64,
-            max_num_batched_tokens: 256,
-            max_prefill_chunk: u32::MAX,
-            block_size: 16,
-            num_blocks: 512,
-            max_model_len: 128,
-            kv_dtype: DType::F32,
-            precision: Precision::F32,
-            prefix_caching: false,
-        }
+        Self::ROOMY
     }
 }
 
@@ -67,7 +73,7 @@ pub fn engine(checkpoint: &Checkpoint, setup: Setup) -> EngineCore {
         block_size: setup.block_size,
         num_blocks: setup.num_blocks,
         kv_dtype: setup.kv_dtype,
-        quant: QuantFormat::None,
+        quant: setup.quant,
     };
     let runner = ModelRunner::load(backend, checkpoint, &config, |_| {}).unwrap();
     let scheduler = SchedulerConfig {

@@ -33,6 +33,8 @@ pub const TINY: f32 = 7.888_609e-31;
 const LIMIT: f32 = 127.0;
 /// The largest 4-bit code, step and zero.
 const MAX_CODE: f32 = 15.0;
+/// 1.5 * 2^23: a number of small magnitude that is added to it is rounded to an integer, ties to even.
+const ULP_IS_ONE: f32 = 12_582_912.0;
 /// Row scales that are tried, relative to the one at which the widest group just fits its 16 codes at step 15.
 const ROW_SCALES: [f32; 4] = [0.94, 1.0, 1.06, 1.12];
 /// Steps that are tried per group, from the one that covers the whole group downwards: finer steps that clip its ends.
@@ -42,6 +44,7 @@ const STEPS: usize = 2;
 ///
 /// # Panics
 /// If `q` is not as long as `row`.
+#[inline]
 pub fn quantize_int8(row: &[f32], q: &mut [i8]) -> f32 {
     assert_eq!(row.len(), q.len(), "one code per weight");
     quantize_group(row, q)
@@ -53,6 +56,7 @@ pub fn quantize_int8(row: &[f32], q: &mut [i8]) -> f32 {
 ///
 /// # Panics
 /// If `q` is not as long as `x`, or `scales` as `x` has groups.
+#[inline]
 pub fn quantize_activations(x: &[f32], q: &mut [i8], scales: &mut [f32]) {
     assert_eq!(x.len(), q.len(), "one code per activation");
     assert_eq!(x.len().div_ceil(ACT_GROUP), scales.len(), "one scale per group");
@@ -62,6 +66,7 @@ pub fn quantize_activations(x: &[f32], q: &mut [i8], scales: &mut [f32]) {
 }
 
 /// The int8 code of weights and activations alike.
+#[inline(always)]
 fn quantize_group(x: &[f32], q: &mut [i8]) -> f32 {
     let max = max_magnitude(x);
     if max < TINY {
@@ -70,8 +75,8 @@ fn quantize_group(x: &[f32], q: &mut [i8]) -> f32 {
     }
     let inverse = LIMIT / max;
     for (q, x) in q.iter_mut().zip(x) {
-        // `as` saturates and maps NaN to 0.
-        *q = round(x * inverse) as i32 as i8;
+        // The low byte of a number whose unit in the last place is 1.
+        *q = (x * inverse + ULP_IS_ONE).to_bits() as i8;
     }
     max / LIMIT
 }
@@ -85,10 +90,14 @@ pub fn int4_value(groups_byte: u8, q: u8) -> i32 {
 /// Quantizes a row of weights: `weight ≈ scale * step * (q - zero)`. `q` gets one code in `0..=15` per weight, `groups`
 /// one byte `step | zero << 4` per [`INT4_GROUP`] weights, of which the last may be fewer. Returns the scale.
 ///
+/// A row with a number that is not finite becomes zeros; [`check_finite`] finds it first.
+///
 /// Row scale, steps and zeros are searched for the least squared error; at last the scale is fitted to the codes.
+/// (Weighing large weights more, as llama.cpp does for some formats, made predictions worse on the models of the tests.)
 ///
 /// # Panics
 /// If `q` is not as long as `row`, or `groups` as `row` has groups.
+#[inline]
 pub fn quantize_int4(row: &[f32], q: &mut [u8], groups: &mut [u8]) -> f32 {
     assert_eq!(row.len(), q.len(), "one code per weight");
     assert_eq!(row.len().div_ceil(INT4_GROUP), groups.len(), "one step and zero per group");
@@ -98,13 +107,14 @@ pub fn quantize_int4(row: &[f32], q: &mut [u8], groups: &mut [u8]) -> f32 {
         groups.fill(0);
         return 0.0;
     }
-    let scale = best_row_scale(row, fitting_row_scale(row, max));
+    let unit = fitting_row_scale(row, max);
+    let scale = best_row_scale(row, unit);
     let (mut dot, mut norm) = (0.0, 0.0);
     for ((row, q), group) in row.chunks(INT4_GROUP).zip(q.chunks_mut(INT4_GROUP)).zip(groups) {
-        let x = in_units(row, 1.0 / scale);
-        let grid = search_group(&x).0;
+        let weights = Group::new(row, 1.0 / unit);
+        let grid = weights.search(scale).0;
         *group = grid.step as u8 | (grid.zero as u8) << 4;
-        for (q, x) in q.iter_mut().zip(x) {
+        for (q, x) in q.iter_mut().zip(weights.x) {
             let code = grid.nearest(x * grid.inverse);
             let value = f64::from(grid.step * code);
             *q = (code + grid.zero) as u8;
@@ -112,26 +122,33 @@ pub fn quantize_int4(row: &[f32], q: &mut [u8], groups: &mut [u8]) -> f32 {
             norm += value * value;
         }
     }
-    if norm > 0.0 { (f64::from(scale) * (dot / norm)) as f32 } else { 0.0 }
+    // The factor that brings the values closest to the weights.
+    if norm > 0.0 { (f64::from(unit) * (dot / norm)) as f32 } else { 0.0 }
 }
 
-/// The smallest scale at which no group of the row has to be clipped.
+/// The smallest scale at which no group of the row has to be clipped. Later steps count in it.
+#[inline(always)]
 fn fitting_row_scale(row: &[f32], max: f32) -> f32 {
-    let widest = row.chunks(INT4_GROUP).map(|group| {
-        let (low, high) = extremes(&in_units(group, 1.0 / max));
-        high - low
-    });
-    let widest = widest.fold(0.0, f32::max);
+    let mut widest = 0.0f32;
+    for group in row.chunks(INT4_GROUP) {
+        let Group { low, high, .. } = Group::new(group, 1.0 / max);
+        widest = widest.max(high - low);
+    }
     max * (widest / (MAX_CODE * MAX_CODE)).max(1.0 / LIMIT)
 }
 
-fn best_row_scale(row: &[f32], fitting: f32) -> f32 {
-    let (mut best, mut least) = (fitting, f32::INFINITY);
-    for factor in ROW_SCALES {
-        let scale = fitting * factor;
-        let groups = row.chunks(INT4_GROUP).map(|group| search_group(&in_units(group, 1.0 / scale)).1);
-        // In units of `fitting`, so that it neither overflows nor vanishes.
-        let error = groups.sum::<f32>() * factor * factor;
+/// The best of [`ROW_SCALES`].
+#[inline(always)]
+fn best_row_scale(row: &[f32], unit: f32) -> f32 {
+    let mut errors = [0.0; ROW_SCALES.len()];
+    for group in row.chunks(INT4_GROUP) {
+        let group = Group::new(group, 1.0 / unit);
+        for (error, scale) in errors.iter_mut().zip(ROW_SCALES) {
+            *error += group.search(scale).1;
+        }
+    }
+    let (mut best, mut least) = (1.0, f32::INFINITY);
+    for (scale, error) in ROW_SCALES.into_iter().zip(errors) {
         if error < least {
             (best, least) = (scale, error);
         }
@@ -144,6 +161,7 @@ fn best_row_scale(row: &[f32], fitting: f32) -> f32 {
 struct Grid {
     step: f32,
     zero: f32,
+    /// Of step times row scale.
     inverse: f32,
     /// The least and the greatest `q - zero`: `q` is a code, and `step * (q - zero)` stays within `LIMIT`.
     low: f32,
@@ -151,90 +169,113 @@ struct Grid {
 }
 
 impl Grid {
-    fn new(step: f32, zero: f32) -> Self {
-        let reach = (LIMIT / step).floor();
-        Self { step, zero, inverse: 1.0 / step, low: -reach.min(zero), high: reach.min(MAX_CODE - zero) }
+    #[inline(always)]
+    fn new(step: f32, zero: f32, scale: f32) -> Self {
+        let reach = (LIMIT / step) as i32 as f32;
+        let (low, high) = (-reach.min(zero), reach.min(MAX_CODE - zero));
+        Self { step, zero, inverse: 1.0 / (step * scale), low, high }
     }
 
-    /// `q - zero` of the nearest code, for a weight in units of the step.
+    /// `q - zero` of the nearest code, for a weight in units of step and row scale.
+    #[inline(always)]
     fn nearest(&self, x: f32) -> f32 {
         // Comparisons of this form are one instruction each; `f32::clamp` also minds NaN.
         let x = round(x);
         let x = if x > self.low { x } else { self.low };
         if x < self.high { x } else { self.high }
     }
-
-    /// The sum of squared errors.
-    fn error(&self, x: &[f32; INT4_GROUP]) -> f32 {
-        // Independent sums, so that they can be vectors.
-        let mut sums = [0.0; 8];
-        for x in x.as_chunks::<8>().0 {
-            for (sum, x) in sums.iter_mut().zip(x) {
-                let x = x * self.inverse;
-                let error = x - self.nearest(x);
-                *sum += error * error;
-            }
-        }
-        sums.iter().sum::<f32>() * self.step * self.step
-    }
 }
 
-/// The best step and zero for a group in units of the row's scale, and the squared error in these units.
-fn search_group(x: &[f32; INT4_GROUP]) -> (Grid, f32) {
-    let (low, high) = extremes(x);
-    let widest = ((high - low) / MAX_CODE).ceil().clamp(1.0, MAX_CODE);
-    let mut best = (Grid::default(), f32::INFINITY);
-    for finer in 0..STEPS {
-        let step = widest - finer as f32;
-        if step < 1.0 {
-            break;
+/// The weights of a group in some unit; a short group is filled up with zeros, which every grid holds exactly.
+struct Group {
+    x: [f32; INT4_GROUP],
+    /// The least and the greatest of the weights and zero.
+    low: f32,
+    high: f32,
+}
+
+impl Group {
+    #[inline(always)]
+    fn new(weights: &[f32], inverse: f32) -> Self {
+        let mut x = [0.0; INT4_GROUP];
+        for (x, w) in x.iter_mut().zip(weights) {
+            *x = w * inverse;
         }
-        // The zeros at which the lowest and the highest weight keep their place. Where the codes cannot hold both, also
-        // the one that clips both ends alike.
-        let keeps_low = round(-low / step).clamp(0.0, MAX_CODE);
-        let keeps_high = (MAX_CODE - round(high / step)).clamp(0.0, MAX_CODE);
-        for zero in [keeps_low, keeps_high, round(0.5 * (keeps_low + keeps_high))] {
-            let grid = Grid::new(step, zero);
-            let error = grid.error(x);
-            if error < best.1 {
-                best = (grid, error);
+        let (mut low, mut high) = ([0.0f32; 8], [0.0f32; 8]);
+        for x in x.as_chunks::<8>().0 {
+            for lane in 0..8 {
+                low[lane] = if x[lane] < low[lane] { x[lane] } else { low[lane] };
+                high[lane] = if x[lane] > high[lane] { x[lane] } else { high[lane] };
             }
-            if keeps_low >= keeps_high {
+        }
+        for lane in 1..8 {
+            low[0] = if low[lane] < low[0] { low[lane] } else { low[0] };
+            high[0] = if high[lane] > high[0] { high[lane] } else { high[0] };
+        }
+        Self { x, low: low[0], high: high[0] }
+    }
+
+    /// The best step and zero at a row scale, and the squared error.
+    #[inline(always)]
+    fn search(&self, scale: f32) -> (Grid, f32) {
+        let mut best = (Grid::default(), f32::INFINITY);
+        let fitting = (self.high - self.low) / (MAX_CODE * scale);
+        let widest = (fitting as i32 as f32 + 1.0).min(MAX_CODE);
+        for finer in 0..STEPS {
+            let step = widest - finer as f32;
+            if step < 1.0 {
                 break;
             }
+            // The zeros at which the lowest and the highest weight keep their place, and the one between that clips both.
+            let inverse = 1.0 / (step * scale);
+            let keeps_low = round(-self.low * inverse).min(MAX_CODE);
+            let keeps_high = (MAX_CODE - round(self.high * inverse)).max(0.0);
+            let distinct = match keeps_high - keeps_low {
+                gap if gap <= 0.0 => 1,
+                gap if gap <= 1.0 => 2,
+                _ => 3,
+            };
+            for &zero in &[keeps_low, keeps_high, round(0.5 * (keeps_low + keeps_high))][..distinct] {
+                let grid = Grid::new(step, zero, scale);
+                let error = self.error(&grid) * (step * scale) * (step * scale);
+                if error < best.1 {
+                    best = (grid, error);
+                }
+            }
         }
+        best
     }
-    best
-}
 
-/// The weights of a group in units of a scale; a short group is filled up with zeros, which every grid holds exactly.
-fn in_units(group: &[f32], inverse: f32) -> [f32; INT4_GROUP] {
-    let mut x = [0.0; INT4_GROUP];
-    x.iter_mut().zip(group).for_each(|(x, w)| *x = w * inverse);
-    x
-}
-
-/// The least and the greatest of the group and zero.
-fn extremes(x: &[f32; INT4_GROUP]) -> (f32, f32) {
-    let (mut low, mut high) = ([0.0f32; 8], [0.0f32; 8]);
-    for x in x.as_chunks::<8>().0 {
-        for lane in 0..8 {
-            low[lane] = if x[lane] < low[lane] { x[lane] } else { low[lane] };
-            high[lane] = if x[lane] > high[lane] { x[lane] } else { high[lane] };
+    /// The sum of squared errors, in units of step and row scale.
+    #[inline(always)]
+    fn error(&self, grid: &Grid) -> f32 {
+        let mut squares = [0.0; INT4_GROUP];
+        for (square, x) in squares.iter_mut().zip(&self.x) {
+            let x = x * grid.inverse;
+            let error = x - grid.nearest(x);
+            *square = error * error;
         }
+        // Halves onto halves, so that sums can be vectors.
+        for half in [16, 8, 4, 2, 1] {
+            let (low, high) = squares.split_at_mut(half);
+            for (low, high) in low.iter_mut().zip(high) {
+                *low += *high;
+            }
+        }
+        squares[0]
     }
-    (low.iter().fold(0.0, |a, b| a.min(*b)), high.iter().fold(0.0, |a, b| a.max(*b)))
 }
 
 /// NaN if there is one: as integers, magnitudes are ordered like the numbers, infinity and NaN last.
+#[inline(always)]
 fn max_magnitude(x: &[f32]) -> f32 {
     f32::from_bits(x.iter().map(|x| x.to_bits() & 0x7FFF_FFFF).max().unwrap_or(0))
 }
 
 /// To the nearest integer, ties to even, for magnitudes below 2^22. Two additions on any processor, where
 /// `f32::round_ties_even` may be a call.
+#[inline(always)]
 fn round(x: f32) -> f32 {
-    const ULP_IS_ONE: f32 = 12_582_912.0;
     (x + ULP_IS_ONE) - ULP_IS_ONE
 }
 

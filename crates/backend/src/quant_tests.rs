@@ -127,6 +127,32 @@ fn int4_holds_extremes() {
     }
 }
 
+/// Denormals, infinities, NaN and all between, in rows of any length.
+#[test]
+fn any_bits_are_survived() {
+    let mut rng = Rng::new(5);
+    for round in 0..3000 {
+        let len = rng.below(100) as usize;
+        let mut row: Vec<_> = (0..len).map(|_| f32::from_bits(rng.next_u32())).collect();
+        if round % 2 == 0 {
+            // All of one magnitude, or a little less.
+            let exponent = rng.below(255) << 23;
+            row.iter_mut().for_each(|w| *w = f32::from_bits(w.to_bits() & 0x807F_FFFF | exponent));
+        }
+        let (mut q, mut scales) = (vec![0; len], vec![0.0; len.div_ceil(ACT_GROUP)]);
+        quantize_activations(&row, &mut q, &mut scales);
+        let (_, back) = int8(&row);
+        if row.iter().all(|w| w.is_finite()) {
+            assert!(scales.iter().all(|scale| scale.is_finite() && *scale >= 0.0), "{row:?}");
+            assert!(back.iter().all(|w| w.is_finite()), "{row:?}");
+            assert!(check_finite("w", 0, &row).is_ok());
+        } else {
+            assert!(check_finite("w", 0, &row).is_err());
+        }
+        int4(&row);
+    }
+}
+
 #[test]
 fn int4_holds_an_outlier_beside_small_weights() {
     let mut row = gaussian(&mut Rng::new(3), 256, 0.01);

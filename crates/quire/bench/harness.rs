@@ -72,9 +72,13 @@ impl Model {
         format!("{what}/{}/{size}/{}", self.slug, self.format)
     }
 
-    /// The model in a line for people.
+    /// The model for people, in a line, and in another one how its weights are quantized.
     pub(crate) fn headline(&self) -> String {
-        format!("model    {} {}", self.slug, self.format)
+        let model = format!("model    {} {}", self.slug, self.format);
+        match self.config.quantized() {
+            Some(format) => format!("{model}\nweights  {format}"),
+            None => model,
+        }
     }
 
     /// The device under this model's settings, and what it is in words.

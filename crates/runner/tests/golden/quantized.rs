@@ -36,11 +36,11 @@ const fn int4(perplexity: f64, divergence: f64) -> Bound {
 /// The bounds of int4 are what llama.cpp's Q4_0 loses, whose activations stay in f32: in perplexity by its own files,
 /// in divergence by the same blocks in every linear layer.
 fn stories260k_keeps_its_quality<B: TestBackend>() {
-    trained::<B>("stories260k", &[int8(0.005, 0.002), int4(0.125, 0.114)]);
+    trained::<B>("stories260k", &[int8(0.005, 0.002), int4(0.125, 0.116)]);
 }
 
 fn tinystories_656k_keeps_its_quality<B: TestBackend>() {
-    trained::<B>("tinystories-656k", &[int8(0.005, 0.002), int4(0.109, 0.086)]);
+    trained::<B>("tinystories-656k", &[int8(0.005, 0.002), int4(0.109, 0.087)]);
 }
 
 fn demo_model_keeps_its_quality<B: TestBackend>() {
@@ -48,7 +48,7 @@ fn demo_model_keeps_its_quality<B: TestBackend>() {
     let checkpoint =
         Checkpoint::from_static(quire_demo_model::CONFIG_JSON, None, quire_demo_model::WEIGHTS).unwrap();
     let text = ids(&reference["eval_text"]["ids"]);
-    let bounds = [int8(0.005, 0.0002), int4(0.05, 0.0023)];
+    let bounds = [int8(0.005, 0.0002), int4(0.05, 0.0027)];
     check::<B>("demo model", &checkpoint, &reference, &[text[..200].to_vec()], &bounds);
 }
 
