@@ -148,6 +148,7 @@ impl Quantized {
 }
 
 /// Where a row of weights comes from and goes to.
+#[derive(Clone, Copy)]
 struct Place<'a> {
     name: &'a str,
     row: usize,
@@ -176,7 +177,7 @@ fn pack_row(
             let groups = k.div_ceil(INT4_GROUP);
             let (mut q, mut steps) = (vec![0; groups * INT4_GROUP], vec![0; groups]);
             let scale = quantize_int4(&weights, &mut q[..k], &mut steps);
-            if let (Some(&last), true) = (steps.last(), k % INT4_GROUP != 0) {
+            if let (Some(&last), true) = (steps.last(), !k.is_multiple_of(INT4_GROUP)) {
                 q[k..].fill(last >> 4); // the code of zero
             }
             let (vectors, tail) = panel.split_at_mut(groups * INT4_VECTORS * PANEL);

@@ -63,15 +63,8 @@ pub unsafe trait PairDot: Copy {
 #[inline(always)]
 pub unsafe fn exp2<D: PairDot>(x: D::V) -> D::V {
     const LOWEST: f32 = -126.0;
-    const COEFFICIENTS: [f32; 7] = [
-        1.540_353e-4,
-        1.333_355_8e-3,
-        9.618_129e-3,
-        5.550_410_9e-2,
-        2.402_265e-1,
-        std::f32::consts::LN_2,
-        1.0,
-    ];
+    const COEFFICIENTS: [f32; 7] =
+        [1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, std::f32::consts::LN_2, 1.0];
     // SAFETY: the caller's.
     unsafe {
         let clamped = D::max(x, D::splat(LOWEST));
