@@ -5,5 +5,6 @@
 mod batch_invariance;
 mod demo_model;
 mod golden_engine;
+mod prepacked;
 mod process;
 mod support;

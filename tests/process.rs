@@ -11,7 +11,7 @@ use quire_grpc::proto::{self, generate_request::Prompt};
 use serde_json::{Value, json};
 
 /// A running `quire serve` of the embedded model on free ports.
-struct Server {
+pub struct Server {
     child: Child,
     http: String,
     grpc: String,
@@ -21,12 +21,13 @@ struct Server {
 
 impl Server {
     fn start(args: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_quire"))
-            .args(["serve", "--port", "0", "--grpc-port", "0"])
-            .args(args)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        Self::spawn(Command::new(env!("CARGO_BIN_EXE_quire")).arg("serve").args(args))
+    }
+
+    /// `command` has no ports yet.
+    pub fn spawn(command: &mut Command) -> Self {
+        let command = command.args(["--port", "0", "--grpc-port", "0"]).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
         let (mut http, mut grpc) = (None, None);
         let mut lines = BufReader::new(child.stdout.take().unwrap());
         let (mut line, mut announced) = (String::new(), String::new());
@@ -46,7 +47,7 @@ impl Server {
         Self { child, http: http.unwrap(), grpc: grpc.unwrap(), announced }
     }
 
-    fn signal(&self, name: &str) {
+    pub fn signal(&self, name: &str) {
         let sent =
             Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());
@@ -68,7 +69,7 @@ impl Server {
     }
 
     /// Status line with headers, and body.
-    fn ask(&self, method: &str, path: &str, body: &Value) -> (String, String) {
+    pub fn ask(&self, method: &str, path: &str, body: &Value) -> (String, String) {
         let mut answer = String::new();
         self.open(method, path, body).read_to_string(&mut answer).unwrap();
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
@@ -97,7 +98,7 @@ impl Server {
         }
     }
 
-    fn wait(mut self) -> i32 {
+    pub fn wait(mut self) -> i32 {
         let deadline = Instant::now() + Duration::from_secs(60);
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait().unwrap() {

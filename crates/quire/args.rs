@@ -45,6 +45,10 @@ pub struct EngineArgs {
     /// dummy: random weights of the shape in config.json
     #[arg(long, value_name = "FORMAT", default_value = "auto", help_heading = "Model")]
     pub load_format: LoadFormat,
+    /// Keep weights as they are packed or quantized for this machine in a file beside the model, or else in the user's
+    /// cache folder, so that the next start need not pack them; auto does if they are large or slow to pack
+    #[arg(long, value_name = "MODE", default_value = "auto", help_heading = "Model")]
+    pub prepack: Switch,
     /// mock: made-up tokens instead of a model's, for tests of everything around it
     #[arg(long, value_name = "EXECUTOR", default_value = "auto", help_heading = "Model")]
     pub executor: ExecutorArg,
@@ -221,9 +225,9 @@ words! {
     }
 }
 words! {
-    /// `--batch-invariant`
+    /// `--batch-invariant`, `--prepack`
     Switch {
-        /// As the device does best
+        /// As is best
         Auto = "auto",
         /// Always
         On = "on",

@@ -19,6 +19,7 @@ pub mod logging;
 pub mod machine;
 pub mod metrics;
 pub mod model;
+mod prepack;
 pub mod process;
 mod run;
 mod serve;

@@ -2,6 +2,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::IsTerminal;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -20,6 +21,7 @@ use crate::args::{EngineArgs, ExecutorArg};
 use crate::config::{Config, Machine};
 use crate::inspect::headline;
 use crate::model::{LocalModel, ModelSource};
+use crate::prepack::PackCache;
 use crate::{Failure, Result};
 
 /// Threads that render templates and tokenize, at most.
@@ -40,6 +42,8 @@ pub(crate) struct Loaded {
     pub(crate) headline: String,
     /// Where it computes, in one line.
     pub(crate) device: String,
+    /// Keeps packed weights for the next start, if they had to be packed. It may run on when the model answers.
+    pub(crate) pack_writer: Option<JoinHandle<()>>,
 }
 
 /// Loads what `args` describe; `source` is what their MODEL resolved to. Blocks, for as long as a download takes.
@@ -55,14 +59,16 @@ pub(crate) fn load(args: &EngineArgs, source: ModelSource, name: &str, runtime: 
         tracing::warn!(tensor, "the checkpoint holds a tensor that this architecture does not use");
     }
     let config = Config::resolve(args, checkpoint.spec(), &Machine::detect())?;
+    // Early, so that mapped pages are there when the tokenizer is.
+    let cache = PackCache::open(args, &local, &checkpoint, config.runner.quant);
     stages.done("open");
     let text = load_text(&local, args)?;
     stages.done("tokenizer");
-    let (executor, device) = executor(args, &checkpoint, &config)?;
+    let (executor, device, pack_writer) = executor(args, &checkpoint, &config, cache)?;
     stages.done("weights");
     let loaded = assemble(name, &checkpoint, config, text, executor, device, runtime)?;
     stages.done("engine");
-    Ok(loaded)
+    Ok(Loaded { pack_writer, ..loaded })
 }
 
 /// Starts the engine and puts the text-level API in front of it.
@@ -96,7 +102,7 @@ pub(crate) fn assemble(
         defaults: defaults(checkpoint.generation_config(), spec),
         tokenizer_threads: config.threads.min(MAX_TOKENIZER_THREADS) as usize,
     });
-    Ok(Loaded { llm, engine, headline: headline(spec), device, config })
+    Ok(Loaded { llm, engine, headline: headline(spec), device, config, pack_writer: None })
 }
 
 /// Times of the stages, for the log and `quire_model_load_seconds`.
@@ -150,31 +156,43 @@ pub(crate) fn load_text(model: &LocalModel, args: &EngineArgs) -> Result<Text> {
     Ok((tokenizer, found.and_then(usable)))
 }
 
+/// The executor, its device in one line, and the thread that keeps packed weights if there is one.
+type Built = (Box<dyn Executor>, String, Option<JoinHandle<()>>);
+
 fn executor(
     args: &EngineArgs,
     checkpoint: &Checkpoint,
     config: &Config,
-) -> Result<(Box<dyn Executor>, String)> {
+    cache: Option<PackCache>,
+) -> Result<Built> {
     if args.executor == ExecutorArg::Mock {
         let executor = MockExecutor::new(executor_limits(checkpoint.spec(), config), MockTiming::default());
-        return Ok((Box::new(executor), "mock: made-up tokens".to_owned()));
+        return Ok((Box::new(executor), "mock: made-up tokens".to_owned(), None));
     }
     let fail = |error: &dyn std::fmt::Display| Failure(format!("cannot load the model: {error}"));
-    let (backend, device) = cpu_backend(checkpoint.spec().dtype, config.threads)?;
+    let (mut backend, device) = cpu_backend(checkpoint.spec().dtype, config.threads)?;
+    if let Some(cache) = &cache {
+        backend = backend.with_prepacked(cache.prepacked());
+    }
     let mut progress = Progress::start();
     let runner = ModelRunner::load(backend, checkpoint, &config.runner, |now| progress.report(now))
         .map_err(|error| fail(&error))?;
-    Ok((Box::new(runner), device))
+    Ok((Box::new(runner), device, cache.and_then(PackCache::finish)))
 }
 
 /// The CPU as a checkpoint of `dtype` runs fastest on it, and what it is in one line.
 pub(crate) fn cpu_backend(dtype: DType, threads: u32) -> Result<(CpuBackend, String)> {
-    let precision = Precision::for_checkpoint(dtype, Isa::detect());
-    let cpu = CpuConfig { threads: threads as usize, precision, ..CpuConfig::default() };
+    let cpu =
+        CpuConfig { threads: threads as usize, precision: cpu_precision(dtype), ..CpuConfig::default() };
     let backend = CpuBackend::new(cpu).map_err(|error| Failure(format!("cannot use the CPU: {error}")))?;
     let plural = if threads == 1 { "" } else { "s" };
     let device = format!("cpu, {threads} thread{plural}, {}", isa_name(backend.isa()));
     Ok((backend, device))
+}
+
+/// How a checkpoint of `dtype` is computed with.
+pub(crate) fn cpu_precision(dtype: DType) -> Precision {
+    Precision::for_checkpoint(dtype, Isa::detect())
 }
 
 const fn isa_name(isa: Isa) -> &'static str {

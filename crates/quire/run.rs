@@ -1,6 +1,8 @@
 //! `quire run`: a conversation in the terminal, or one answer to standard output.
 
 use std::io::{self, BufRead, IsTerminal, Read, Write};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use quire_llm::{ChatMessage, ChatPrompt, GenerateRequest, Generation, Llm, Prompt, SamplingOptions};
 use tokio::sync::mpsc;
@@ -30,18 +32,32 @@ pub(crate) fn run(args: &RunArgs, out: &mut impl Write) -> Result<()> {
         None => Some(read_all(&mut io::stdin().lock())?),
     };
     runtime.block_on(async {
-        let signals =
+        let mut signals =
             Signals::install().map_err(|error| Failure(format!("cannot listen for signals: {error}")))?;
-        match prompt {
-            Some(prompt) => chat.once(&prompt, signals, out).await,
+        let outcome = match prompt {
+            Some(prompt) => chat.once(&prompt, &mut signals, out).await,
             None => {
                 let weights = loaded.config.quantized().map(|format| format!("{format}\n"));
                 let weights = weights.unwrap_or_default();
                 eprintln_lossy(&format!("{name}: {}\n{weights}{HELP}", loaded.headline));
-                chat.converse(&mut read_lines(), signals, out).await
+                chat.converse(&mut read_lines(), &mut signals, out).await
+            }
+        };
+        if let (Ok(()), Some(writer)) = (&outcome, &loaded.pack_writer) {
+            tokio::select! {
+                () = finished(writer) => {}
+                () = signals.next() => {}
             }
         }
+        outcome
     })
+}
+
+/// Waits for a thread that began long ago, so that it hardly matters how.
+async fn finished(thread: &JoinHandle<()>) {
+    while !thread.is_finished() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 fn read_all(input: &mut impl Read) -> Result<String> {
@@ -86,8 +102,8 @@ struct Chat<'a> {
 
 impl Chat<'_> {
     /// One answer. Ctrl-C ends it, and the program with it.
-    async fn once(mut self, prompt: &str, mut signals: Signals, out: &mut impl Write) -> Result<()> {
-        let end = self.answer(prompt, &mut signals, out).await?;
+    async fn once(mut self, prompt: &str, signals: &mut Signals, out: &mut impl Write) -> Result<()> {
+        let end = self.answer(prompt, signals, out).await?;
         writeln!(out).map_err(Failure::output)?;
         if end == End::Stopped { Err(Failure("interrupted".into())) } else { Ok(()) }
     }
@@ -96,7 +112,7 @@ impl Chat<'_> {
     async fn converse(
         mut self,
         lines: &mut mpsc::Receiver<String>,
-        mut signals: Signals,
+        signals: &mut Signals,
         out: &mut impl Write,
     ) -> Result<()> {
         loop {
@@ -115,7 +131,7 @@ impl Chat<'_> {
                 "/clear" => self.history.clear(),
                 "/help" | "/?" => writeln!(out, "{HELP}").map_err(Failure::output)?,
                 question => {
-                    let ended = self.answer(question, &mut signals, out).await;
+                    let ended = self.answer(question, signals, out).await;
                     writeln!(out, "\n").map_err(Failure::output)?;
                     if let Err(error) = ended {
                         eprintln_lossy(&format!("error: {error}"));

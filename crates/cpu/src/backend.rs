@@ -22,6 +22,7 @@ use crate::ops::rope::{CpuRope, RopeRow, SharedLayer};
 use crate::ops::sample::{SampleRow, Scratch, sanitize};
 use crate::ops::{MIN_WORK, grain};
 use crate::pool::{Pool, default_threads};
+use crate::prepacked::Prepacked;
 use crate::simd::dispatch;
 use crate::weights::CpuWeight;
 
@@ -72,6 +73,7 @@ pub struct CpuBackend {
     /// One per thread.
     scratch: Vec<Scratch>,
     precision: Precision,
+    prepacked: Option<Prepacked>,
     /// For the linear layer at work, and for the one after it.
     inputs: [Inputs; 2],
     attention: Workspace,
@@ -98,9 +100,15 @@ impl CpuBackend {
             results: Vec::new(),
             scratch: (0..threads).map(|_| Scratch::default()).collect(),
             precision: config.precision,
+            prepacked: None,
             inputs: [Inputs::new(threads)?, Inputs::new(threads)?],
             attention: Workspace::default(),
         })
+    }
+
+    /// Takes packed weights from `prepacked` where it has them, and leaves with it what had to be packed.
+    pub fn with_prepacked(self, prepacked: Prepacked) -> Self {
+        Self { prepacked: Some(prepacked), ..self }
     }
 
     /// The instruction set in use.
@@ -141,7 +149,7 @@ impl Backend for CpuBackend {
     }
 
     fn load_linear(&mut self, source: &LinearSource<'_>) -> Result<CpuWeight, BackendError> {
-        CpuWeight::load(&mut self.pool, self.precision, source)
+        CpuWeight::load(&mut self.pool, self.precision, self.prepacked.as_ref(), source)
     }
 
     fn load_norm(&mut self, name: &str, weight: TensorView<'_>) -> Result<Vec<f32>, BackendError> {

@@ -1,7 +1,9 @@
 //! Memory that kernels read and write: cache-line aligned, and shared between threads in disjoint pieces.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::any::Any;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use quire_backend::BackendError;
 
@@ -81,6 +83,62 @@ impl Aligned<u32> {
     pub fn halves_mut(&mut self) -> &mut [u16] {
         // SAFETY: twice as many elements of half the size, whose alignment is less; any bits are a `u16`.
         unsafe { std::slice::from_raw_parts_mut(self.start.cast(), 2 * self.len) }
+    }
+}
+
+/// An array that is never written again: in memory of its own, or part of a mapped file. Clones share it.
+pub(crate) struct Frozen<T> {
+    start: *const T,
+    len: usize,
+    /// Keeps the elements where they are.
+    owner: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: it is read alone, and its owner may be dropped on any thread.
+unsafe impl<T: Sync> Send for Frozen<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Frozen<T> {}
+
+impl<T: Plain> From<Aligned<T>> for Frozen<T> {
+    fn from(array: Aligned<T>) -> Self {
+        Self { start: array.start, len: array.len, owner: Arc::new(array) }
+    }
+}
+
+impl<T: Plain> Frozen<T> {
+    /// No elements.
+    pub(crate) fn empty() -> Self {
+        Self { start: std::ptr::dangling(), len: 0, owner: Arc::new(()) }
+    }
+
+    /// The elements that `owner` keeps alive.
+    ///
+    /// # Safety
+    /// `elements` stays valid and unchanged while `owner` lives, wherever `owner` moves.
+    pub(crate) unsafe fn borrowed(elements: &[T], owner: Arc<dyn Any + Send + Sync>) -> Self {
+        Self { start: elements.as_ptr(), len: elements.len(), owner }
+    }
+
+    /// The same memory as bytes.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        // SAFETY: `Plain` types have no padding, and any byte is a `u8`.
+        unsafe { std::slice::from_raw_parts(self.start.cast(), self.len * size_of::<T>()) }
+    }
+}
+
+impl<T> Clone for Frozen<T> {
+    fn clone(&self) -> Self {
+        Self { start: self.start, len: self.len, owner: Arc::clone(&self.owner) }
+    }
+}
+
+impl<T: Plain> std::ops::Deref for Frozen<T> {
+    type Target = [T];
+
+    #[inline(always)]
+    fn deref(&self) -> &[T] {
+        // SAFETY: `start` begins `len` initialised elements, which `owner` keeps.
+        unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 }
 

@@ -10,7 +10,8 @@
 //! * a panic in a kernel becomes a [`quire_core::ExecError`], never a hang; indices from a step are checked before a
 //!   pointer is made of them.
 //!
-//! Reading order: [`pool`]; [`simd`] (what an instruction set must offer), [`element`], [`buffer`]; [`weights`] (and `packed`), [`kv`];
+//! Reading order: [`pool`]; [`simd`] (what an instruction set must offer), [`element`], [`buffer`]; [`weights`] (and `packed`,
+//! `quantized`, [`prepacked`]), [`kv`];
 //! [`ops`]; [`backend`] ties them to the trait. A new instruction set is one more file in `simd` and one more arm in
 //! [`simd::dispatch`].
 // Register tiles are small matrices; `acc[r][m] += w[r] * x[m]` reads best with its indices.
@@ -24,6 +25,7 @@ pub mod ops;
 mod packed;
 mod pages;
 pub mod pool;
+pub mod prepacked;
 mod quantized;
 pub mod simd;
 pub mod weights;
@@ -32,5 +34,6 @@ pub use backend::{CpuBackend, CpuConfig, Precision};
 pub use buffer::CpuBuf;
 pub use kv::CpuKv;
 pub use pool::default_threads;
+pub use prepacked::{PackError, PackFile, PackKey, Packing, Prepacked};
 pub use simd::Isa;
 pub use weights::CpuWeight;

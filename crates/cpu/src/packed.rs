@@ -6,7 +6,7 @@
 use half::bf16;
 use quire_backend::{BackendError, LinearSource};
 
-use crate::buffer::{Aligned, Shared};
+use crate::buffer::{Aligned, Frozen, Shared};
 use crate::ops::grain;
 use crate::ops::linear::Input;
 use crate::pool::Pool;
@@ -15,7 +15,7 @@ use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
 
 /// Weights `[out_features, in_features]` in panels.
 pub(crate) struct Packed {
-    pairs: Aligned<u32>,
+    pairs: Frozen<u32>,
     /// Pairs of inputs.
     k2: usize,
 }
@@ -29,7 +29,7 @@ impl Packed {
         k: usize,
     ) -> Result<Self, BackendError> {
         let k2 = k.div_ceil(2);
-        let mut pairs = Aligned::zeroed(n.div_ceil(PANEL) * PANEL * k2, source.name)?;
+        let mut pairs = Aligned::zeroed(Self::num_pairs(n, k), source.name)?;
         let row_bytes =
             |part: &quire_backend::LinearPart<'_>| part.weight.data.len() / part.weight.shape[0].max(1);
         let rows: Vec<&[u8]> = source
@@ -49,7 +49,22 @@ impl Packed {
                 }
             }
         })?;
-        Ok(Self { pairs, k2 })
+        Ok(Self { pairs: pairs.into(), k2 })
+    }
+
+    /// Weights that were packed before, `k` columns wide.
+    pub(crate) fn from_panels(pairs: Frozen<u32>, k: usize) -> Self {
+        Self { pairs, k2: k.div_ceil(2) }
+    }
+
+    /// Pairs in all panels of `[n, k]`.
+    pub(crate) const fn num_pairs(n: usize, k: usize) -> usize {
+        n.div_ceil(PANEL) * PANEL * k.div_ceil(2)
+    }
+
+    /// All panels.
+    pub(crate) const fn panels(&self) -> &Frozen<u32> {
+        &self.pairs
     }
 
     /// Pairs of inputs of a row.

@@ -13,7 +13,7 @@ use quire_backend::quant::{
 use quire_backend::{BackendError, LinearSource};
 use quire_core::{QuantFormat, TensorView};
 
-use crate::buffer::{Aligned, Shared};
+use crate::buffer::{Aligned, Frozen, Shared};
 use crate::ops::grain;
 use crate::ops::linear::Input;
 use crate::pool::Pool;
@@ -39,7 +39,7 @@ pub(crate) enum Codes {
 
 impl Codes {
     /// Words of a panel of `k` inputs.
-    const fn panel_words(self, k: usize) -> usize {
+    pub(crate) const fn panel_words(self, k: usize) -> usize {
         match self {
             Self::Int8 => k.div_ceil(4) * PANEL,
             Self::Int4 => k.div_ceil(INT4_GROUP) * INT4_WORDS,
@@ -50,9 +50,9 @@ impl Codes {
 /// Quantized weights `[out_features, in_features]` in panels.
 pub(crate) struct Quantized {
     codes: Codes,
-    words: Aligned<u32>,
+    words: Frozen<u32>,
     /// One per channel, zero past the last.
-    scales: Aligned<f32>,
+    scales: Frozen<f32>,
     k: usize,
 }
 
@@ -90,8 +90,18 @@ impl Quantized {
         })?;
         match failure.into_inner() {
             Some(error) => Err(error),
-            None => Ok(Self { codes, words, scales, k }),
+            None => Ok(Self::from_panels(codes, words.into(), scales.into(), k)),
         }
+    }
+
+    /// Weights that were quantized before, `k` columns wide.
+    pub(crate) const fn from_panels(codes: Codes, words: Frozen<u32>, scales: Frozen<f32>, k: usize) -> Self {
+        Self { codes, words, scales, k }
+    }
+
+    /// All panels, and the scales of all channels.
+    pub(crate) const fn panels(&self) -> (&Frozen<u32>, &Frozen<f32>) {
+        (&self.words, &self.scales)
     }
 
     pub(crate) const fn codes(&self) -> Codes {

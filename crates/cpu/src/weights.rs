@@ -11,6 +11,7 @@ use crate::buffer::Aligned;
 use crate::element::Element;
 use crate::packed::Packed;
 use crate::pool::Pool;
+use crate::prepacked::{self, Layout, Prepacked};
 use crate::quantized::{Quantized, codes_of};
 
 /// A linear layer `[out_features, in_features]`.
@@ -31,10 +32,12 @@ pub(crate) enum Matrix {
 }
 
 impl CpuWeight {
-    /// Concatenates the parts of `source`. Parts of different types are widened to f32.
+    /// Concatenates the parts of `source`. Parts of different types are widened to f32. What is packed may come from
+    /// `prepacked`; then the data of the parts is not read.
     pub(crate) fn load(
         pool: &mut Pool,
         precision: Precision,
+        prepacked: Option<&Prepacked>,
         source: &LinearSource<'_>,
     ) -> Result<Self, BackendError> {
         let name = source.name;
@@ -61,12 +64,18 @@ impl CpuWeight {
         let dtype = first.weight.dtype;
         let uniform = source.parts.iter().all(|part| part.weight.dtype == dtype);
         let len = out_features * in_features;
-        let matrix = match (codes, dtype) {
-            (Some(codes), _) => {
-                Matrix::Quantized(Quantized::pack(pool, source, codes, out_features, in_features)?)
-            }
-            (None, DType::BF16) if uniform && precision == Precision::Bf16 => {
-                Matrix::Packed(Packed::pack(pool, source, out_features, in_features)?)
+        let layout = match (codes, dtype) {
+            (Some(codes), _) => Some(Layout::Quantized(codes)),
+            (None, DType::BF16) if uniform && precision == Precision::Bf16 => Some(Layout::Bf16),
+            _ => None,
+        };
+        let matrix = match (layout, dtype) {
+            (Some(layout), _) => {
+                let shape = [out_features, in_features];
+                match prepacked {
+                    Some(prepacked) => prepacked.load(pool, source, layout, shape)?,
+                    None => prepacked::pack(pool, source, layout, shape)?,
+                }
             }
             (None, DType::BF16) if uniform => Matrix::Bf16(concat(source, len, bf16::from_le_bytes)?),
             (None, DType::F16) if uniform => Matrix::F16(concat(source, len, f16::from_le_bytes)?),

@@ -1,5 +1,6 @@
 //! A model ready to be loaded: its spec, its sampling defaults, and its weights by what they are for.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use quire_core::DType;
@@ -25,6 +26,8 @@ pub struct Checkpoint {
     names: &'static WeightNames,
     weights: Weights,
     ignored: Vec<String>,
+    /// Text of `config.json`, if there is a directory that has one.
+    config_json: Option<String>,
 }
 
 #[derive(Debug)]
@@ -55,8 +58,9 @@ impl Checkpoint {
     /// # Errors
     /// Something is missing, damaged, inconsistent or not supported; the message says what and where.
     pub fn open(path: &Path) -> Result<Self> {
-        let (spec, generation_config) = read_configs(path)?;
-        Self::assemble(spec, generation_config, Store::open(path)?)
+        let (config_json, spec, generation_config) = read_configs(path)?;
+        let checkpoint = Self::assemble(spec, generation_config, Store::open(path)?)?;
+        Ok(Self { config_json: Some(config_json), ..checkpoint })
     }
 
     /// A checkpoint that is part of the program: the texts of its two configs, and a safetensors file.
@@ -79,7 +83,7 @@ impl Checkpoint {
     /// # Errors
     /// The config is missing, wrong or not supported.
     pub fn open_dummy(path: &Path, seed: u64) -> Result<Self> {
-        let (mut spec, generation_config) = read_configs(path)?;
+        let (_, mut spec, generation_config) = read_configs(path)?;
         add_eos(&mut spec, &generation_config);
         Ok(Self { generation_config, ..Self::dummy(spec, seed) })
     }
@@ -96,6 +100,7 @@ impl Checkpoint {
             generation_config: GenerationConfig::default(),
             weights: Weights::Dummy { seed },
             ignored: Vec::new(),
+            config_json: None,
         }
     }
 
@@ -104,7 +109,8 @@ impl Checkpoint {
         let ignored = check::check(&spec, names, &store)?;
         spec.dtype = dtype(&embedding(&spec, names, &store)?)?;
         add_eos(&mut spec, &generation_config);
-        Ok(Self { spec, generation_config, names, weights: Weights::Stored(store), ignored })
+        let weights = Weights::Stored(store);
+        Ok(Self { spec, generation_config, names, weights, ignored, config_json: None })
     }
 
     /// What the model is.
@@ -171,6 +177,28 @@ impl Checkpoint {
         }
     }
 
+    /// Says that `tensor` was read for the last time for now, so that memory need not hold both it and what was made of
+    /// it.
+    pub fn release(&self, tensor: &Tensor<'_>) {
+        if let (Weights::Stored(store), Cow::Borrowed(data)) = (&self.weights, &tensor.data) {
+            store.release(data);
+        }
+    }
+
+    /// What tells this checkpoint from any other, for caches of what is made of it: `config.json`, and name, size, time
+    /// of change and header of each file of weights. `None` if it is part of the program, or random.
+    ///
+    /// The weights themselves are left out. To read them takes about as long as what a cache would save, and they do
+    /// not change without the time of change, unless someone takes pains.
+    pub fn fingerprint(&self) -> Option<Vec<u8>> {
+        let (Weights::Stored(store), Some(config_json)) = (&self.weights, &self.config_json) else {
+            return None;
+        };
+        let mut all = format!("config {}\n{config_json}\n", config_json.len()).into_bytes();
+        all.extend(store.fingerprint()?);
+        Some(all)
+    }
+
     fn dummy_infos(&self) -> Vec<TensorInfo> {
         let global = self.spec.global_tensors().into_iter();
         let mut named: Vec<_> =
@@ -200,8 +228,8 @@ fn add_eos(spec: &mut ModelSpec, generation_config: &GenerationConfig) {
     }
 }
 
-/// `config.json` and `generation_config.json` of a directory.
-fn read_configs(path: &Path) -> Result<(ModelSpec, GenerationConfig)> {
+/// `config.json` of a directory as it is, and with `generation_config.json` as understood.
+fn read_configs(path: &Path) -> Result<(String, ModelSpec, GenerationConfig)> {
     refuse_files(path)?;
     let config = path.join("config.json");
     if !config.is_file() {
@@ -211,13 +239,14 @@ fn read_configs(path: &Path) -> Result<(ModelSpec, GenerationConfig)> {
         };
         return Err(ModelError::NotACheckpoint { path: path.to_owned(), detail: detail.to_owned() });
     }
-    let spec = ModelSpec::from_config_json(&read_json(&config)?)?;
+    let config_json = read_json(&config)?;
+    let spec = ModelSpec::from_config_json(&config_json)?;
     let generation = path.join("generation_config.json");
     let generation = match generation.is_file() {
         true => GenerationConfig::parse(&read_json(&generation)?)?,
         false => GenerationConfig::default(),
     };
-    Ok((spec, generation))
+    Ok((config_json, spec, generation))
 }
 
 /// A checkpoint is a directory; says what to do with a file.

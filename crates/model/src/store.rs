@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::UNIX_EPOCH;
 
 use safetensors::Dtype;
 
@@ -103,6 +104,32 @@ impl Store {
     /// One tensor.
     pub fn get(&self, name: &str) -> Option<Stored<'_>> {
         self.tensors.get(name).map(|located| self.stored(located))
+    }
+
+    /// Says that `data` of a tensor was read for the last time.
+    pub fn release(&self, data: &[u8]) {
+        let holder = self.files.iter().find_map(|(_, bytes)| match bytes {
+            Bytes::Mapped(map) if map.as_ptr_range().contains(&data.as_ptr()) => Some(map),
+            _ => None,
+        });
+        if let Some(map) = holder {
+            map.release(data);
+        }
+    }
+
+    /// Name, size, time of change and header of each file, or `None` for files that are part of the program. Whoever
+    /// changes a tensor changes one of these.
+    pub fn fingerprint(&self) -> Option<Vec<u8>> {
+        let mut all = Vec::new();
+        for (index, (name, bytes)) in self.files.iter().enumerate() {
+            let Bytes::Mapped(map) = bytes else { return None };
+            let entries = self.tensors.values().filter(|(file, _)| *file == index);
+            let data_start = entries.map(|(_, entry)| entry.range.start).min().unwrap_or(map.len());
+            let modified = map.modified?.duration_since(UNIX_EPOCH).map_or(0, |age| age.as_nanos());
+            all.extend(format!("{} {name} {} {modified} {data_start}\n", name.len(), map.len()).bytes());
+            all.extend(&map[..data_start]);
+        }
+        Some(all)
     }
 
     /// All tensors, ordered by name.

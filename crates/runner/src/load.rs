@@ -176,6 +176,7 @@ impl<B: Backend> Loader<'_, B> {
             .collect();
         let weight =
             self.backend.load_linear(&LinearSource { name, parts: &views, quant, shard: Shard::WHOLE })?;
+        parts.iter().for_each(|(weight, _)| self.checkpoint.release(weight));
         let bytes = parts
             .iter()
             .map(|(weight, bias)| weight.data.len() + bias.as_ref().map_or(0, |bias| bias.data.len()));

@@ -9,7 +9,7 @@ use crate::{RunnerConfig, WeightPlan};
 /// Bytes by purpose. Backends may add padding of their own; what they pack differently differs by a few per cent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// All weights as stored after loading.
+    /// All weights as stored after loading. Those that a backend maps from a file are page cache.
     pub weight_bytes: u64,
     /// Activations and logits of the largest step, in f32.
     pub workspace_bytes: u64,

@@ -186,3 +186,54 @@ fn checkpoints_can_be_part_of_the_program() {
     fn send_and_sync<T: Send + Sync>(_: &T) {}
     send_and_sync(&checkpoint);
 }
+
+#[test]
+fn the_fingerprint_shows_what_changed() {
+    let all = tensors("llama2");
+    let dir = write("fingerprint", "llama2", &all);
+    let fingerprint = || Checkpoint::open(&dir).unwrap().fingerprint().unwrap();
+    let weights = dir.join("model.safetensors");
+    let modified = weights.metadata().unwrap().modified().unwrap();
+    let set_modified =
+        |time| fs::File::options().write(true).open(&weights).unwrap().set_modified(time).unwrap();
+    let first = fingerprint();
+    assert_eq!(first, fingerprint());
+
+    set_modified(modified + std::time::Duration::from_nanos(1000));
+    assert_ne!(first, fingerprint(), "another time");
+    set_modified(modified);
+    assert_eq!(first, fingerprint());
+
+    let config = fs::read_to_string(dir.join("config.json")).unwrap();
+    fs::write(dir.join("config.json"), format!("{config} ")).unwrap();
+    assert_ne!(first, fingerprint(), "another config");
+    fs::write(dir.join("config.json"), config).unwrap();
+    assert_eq!(first, fingerprint());
+
+    // Two tensors of one shape change their names: the same size, and the time is put back.
+    let mut swapped = fs::read(&weights).unwrap();
+    let [up, gate] =
+        ["mlp.up_proj.weight", "mlp.gate_proj.weight"].map(|name| format!("model.layers.0.{name}"));
+    assert_eq!(all[&up].1, all[&gate].1);
+    let find = |name: &str| swapped.windows(name.len()).position(|window| window == name.as_bytes()).unwrap();
+    let mut offsets = [&up, &gate].map(|name| {
+        let start = find(name) + swapped[find(name)..].iter().position(|&byte| byte == b'[').unwrap();
+        let end = start + swapped[start..].iter().position(|&byte| byte == b'}').unwrap();
+        (start..end, swapped[start..end].to_vec())
+    });
+    assert_eq!(offsets[0].1.len(), offsets[1].1.len(), "as many digits");
+    offsets.reverse();
+    let [(first_at, second), (second_at, first_text)] = offsets.clone();
+    swapped[second_at].copy_from_slice(&second);
+    swapped[first_at].copy_from_slice(&first_text);
+    fs::write(&weights, swapped).unwrap();
+    set_modified(modified);
+    assert_ne!(first, fingerprint(), "another header");
+}
+
+#[test]
+fn models_without_files_have_no_fingerprint() {
+    let dir = golden_dir("llama2");
+    assert!(Checkpoint::open(&dir).unwrap().fingerprint().is_some());
+    assert_eq!(Checkpoint::open_dummy(&dir, 0).unwrap().fingerprint(), None);
+}

@@ -26,5 +26,6 @@ mod contract;
 mod driver;
 mod families;
 mod invariance;
+mod prepacked;
 mod quantized;
 mod trained;
