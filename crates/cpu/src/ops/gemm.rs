@@ -11,7 +11,7 @@ use quire_backend::Activation;
 use quire_core::ExecError;
 
 use super::mlp::activate_lanes;
-use super::tiles::{Tiled, Turn, WIDE, ahead, each_panel, fits, pieces};
+use super::tiles::{Tiled, Turn, WIDE, ahead, each_panel, pieces};
 use crate::buffer::SharedRows;
 use crate::packed::{Packed, Rounded, RoundedRows};
 use crate::pool::Pool;
@@ -208,7 +208,6 @@ impl<F: Fn(usize) -> usize, T: Sink> Product<'_, F, T> {
 impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
-        fits::<M, P>(Self::sums::<D>());
         let k2 = self.gemm.weight.k2();
         let panels: [*const u32; P] =
             std::array::from_fn(|i| self.gemm.weight.panel((self.place)(p + i)).as_ptr());

@@ -12,7 +12,7 @@ use std::ops::Range;
 use quire_backend::{Attention, AttnShape, StepBuffer};
 use quire_core::ExecError;
 
-use super::tiles::{Tiled, Turn, each_panel, fits};
+use super::tiles::{Tiled, Turn, each_panel};
 use crate::CpuBackend;
 use crate::buffer::{CpuBuf, Shared, SharedRows};
 use crate::packed::round_row;
@@ -402,9 +402,8 @@ impl PairKernel for Run<'_> {
     #[inline(always)]
     unsafe fn run<D: ByteDot>(self) {
         let Self { work, item, scratch, mut task } = self;
-        let (mut buffers, part, total) = scratch.parts();
+        let (mut buffers, mut part, mut total) = scratch.parts();
         let (rows, columns) = (item.block.tokens * work.group, work.pages.shape.columns());
-        let mut total = State::of(total, rows, columns);
         let splits = work.splits(item.block);
         let (computes, folds) = (!matches!(task, Task::Fold(..)), !matches!(task, Task::Split(..)));
         // SAFETY: the caller's.
@@ -412,12 +411,11 @@ impl PairKernel for Run<'_> {
             if computes {
                 work.load_queries::<D>(item, buffers.q);
             }
-            if matches!(task, Task::Whole) && splits.len() == 1 {
-                // As folding it into nothing would be.
-                work.split::<D>(item, splits.start, &mut buffers, &mut total);
-                return work.finish(item, &mut total);
+            // Folding a single split into nothing would change nothing.
+            let single = matches!(task, Task::Whole) && splits.len() == 1;
+            if !single {
+                State::of(total, rows, columns).clear();
             }
-            total.clear();
             for split in splits {
                 let memory = match &mut task {
                     Task::Whole => &mut *part,
@@ -425,16 +423,19 @@ impl PairKernel for Run<'_> {
                     Task::Split(_, part) => &mut **part,
                     Task::Fold(parts, len) => &mut parts[split * *len..(split + 1) * *len],
                 };
-                let mut part = State::of(memory, rows, columns);
+                let mut state = State::of(memory, rows, columns);
                 if computes {
-                    work.split::<D>(item, split, &mut buffers, &mut part);
+                    work.split::<D>(item, split, &mut buffers, &mut state);
                 }
-                if folds {
-                    total.fold::<D>(&mut part);
+                if folds && !single {
+                    State::of(total, rows, columns).fold::<D>(&mut state);
                 }
             }
+            if single {
+                std::mem::swap(&mut part, &mut total);
+            }
             if folds {
-                work.finish(item, &mut total);
+                work.finish(item, &mut State::of(total, rows, columns));
             }
         }
     }
@@ -523,7 +524,6 @@ struct Scores<'a> {
 impl Tiled for Scores<'_> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
-        fits::<M, P>(Self::sums::<D>());
         let q = &self.q[row * self.pairs..(row + M) * self.pairs];
         // SAFETY: `q` holds M rows; each panel holds `pairs` vectors, and so do its values or more of them.
         unsafe {
@@ -604,7 +604,6 @@ struct Values<'a> {
 impl Tiled for Values<'_> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
-        fits::<M, P>(Self::sums::<D>());
         let weights = &self.weights[row * TILE / 2..(row + M) * TILE / 2];
         // SAFETY: `weights` holds M rows of TILE / 2, `out` its rows; values reach to the last column.
         unsafe {

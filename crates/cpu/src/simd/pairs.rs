@@ -21,7 +21,7 @@ pub const PANEL: usize = 16;
 /// As for [`Simd`]; pointers must be valid for [`PANEL`] elements (`x`: for one), at any alignment.
 #[allow(clippy::missing_safety_doc, missing_docs)] // said once, above; the names say the rest
 pub unsafe trait PairDot: Copy {
-    /// Vectors of sums that the registers hold next to their operands: those of one tile. At least four.
+    /// Vectors of sums that the registers hold next to their operands: those of one tile. At least six.
     const TILE_SUMS: usize;
     /// For the rest of the arithmetic.
     type S: Simd;
@@ -121,7 +121,7 @@ const fn odd(pair: u32) -> f32 {
 
 // SAFETY: needs no more than `S`; pointers are read unaligned.
 unsafe impl<S: Simd> PairDot for Emulated<S> {
-    const TILE_SUMS: usize = 4;
+    const TILE_SUMS: usize = 6;
     type S = S;
     type V = [f32; PANEL];
     type W = [u32; PANEL];
