@@ -69,10 +69,11 @@ def session_seconds(session: int) -> float:
 
 
 class Others:
-    """How much of the cores everything but the engine under test used, since the last look."""
+    """How many cores everything but the engine under test kept busy since the last look."""
 
     def __init__(self) -> None:
         self._busy, self._time = self._read()
+        self._own = time.process_time()
 
     def _read(self) -> tuple[float, float]:
         """Busy seconds of all cores together, and the time."""
@@ -85,9 +86,9 @@ class Others:
         return busy, time.monotonic()
 
     def share(self, engine_seconds: float) -> float:
-        """Share of one core (1.0 is a whole one) that others used, given the CPU time of the engine."""
-        busy, now = self._read()
+        """Cores that others used on average, given the CPU time of the engine. This process (the clients) is not one."""
+        (busy, now), own = self._read(), time.process_time()
+        used = busy - self._busy - engine_seconds - (own - self._own)
         elapsed = max(now - self._time, 1e-9)
-        others = max(busy - self._busy - engine_seconds, 0.0) / elapsed
-        self._busy, self._time = busy, now
-        return round(others, 3)
+        self._busy, self._time, self._own = busy, now, own
+        return round(max(used, 0.0) / elapsed, 3)

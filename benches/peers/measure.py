@@ -117,7 +117,7 @@ def _server(peer: ModuleType, job: Job, number: int, work: Path) -> Iterator[lis
             records = [Record(**record) for record in answer["records"]]
             yield watch.cells(load.summary(records), answer["cpu_seconds"], answer["peak_rss_mib"])
     else:
-        raise Skip("server: it has none, and cannot be stepped in process")
+        raise Skip("server: it has none, and takes no new requests while it runs")
 
 
 def _ready(peer: ModuleType, job: Job, number: int, work: Path) -> Iterator[list[Cell]]:
@@ -131,7 +131,8 @@ def _ready(peer: ModuleType, job: Job, number: int, work: Path) -> Iterator[list
         else:
             begin = time.perf_counter()
             with Child(job, peer.environment(job), _log(peer, work)) as child:
-                used = child.ask(OPEN_TIMEOUT_S, do="open")["cpu_seconds"]
+                child.ask(OPEN_TIMEOUT_S, do="open")
                 seconds = time.perf_counter() - begin
+                used = machine.session_seconds(child.process.pid)
         if counts:
             yield watch.cells({"start to ready": (seconds, "s")}, used)

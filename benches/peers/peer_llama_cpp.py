@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import models
-from cases import REPEATS, WARMUP_STEPS, Case, Job, Setting
+from cases import REPEATS, WARMUP_STEPS, Case, Job, Setting, Skip
 from stats import median
 
 NAME = "llama-cpp"
@@ -43,9 +43,18 @@ SERVER_CONTEXT = 45056
 BATCH, UBATCH = 2048, 512
 
 
-def environment(_job: Job) -> dict[str, str]:
-    """Nothing special."""
-    return {}
+def environment(job: Job) -> dict[str, str]:
+    """The installed tools do not find their libraries by themselves."""
+    return {"LD_LIBRARY_PATH": str(_tools(job) / "lib")}
+
+
+def _tools(job: Job) -> Path:
+    """Where pip put llama.cpp's own bin and lib."""
+    home = Path(job.python).parent.parent
+    found = sorted(home.glob("lib/python*/site-packages/bin/llama-server"))
+    if not found:
+        raise Skip(f"no llama-server under {home}")
+    return found[0].parent.parent
 
 
 def _path(job: Job, name: str) -> Path:
@@ -75,11 +84,8 @@ def prepare(job: Job) -> Path:
 
 def serve(job: Job, port: int) -> list[str]:
     """llama-server, which the build installed into the environment."""
-    home = Path(job.python).parent.parent
-    binary = next(iter(sorted(home.glob("**/llama-server"))), None)
-    if binary is None:
-        raise RuntimeError(f"no llama-server under {home}")
-    command = [str(binary), "-m", str(_path(job, job.setting.name)), "--host", "127.0.0.1", "--port", str(port)]
+    command = [str(_tools(job) / "bin/llama-server"), "-m", str(_path(job, job.setting.name))]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["-t", str(job.threads), "-tb", str(job.threads), "-np", str(SERVER_SLOTS), "-c", str(SERVER_CONTEXT)]
     return command + ["-b", str(BATCH), "-ub", str(UBATCH), "-fa", "on", "--no-warmup", "--cache-ram", "0"]
 

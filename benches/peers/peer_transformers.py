@@ -15,8 +15,8 @@ TITLE = "transformers"
 REQUIREMENTS = ("transformers==5.23.0", "torch==2.13.0", "safetensors")
 SETTINGS = {"bf16": (Setting("SDPA"),)}
 LACKS = {
-    "int8": "transformers has no int8 for CPU without further packages",
-    "int4": "transformers has no int4 for CPU without further packages",
+    "int8": "has none for CPU without further packages",
+    "int4": "has none for CPU without further packages",
 }
 
 

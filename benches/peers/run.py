@@ -4,7 +4,7 @@
 import argparse
 import dataclasses
 import importlib
-import json
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -174,6 +174,8 @@ class Results:
 
 def main() -> None:
     args = arguments()
+    # Ended politely, everything started here ends, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     args.work = args.work.resolve()
     skips: list[str] = []
     engines = installed(args, skips)

@@ -103,7 +103,7 @@ def _line(row: tuple[str, str, str], cells: Sequence[Cell], engines: Sequence[st
     compared = "-"
     if peer and QUIRE in found:
         middle, low, high = ratio(found[QUIRE], peer, lower)
-        compared = f"{middle:.2f} ({low:.2f}-{high:.2f})"
+        compared = f"{middle:.2f}" + (f" ({low:.2f}-{high:.2f})" if low < high else "")
     who = f"{peer.engine} ({peer.setting})" if peer else "-"
     rounds = str(max(len(figure.rounds) for figure in found.values()))
     label = case if unit == "tok/s" else f"{case}, {unit}"
@@ -111,7 +111,7 @@ def _line(row: tuple[str, str, str], cells: Sequence[Cell], engines: Sequence[st
 
 
 def _figure(figure: Figure) -> str:
-    return f"{number(figure.value)} ±{figure.spread:.0%}"
+    return number(figure.value) + (f" ±{figure.spread:.0%}" if len(figure.rounds) > 1 else "")
 
 
 LEGEND = """\
