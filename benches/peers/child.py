@@ -16,7 +16,9 @@ GRACE_S = 10
 """How long a process may take to end when asked to, before it is killed."""
 
 
-def confined(command: list[str], cores: tuple[int, ...], env: Mapping[str, str], log: Path, **pipes) -> subprocess.Popen:
+def confined(
+    command: list[str], cores: tuple[int, ...], env: Mapping[str, str], log: Path, **pipes
+) -> subprocess.Popen:
     """Starts `command` in a process group of its own, on `cores` alone. Its standard error is added to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     own = os.sched_getaffinity(0)

@@ -1,4 +1,4 @@
-"""One visit to one engine: its cases, the server's trace, the time to ready. What fails becomes a reason, not an end."""
+"""One visit to one engine: its cases, the server's trace, the time to ready. A failure becomes a reason, not the end."""
 
 import dataclasses
 import time

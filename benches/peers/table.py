@@ -115,6 +115,6 @@ def _figure(figure: Figure) -> str:
 
 
 LEGEND = """\
-Figures: median over the rounds, ± half the range, of the engine's best setting in that row; tokens per second unless the
-row says otherwise. ratio: how many times as fast Quire is as the best peer (of the medians; least and greatest of single
-rounds). others: cores kept busy by other processes, in the worst cell of the row; trust rows near 0."""
+Figures: median over the rounds, ± half the range, of the engine's best setting in that row; tokens per second unless
+the row says otherwise. ratio: how many times as fast Quire is as the best peer (of the medians; least and greatest of
+single rounds). others: cores kept busy by other processes, in the worst cell of the row; trust rows near 0."""
