@@ -86,7 +86,7 @@ class Others:
         return busy, time.monotonic()
 
     def share(self, engine_seconds: float) -> float:
-        """Cores that others used on average, given the CPU time of the engine. This process, the clients, is not one."""
+        """Cores that others used on average, given the CPU time of the engine. This process (the clients) is none."""
         (busy, now), own = self._read(), time.process_time()
         used = busy - self._busy - engine_seconds - (own - self._own)
         elapsed = max(now - self._time, 1e-9)

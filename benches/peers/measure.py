@@ -1,4 +1,4 @@
-"""One visit to one engine: its cases, the server's trace, the time to ready. A failure becomes a reason, not the end."""
+"""One visit to one engine: its cases, the server's trace, the time to ready. Failures become reasons."""
 
 import dataclasses
 import time

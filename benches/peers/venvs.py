@@ -69,7 +69,7 @@ def _dependencies(python: Path, packages: list[str]) -> list[str]:
         "def text(r): r.marker = None; return str(r)\n"
         "print(json.dumps([text(r) for r in all if fits(r)]))"
     )
-    names = [re.split(r"[=<>]", package)[0] for package in packages]
+    names = [package_name(package) for package in packages]
     listed = subprocess.run([str(python), "-c", script, *names], capture_output=True, check=True, text=True)
     return [public_version(line) for line in json.loads(listed.stdout)]
 
@@ -79,10 +79,20 @@ def public_version(requirement: str) -> str:
     return re.sub(r"(==[^+,;]+)\+[a-z0-9.]+", r"\1", requirement)
 
 
+def package_name(requirement: str) -> str:
+    """`torch` of `torch==2.13.0`."""
+    return re.match(r"[A-Za-z0-9._-]+", requirement)[0]
+
+
 def versions(peer: ModuleType, python: Path) -> dict[str, str]:
     """Installed versions of the packages named by the module."""
-    names = [re.split(r"[=<>]", line)[0] for line in [*getattr(peer, "WITHOUT_DEPENDENCIES", ()), *peer.REQUIREMENTS]]
-    script = "import json, sys, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    names = [package_name(line) for line in [*getattr(peer, "WITHOUT_DEPENDENCIES", ()), *peer.REQUIREMENTS]]
+    # Some are for other processors.
+    script = (
+        "import json, sys, importlib.metadata as m\n"
+        "found = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
+        "print(json.dumps({n: found[n] for n in sys.argv[1:] if n in found}))"
+    )
     done = subprocess.run([str(python), "-c", script, *names], capture_output=True, text=True)
     if done.returncode:
         raise Skip(f"broken environment: {done.stderr.strip().splitlines()[-1]}")
