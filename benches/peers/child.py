@@ -52,8 +52,10 @@ def end(process: subprocess.Popen) -> None:
 
 def last_words(log: Path, lines: int = 3) -> str:
     """The end of a log, on one line, for messages."""
-    text = log.read_text(errors="replace")[-4000:].strip().splitlines()
-    return " / ".join(line.strip() for line in text[-lines:] if line.strip())[-400:]
+    # Only what the last command said.
+    text = log.read_text(errors="replace").rpartition("\n$ ")[2].partition("\n")[2]
+    said = [line.strip() for line in text.splitlines() if line.strip()]
+    return " / ".join(said[-lines:])[-400:]
 
 
 class Child:

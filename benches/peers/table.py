@@ -77,8 +77,9 @@ def ratio(quire: Figure, peer: Figure, lower: bool) -> tuple[float, float, float
 
 
 def number(value: float) -> str:
-    """Three or four digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    """Three digits, or all before the point."""
+    decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:,.{decimals}f}"
 
 
 def render(cells: Sequence[Cell]) -> str:

@@ -108,7 +108,7 @@ class Table(unittest.TestCase):
         self.assertIn("| -         | -     |", table.render([cell("Quire", "x", 1, 5.0)]).splitlines()[2])
 
     def test_numbers_keep_three_digits(self) -> None:
-        self.assertEqual([table.number(v) for v in (1234.5, 123.4, 12.34, 1.234)], ["1,234", "123", "12.3", "1.23"])
+        self.assertEqual([table.number(v) for v in (1234.5, 12.34, 1.234, 0.1234)], ["1,234", "12.3", "1.23", "0.123"])
 
 
 class Arguments(unittest.TestCase):
@@ -334,7 +334,7 @@ class Children(unittest.TestCase):
             return job.scratch
         class Engine:
             def __init__(self, job):
-                print("noise on standard output")
+                print("noise on standard output", flush=True)
             def run(self, case):
                 if case.length == 1:
                     raise RuntimeError("too short")
@@ -376,7 +376,7 @@ class Children(unittest.TestCase):
     def test_a_death_is_told(self) -> None:
         with self.start() as worker:
             worker.ask(30, do="open")
-            with self.assertRaisesRegex(Skip, "status 3"):
+            with self.assertRaisesRegex(Skip, "status 3: noise on standard output"):
                 worker.ask(30, do="run", case=self.case(2))
 
     def test_silence_ends_and_so_does_the_process(self) -> None:
