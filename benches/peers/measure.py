@@ -34,21 +34,22 @@ def prepare(peer: ModuleType, job: Job, work: Path) -> None:
 
 
 def visit(
-    peer: ModuleType, job: Job, chosen: list[Case], number: int, args: Namespace, skips: list[str]
+    peer: ModuleType, job: Job, chosen: list[Case], number: int, args: Namespace, skips: dict[str, str]
 ) -> Iterator[list[Cell]]:
-    """Everything asked of this engine in round `number`, as it comes."""
-    parts = []
-    if chosen:
-        parts.append(_cases(peer, job, chosen, number, args.work, skips))
+    """Everything asked of this engine in round `number`, as it comes. What failed in a round is not tried again."""
+    parts = {"load": _cases(peer, job, chosen, number, args.work, skips)} if chosen else {}
     if args.server:
-        parts.append(_server(peer, job, number, args.work))
+        parts["server"] = _server(peer, job, number, args.work)
     if args.ready:
-        parts.append(_ready(peer, job, number, args.work))
-    for part in parts:
+        parts["ready"] = _ready(peer, job, number, args.work)
+    for name, part in parts.items():
+        where = f"{_where(peer, job)} {name}"
+        if where in skips:
+            continue
         try:
             yield from part
         except Skip as skip:
-            skips.append(f"{_where(peer, job)}: {skip}")
+            skips[where] = f"{skip} [round {number}]"
 
 
 def _where(peer: ModuleType, job: Job) -> str:
@@ -75,9 +76,12 @@ class Watch:
 
 
 def _cases(
-    peer: ModuleType, job: Job, chosen: list[Case], number: int, work: Path, skips: list[str]
+    peer: ModuleType, job: Job, chosen: list[Case], number: int, work: Path, skips: dict[str, str]
 ) -> Iterator[list[Cell]]:
     """The model is loaded once, and each case runs on it; one that fails does not stop the next."""
+    chosen = [case for case in chosen if f"{_where(peer, job)} {case.name}" not in skips]
+    if not chosen:
+        return
     with Child(job, peer.environment(job), _log(peer, work)) as child:
         child.ask(OPEN_TIMEOUT_S, do="open")
         watch = Watch(peer, job, number)
@@ -87,7 +91,7 @@ def _cases(
             except Skip as skip:
                 if child.process.poll() is not None:
                     raise
-                skips.append(f"{_where(peer, job)} {case.name}: {skip}")
+                skips[f"{_where(peer, job)} {case.name}"] = f"{skip} [round {number}]"
                 continue
             yield watch.cells({case.name: (answer["value"], "tok/s")}, answer["cpu_seconds"], answer["peak_rss_mib"])
 
@@ -104,7 +108,7 @@ def _server(peer: ModuleType, job: Job, number: int, work: Path) -> Iterator[lis
             try:
                 records = load.run(server.port, job.model.vocab_size, peer.EXTRA_FIELDS, requests)
             except (OSError, RuntimeError) as error:
-                raise Skip(f"server: {error}") from None
+                raise Skip(str(error)) from None
             used = machine.session_seconds(server.process.pid) - before
             yield watch.cells(load.summary(records), used)
     elif hasattr(peer, "for_trace"):
@@ -117,7 +121,7 @@ def _server(peer: ModuleType, job: Job, number: int, work: Path) -> Iterator[lis
             records = [Record(**record) for record in answer["records"]]
             yield watch.cells(load.summary(records), answer["cpu_seconds"], answer["peak_rss_mib"])
     else:
-        raise Skip("server: it has none, and takes no new requests while it runs")
+        raise Skip("run in static batches here, without a server")
 
 
 def _ready(peer: ModuleType, job: Job, number: int, work: Path) -> Iterator[list[Cell]]:

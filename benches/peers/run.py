@@ -90,7 +90,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def installed(args: argparse.Namespace, skips: list[str]) -> dict[ModuleType, tuple[Path, dict]]:
+def installed(args: argparse.Namespace, skips: dict[str, str]) -> dict[ModuleType, tuple[Path, dict]]:
     """The engines that can take part, with their interpreters and versions."""
     found = {}
     for name in args.peers:
@@ -102,17 +102,17 @@ def installed(args: argparse.Namespace, skips: list[str]) -> dict[ModuleType, tu
                     raise Skip(f"{args.quire} does not exist; run `cargo build --release`, or give --quire")
             found[peer] = (python, venvs.versions(peer, python))
         except Skip as skip:
-            skips.append(f"{peer.TITLE}: {skip}")
+            skips[peer.TITLE] = str(skip)
     return found
 
 
-def jobs(args, engines, model, precision: str, skips: list[str]) -> list[tuple[ModuleType, Job]]:
+def jobs(args, engines, model, precision: str, skips: dict[str, str]) -> list[tuple[ModuleType, Job]]:
     """Every engine under every setting for `precision`, with its model converted."""
     found = []
     chosen = [cases.BY_NAME[name] for name in args.cases]
     for peer, (python, _) in engines.items():
         if precision in peer.LACKS:
-            skips.append(f"{peer.TITLE} {precision}: {peer.LACKS[precision]}")
+            skips[f"{peer.TITLE} {precision}"] = peer.LACKS[precision]
             continue
         for setting in peer.SETTINGS[precision]:
             scratch = args.work / "converted" / peer.NAME
@@ -134,14 +134,14 @@ def jobs(args, engines, model, precision: str, skips: list[str]) -> list[tuple[M
                 measure.prepare(peer, job, args.work)
                 found.append((peer, job))
             except Skip as skip:
-                skips.append(f"{peer.TITLE} {model.name} {precision} ({setting.name}): {skip}")
+                skips[f"{peer.TITLE} {model.name} {precision} ({setting.name})"] = str(skip)
     return found
 
 
 class Results:
     """What is known so far; printed at the end, and written as it grows."""
 
-    def __init__(self, args: argparse.Namespace, engines: dict, skips: list[str]) -> None:
+    def __init__(self, args: argparse.Namespace, engines: dict, skips: dict[str, str]) -> None:
         self.path, self.skips = args.json, skips
         self.cells: list[table.Cell] = []
         self.head = {
@@ -173,8 +173,8 @@ class Results:
         print()
         if self.cells:
             print(table.render(self.cells) + "\n\n" + table.LEGEND)
-        for skip in dict.fromkeys(self.skips):
-            print(f"skipped: {skip}")
+        for where, reason in self.skips.items():
+            print(f"skipped: {where}: {reason}")
 
 
 def main() -> None:
@@ -182,7 +182,7 @@ def main() -> None:
     # Ended politely, everything started here ends, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     args.work = args.work.resolve()
-    skips: list[str] = []
+    skips: dict[str, str] = {}
     engines = installed(args, skips)
     results = Results(args, engines, skips)
     chosen = [cases.BY_NAME[name] for name in args.cases]
