@@ -99,6 +99,7 @@ class Child:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             while b"\n" not in self.buffer:
                 if not selector.select(max(deadline - time.monotonic(), 0)):
+                    end(self.process)  # or its late answer would be taken for that to the next request
                     raise Skip(f"no answer within {timeout_s:.0f} s")
                 piece = os.read(self.process.stdout.fileno(), 1 << 16)
                 if not piece:

@@ -69,7 +69,7 @@ def stream(port: int, fields: dict) -> Record:
 
 
 def run(port: int, vocab_size: int, extra_fields: dict, requests: Sequence[tuple[int, int]]) -> list[Record]:
-    """Sends `requests` from CLIENTS threads, each of which has one on its way at a time."""
+    """Sends `requests` from CLIENTS threads, each of which has one on its way at a time. RuntimeError if one fails."""
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     prompts = models.prompts(1, sum(length for length, _ in requests), vocab_size)[0]
     for length, output_len in requests:
@@ -96,7 +96,7 @@ def run(port: int, vocab_size: int, extra_fields: dict, requests: Sequence[tuple
     for thread in threads:
         thread.join()
     if failures:
-        raise failures[0]
+        raise RuntimeError(str(failures[0]) or type(failures[0]).__name__)
     return records
 
 

@@ -19,6 +19,8 @@ PREPARE_TIMEOUT_S = 3600
 OPEN_TIMEOUT_S = 600
 CASE_TIMEOUT_S = 900
 TRACE_TIMEOUT_S = 1800
+WARMUP = [(64, 16)] * 4
+"""Prompt and output lengths of requests before those that count."""
 TRACE_TOKENS = load.CLIENTS * (load.PROMPT_RANGE[1] + load.OUTPUT_RANGE[1])
 """KV cache for as many requests as run at once, all of them the longest."""
 
@@ -102,12 +104,12 @@ def _server(peer: ModuleType, job: Job, number: int, work: Path) -> Iterator[lis
     if hasattr(peer, "serve"):
         with Server(peer, job, peer.environment(job), _log(peer, work)) as server:
             server.ready()
-            load.run(server.port, job.model.vocab_size, peer.EXTRA_FIELDS, [(64, 16)] * 4)
-            watch = Watch(peer, job, number)
-            before = machine.session_seconds(server.process.pid)
             try:
+                load.run(server.port, job.model.vocab_size, peer.EXTRA_FIELDS, WARMUP)
+                watch = Watch(peer, job, number)
+                before = machine.session_seconds(server.process.pid)
                 records = load.run(server.port, job.model.vocab_size, peer.EXTRA_FIELDS, requests)
-            except (OSError, RuntimeError) as error:
+            except RuntimeError as error:
                 raise Skip(str(error)) from None
             used = machine.session_seconds(server.process.pid) - before
             yield watch.cells(load.summary(records), used)
@@ -115,7 +117,7 @@ def _server(peer: ModuleType, job: Job, number: int, work: Path) -> Iterator[lis
         job = dataclasses.replace(job, setting=peer.for_trace(job.setting))
         with Child(job, peer.environment(job), _log(peer, work)) as child:
             child.ask(OPEN_TIMEOUT_S, do="open")
-            child.ask(TRACE_TIMEOUT_S, do="trace", requests=[(64, 16)] * 4, clients=load.CLIENTS)
+            child.ask(TRACE_TIMEOUT_S, do="trace", requests=WARMUP, clients=load.CLIENTS)
             watch = Watch(peer, job, number)
             answer = child.ask(TRACE_TIMEOUT_S, do="trace", requests=requests, clients=load.CLIENTS)
             records = [Record(**record) for record in answer["records"]]

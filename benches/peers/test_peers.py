@@ -386,6 +386,8 @@ class Children(unittest.TestCase):
             worker.ask(30, do="open")
             with self.assertRaisesRegex(Skip, "no answer within 1 s"):
                 worker.ask(1, do="run", case=self.case(3))
+            with self.assertRaises(Skip):
+                worker.ask(1, do="run", case=self.case(9))
         self.assertIsNotNone(worker.process.returncode)
         with self.assertRaises(ProcessLookupError):
             os.kill(worker.process.pid, 0)
