@@ -335,9 +335,34 @@ impl Work<'_> {
                 pairs: panels.start * PANEL_PAIRS..keys.end.div_ceil(2),
                 columns,
                 out: Shared::new(state.out),
+                ahead: self.next_keys(item, start + TILE, tile.keys),
             };
             each_panel::<D, _>(&values, rows, 0..columns / PANEL);
         }
+    }
+
+    /// Where the keys of the tile from `start` on begin; of those that the item does not see, those of the next head, as
+    /// the next item is likely to be about it.
+    #[inline(always)]
+    fn next_keys(&self, item: Item, start: usize, keys: [*const u32; PANELS]) -> [*const u32; PANELS] {
+        let shape = self.pages.shape;
+        let block_table = self.step.block_table(item.block.seq);
+        let seen = self.all_seen(item.block);
+        let (start, head) = if start < seen.end {
+            (start, item.kv_head)
+        } else {
+            (seen.start / TILE * TILE, (item.kv_head + 1) % shape.num_kv_heads)
+        };
+        let mut next = keys;
+        for (panel, next) in next.iter_mut().enumerate() {
+            let position = start + panel * PANEL;
+            if position < seen.end && position + PANEL > seen.start {
+                let block = block_table[position / shape.block_size] as usize;
+                let at = shape.key_panel(block, head, position % shape.block_size);
+                *next = self.pages.k.as_ptr().wrapping_add(at);
+            }
+        }
+        next
     }
 
     /// Divides by the sums and writes the rows of an item.
@@ -535,7 +560,7 @@ impl Tiled for Scores<'_> {
                 let mut weights = [D::load(keys[0]); P];
                 for i in 0..P {
                     weights[i] = D::load(keys[i].add(k * PANEL));
-                    D::prefetch(ahead[i].wrapping_add(k * PANEL));
+                    D::prefetch_near(ahead[i].wrapping_add(k * PANEL));
                 }
                 for r in 0..M {
                     for i in 0..P {
@@ -599,6 +624,8 @@ struct Values<'a> {
     pairs: Range<usize>,
     columns: usize,
     out: Shared<'a, f32>,
+    /// Panels of keys that come next.
+    ahead: [*const u32; PANELS],
 }
 
 impl Tiled for Values<'_> {
@@ -621,10 +648,13 @@ impl Tiled for Values<'_> {
             while pair < self.pairs.end {
                 let end = (pair + PANEL_PAIRS).min(self.pairs.end);
                 let from = self.tile.values[pair / PANEL_PAIRS].add(panel * PANEL);
+                let ahead = self.ahead[pair / PANEL_PAIRS].wrapping_add(panel * PANEL);
                 for k in 0..end - pair {
                     let mut values = [D::load(from); P];
                     for i in 0..P {
-                        values[i] = D::load(from.add(k * self.columns + i * PANEL));
+                        let at = k * self.columns + i * PANEL;
+                        values[i] = D::load(from.add(at));
+                        D::prefetch_near(ahead.wrapping_add(at));
                     }
                     for r in 0..M {
                         for i in 0..P {

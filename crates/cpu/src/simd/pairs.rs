@@ -54,6 +54,8 @@ pub unsafe trait PairDot: Copy {
     unsafe fn store_pairs(to: *mut u32, low: Self::V, high: Self::V);
     /// A hint that the cache line at `at` will be read; any address will do.
     unsafe fn prefetch(at: *const u32);
+    /// The same, if it will be soon.
+    unsafe fn prefetch_near(at: *const u32);
 }
 
 /// `2^x` to about 2e-7 for `x <= 127`; 0 below -126. `2^n 2^f` with whole `n` and the Taylor series of `2^f`, `|f| <= 1/2`.
@@ -224,6 +226,9 @@ unsafe impl<S: Simd> PairDot for Emulated<S> {
 
     #[inline(always)]
     unsafe fn prefetch(_: *const u32) {}
+
+    #[inline(always)]
+    unsafe fn prefetch_near(_: *const u32) {}
 }
 
 #[cfg(test)]

@@ -12,8 +12,10 @@ use crate::driver::{Driver, config, greedy};
 /// Below this lead of the best token over the next, rounding may decide between them. The golden checkpoints have random
 /// weights and logits of about 1; trained models are sharper.
 const MIN_MARGIN: f32 = 0.05;
-/// On the logits of the golden checkpoints, relative to the largest of a prompt.
-const LOGIT_TOLERANCE: f32 = 0.04;
+/// On the logits of the golden checkpoints, relative to the largest of a prompt. Their random weights amplify what
+/// rounding activations, queries, keys and attention weights to 8 bits leaves: 0.042 in one prompt of 300 tokens, at
+/// most 0.027 in all others.
+const LOGIT_TOLERANCE: f32 = 0.06;
 /// Relative, on perplexity.
 const PERPLEXITY_TOLERANCE: f64 = 0.005;
 
