@@ -26,7 +26,12 @@ fn main() -> Result<(), BackendError> {
     }
     let mut backend = CpuBackend::new(config)?;
     println!("{} threads, {:?}; fastest single calls", config.threads, backend.isa());
-    println!("{:>8} {:>4} {}", "layer", "rows", FORMS.map(|(form, _)| format!("{form:>9} GB/s  Gop/s")).join(""));
+    println!(
+        "{:>8} {:>4} {}",
+        "layer",
+        "rows",
+        FORMS.map(|(form, _)| format!("{form:>9} GB/s  Gop/s")).join("")
+    );
     for (name, n, k) in SHAPES {
         for rows in [1u32; 0] {
             linear(&mut backend, name, (n, k), rows)?;
@@ -155,4 +160,7 @@ fn best(mut run: impl FnMut() -> Result<(), BackendError>) -> Result<f64, Backen
     }
     Ok(best)
 }
-#[allow(non_snake_case)] fn BS() -> u32 { std::env::var("BS").unwrap().parse().unwrap() }
+#[allow(non_snake_case)]
+fn BS() -> u32 {
+    std::env::var("BS").unwrap().parse().unwrap()
+}

@@ -100,6 +100,14 @@ impl Aligned<u32> {
     }
 }
 
+impl Aligned<u16> {
+    /// The same memory as signed bytes, the low one first.
+    pub fn bytes_mut(&mut self) -> &mut [i8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.start.cast(), 2 * self.len) }
+    }
+}
+
 /// Activations `[rows, cols]`.
 pub struct CpuBuf {
     pub(crate) values: Aligned<f32>,
