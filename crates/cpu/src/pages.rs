@@ -156,47 +156,64 @@ impl<'a> SharedPackedPages<'a> {
     }
 }
 
-/// Stores a row's keys and values at `slot`; they are made finite. No other thread may write this slot.
-pub(crate) struct StoreRow<'a> {
+/// Stores keys and values of several rows; they are made finite. No other thread may write these slots.
+pub(crate) struct StoreRows<'a> {
     pub pages: SharedPackedPages<'a>,
-    pub slot: u32,
-    pub k: &'a [f32],
-    pub v: &'a [f32],
+    /// `[rows]`
+    pub slots: &'a [u32],
+    /// `[rows, stride]`, of which the last columns are keys and then values.
+    pub qkv: &'a [f32],
+    pub stride: usize,
 }
 
-impl PairKernel for StoreRow<'_> {
+impl PairKernel for StoreRows<'_> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<D: ByteDot>(self) {
-        let shape = self.pages.shape;
-        let (block, offset) = (self.slot as usize / shape.block_size, self.slot as usize % shape.block_size);
-        let heads = self.k.chunks_exact(shape.head_dim).zip(self.v.chunks_exact(shape.head_dim));
-        for (head, (key, value)) in heads.enumerate() {
-            let key_at = shape.key_panel(block, head, offset) + offset % shape.lanes();
-            let value_at = 2 * shape.value_row(block, head, offset) + offset % 2;
-            let (lanes, pairs) = (shape.lanes(), shape.key_pairs());
-            // SAFETY: in bounds as `strided` has checked; slots are disjoint, and this one is ours by contract.
-            unsafe {
-                match self.pages.pairs {
-                    SharedPairs::Bf16 { k, v } => {
-                        let (k, v) = (k.strided(key_at, lanes, pairs), v.strided(value_at, 2, value.len()));
-                        each_pair::<D>(key, |i, pair| *k.add(i * lanes) = pair);
-                        each_pair::<D>(value, |i, pair| {
-                            *v.add(4 * i) = pair as u16;
-                            if 2 * i + 1 < value.len() {
-                                *v.add(4 * i + 2) = (pair >> 16) as u16;
-                            }
-                        });
-                    }
-                    SharedPairs::Int8 { k, v, scales } => {
-                        let at = (block * shape.num_kv_heads + head) * 2 * shape.block_size + offset;
-                        let scales = scales.strided(at, shape.block_size, 2);
-                        let (k, v) = (k.strided(key_at, lanes, pairs), v.strided(value_at, 2, value.len()));
-                        *scales =
-                            each_byte(key, |i, byte| *k.cast::<i8>().add(i / 2 * lanes * 2 + i % 2) = byte);
-                        *scales.add(shape.block_size) = each_byte(value, |i, byte| *v.add(2 * i) = byte);
-                    }
+        let PackedShape { num_kv_heads, head_dim, .. } = self.pages.shape;
+        let values = self.stride - num_kv_heads * head_dim;
+        let keys = values - num_kv_heads * head_dim;
+        // Head by head, as the tokens of one share the cache lines of its panels.
+        for head in 0..num_kv_heads {
+            for (slot, row) in self.slots.iter().zip(self.qkv.chunks_exact(self.stride)) {
+                let key = &row[keys + head * head_dim..][..head_dim];
+                let value = &row[values + head * head_dim..][..head_dim];
+                // SAFETY: the caller's.
+                unsafe { self.pages.store::<D>(*slot, head, key, value) };
+            }
+        }
+    }
+}
+
+impl SharedPackedPages<'_> {
+    /// One head's key and value at `slot`, which is the caller's alone.
+    #[inline(always)]
+    unsafe fn store<D: ByteDot>(&self, slot: u32, head: usize, key: &[f32], value: &[f32]) {
+        let shape = self.shape;
+        let (block, offset) = (slot as usize / shape.block_size, slot as usize % shape.block_size);
+        let key_at = shape.key_panel(block, head, offset) + offset % shape.lanes();
+        let value_at = 2 * shape.value_row(block, head, offset) + offset % 2;
+        let (lanes, pairs) = (shape.lanes(), shape.key_pairs());
+        // SAFETY: in bounds as `strided` has checked; slots are disjoint, and this one is ours by contract.
+        unsafe {
+            match self.pairs {
+                SharedPairs::Bf16 { k, v } => {
+                    let (k, v) = (k.strided(key_at, lanes, pairs), v.strided(value_at, 2, value.len()));
+                    each_pair::<D>(key, |i, pair| *k.add(i * lanes) = pair);
+                    each_pair::<D>(value, |i, pair| {
+                        *v.add(4 * i) = pair as u16;
+                        if 2 * i + 1 < value.len() {
+                            *v.add(4 * i + 2) = (pair >> 16) as u16;
+                        }
+                    });
+                }
+                SharedPairs::Int8 { k, v, scales } => {
+                    let at = (block * shape.num_kv_heads + head) * 2 * shape.block_size + offset;
+                    let scales = scales.strided(at, shape.block_size, 2);
+                    let (k, v) = (k.strided(key_at, lanes, pairs), v.strided(value_at, 2, value.len()));
+                    *scales = each_byte(key, |i, byte| *k.cast::<i8>().add(i / 2 * lanes * 2 + i % 2) = byte);
+                    *scales.add(shape.block_size) = each_byte(value, |i, byte| *v.add(2 * i) = byte);
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Attention over contexts of several partial results: against plain f64, and to the bit whoever computes them.
 
 use quire_backend::{
-    Attention, AttnShape, Backend, KvLayerShape, KvLayout, LogitRow, RopeAndCache, StepInput,
+    Attention, AttnShape, Backend, BackendError, KvLayerShape, KvLayout, LogitRow, RopeAndCache, StepInput,
 };
 use quire_core::{DType, Slot, StepId};
 use quire_cpu::{CpuBackend, CpuConfig, Isa, Precision};
@@ -25,63 +25,57 @@ fn noise(i: usize) -> f32 {
 }
 
 /// Fills the cache in one step, then attends with the last rows in another.
-fn outputs(case: Case, threads: usize, max_isa: Isa) -> Vec<f32> {
-    let mut backend = CpuBackend::new(CpuConfig { threads, max_isa, precision: Precision::Bf16 }).unwrap();
+fn outputs(case: Case, threads: usize, max_isa: Isa) -> Result<Vec<f32>, BackendError> {
+    let mut backend = CpuBackend::new(CpuConfig { threads, max_isa, precision: Precision::Bf16 })?;
     let layout = KvLayout {
         num_blocks: CONTEXT.div_ceil(BLOCK_SIZE),
         block_size: BLOCK_SIZE,
         layers: vec![KvLayerShape { num_kv_heads: SHAPE.num_kv_heads, head_dim: SHAPE.head_dim }],
         dtype: case.dtype,
     };
-    let mut kv = backend.alloc_kv(&layout).unwrap();
-    let mut qkv = backend.alloc(CONTEXT as usize, SHAPE.qkv_size()).unwrap();
-    let mut out = backend.alloc(CONTEXT as usize, SHAPE.q_size()).unwrap();
+    let mut kv = backend.alloc_kv(&layout)?;
+    let mut qkv = backend.alloc(CONTEXT as usize, SHAPE.qkv_size())?;
+    let mut out = backend.alloc(CONTEXT as usize, SHAPE.q_size())?;
     let values: Vec<f32> = (0..CONTEXT as usize * SHAPE.qkv_size()).map(noise).collect();
-    backend.write(&mut qkv, &values).unwrap();
-    prepare(&mut backend, CONTEXT);
+    backend.write(&mut qkv, &values)?;
+    prepare(&mut backend, CONTEXT)?;
     let (shape, kv_mut) = (SHAPE, &mut kv);
-    backend
-        .rope_and_cache(RopeAndCache {
-            qkv: &mut qkv,
-            shape,
-            qk_norm: None,
-            eps: 0.0,
-            rope: None,
-            kv: kv_mut,
-            layer: 0,
-        })
-        .unwrap();
-    prepare(&mut backend, case.rows);
+    backend.rope_and_cache(RopeAndCache {
+        qkv: &mut qkv,
+        shape,
+        qk_norm: None,
+        eps: 0.0,
+        rope: None,
+        kv: kv_mut,
+        layer: 0,
+    })?;
+    prepare(&mut backend, case.rows)?;
     let first = (CONTEXT - case.rows) as usize * SHAPE.qkv_size();
-    backend.write(&mut qkv, &values[first..]).unwrap();
+    backend.write(&mut qkv, &values[first..])?;
     let (window, kv, out_mut) = (case.window, &kv, &mut out);
-    backend
-        .attention(Attention { qkv: &qkv, shape, scale: SCALE, window, kv, layer: 0, out: out_mut })
-        .unwrap();
-    backend.read(&out, case.rows as usize).unwrap()
+    backend.attention(Attention { qkv: &qkv, shape, scale: SCALE, window, kv, layer: 0, out: out_mut })?;
+    backend.read(&out, case.rows as usize)
 }
 
 /// A step of the last `rows` rows of the context.
-fn prepare(backend: &mut CpuBackend, rows: u32) {
+fn prepare(backend: &mut CpuBackend, rows: u32) -> Result<(), BackendError> {
     let positions: Vec<u32> = (CONTEXT - rows..CONTEXT).collect();
     let blocks: Vec<u32> = (0..CONTEXT.div_ceil(BLOCK_SIZE)).collect();
     let logit_rows: [LogitRow; 0] = [];
-    backend
-        .prepare(&StepInput {
-            step: StepId(0),
-            token_ids: &vec![0; rows as usize],
-            positions: &positions,
-            slot_mapping: &positions,
-            cu_seqlens_q: &[0, rows],
-            seq_lens: &[CONTEXT],
-            seq_slots: &[Slot(0)],
-            block_tables: &blocks,
-            max_blocks_per_seq: blocks.len() as u32,
-            logit_rows: &logit_rows,
-            block_copies: &[],
-            seqs: &[],
-        })
-        .unwrap();
+    backend.prepare(&StepInput {
+        step: StepId(0),
+        token_ids: &vec![0; rows as usize],
+        positions: &positions,
+        slot_mapping: &positions,
+        cu_seqlens_q: &[0, rows],
+        seq_lens: &[CONTEXT],
+        seq_slots: &[Slot(0)],
+        block_tables: &blocks,
+        max_blocks_per_seq: blocks.len() as u32,
+        logit_rows: &logit_rows,
+        block_copies: &[],
+        seqs: &[],
+    })
 }
 
 /// One row of one head, in f64.
@@ -103,17 +97,17 @@ fn expected(position: usize, head: usize, window: Option<u32>) -> Vec<f64> {
 }
 
 #[test]
-fn partial_results_make_a_whole() {
+fn partial_results_make_a_whole() -> Result<(), BackendError> {
     for dtype in [DType::BF16, DType::I8] {
         for (rows, window) in [(1, None), (3, Some(1500)), (40, None), (1, Some(700))] {
             let case = Case { rows, window, dtype };
-            let one = outputs(case, 1, Isa::detect());
+            let one = outputs(case, 1, Isa::detect())?;
             for threads in [2, 16] {
-                assert!(one == outputs(case, threads, Isa::detect()), "{case:?} with {threads} threads");
+                assert!(one == outputs(case, threads, Isa::detect())?, "{case:?} with {threads} threads");
             }
-            assert!(one == outputs(case, 3, Isa::detect().min(Isa::Avx2)), "{case:?}, emulated");
+            assert!(one == outputs(case, 3, Isa::detect().min(Isa::Avx2))?, "{case:?}, emulated");
             if rows > 1 {
-                let last = outputs(Case { rows: 1, ..case }, 16, Isa::detect());
+                let last = outputs(Case { rows: 1, ..case }, 16, Isa::detect())?;
                 assert!(one.ends_with(&last), "{case:?}: the last row alone");
             }
             let d = SHAPE.head_dim as usize;
@@ -125,4 +119,5 @@ fn partial_results_make_a_whole() {
             }
         }
     }
+    Ok(())
 }
