@@ -12,7 +12,6 @@ use quire_core::DType;
 
 use crate::buffer::{Aligned, Shared};
 use crate::element::Plain;
-use crate::packed::round_row;
 use crate::simd::bytes::ByteDot;
 use crate::simd::pairs::{PANEL, PairKernel};
 
@@ -220,15 +219,24 @@ impl SharedPackedPages<'_> {
     }
 }
 
-/// Rounds finite pairs and hands them out with their number.
+/// What bf16 can hold.
+const MAX: f32 = 3.389_531_4e38;
+
+/// Makes numbers finite, rounds them, and hands out the pairs with their number.
 #[inline(always)]
 unsafe fn each_pair<D: ByteDot>(values: &[f32], mut to: impl FnMut(usize, u32)) {
     const CHUNK: usize = 2 * PANEL;
     for (chunk, values) in values.chunks(CHUNK).enumerate() {
-        let (mut finite, mut pairs) = ([0.0; CHUNK], [0; PANEL]);
-        finite.iter_mut().zip(values).for_each(|(to, from)| *to = finite_bf16(*from));
-        // SAFETY: the caller's.
-        unsafe { round_row::<D>(&finite, &mut pairs) };
+        let (mut padded, mut pairs) = ([0.0; CHUNK], [0; PANEL]);
+        padded[..values.len()].copy_from_slice(values);
+        // SAFETY: both arrays hold two panels; the rest is the caller's.
+        unsafe {
+            let finite = |from: &[f32]| {
+                let x = D::max(D::load_sums(from.as_ptr()), D::splat(-MAX)); // NaN, too
+                D::min(x, D::splat(MAX))
+            };
+            D::store_pairs(pairs.as_mut_ptr(), finite(&padded), finite(&padded[PANEL..]));
+        }
         let number = values.len().div_ceil(2);
         pairs[..number].iter().enumerate().for_each(|(i, pair)| to(chunk * PANEL + i, *pair));
     }
@@ -237,19 +245,16 @@ unsafe fn each_pair<D: ByteDot>(values: &[f32], mut to: impl FnMut(usize, u32)) 
 /// Rounds to bytes, whose largest becomes 127, and hands them out with their number. Returns the scale, which is positive.
 #[inline(always)]
 fn each_byte(values: &[f32], mut to: impl FnMut(usize, i8)) -> f32 {
-    let max = values.iter().fold(TINY, |max, x| max.max(finite_bf16(*x).abs()));
+    let max = values.iter().fold(TINY, |max, x| max.max(finite(*x).abs()));
     let inverse = 127.0 / max;
-    let codes = values.iter().map(|x| (finite_bf16(*x) * inverse).round_ties_even() as i8);
+    let codes = values.iter().map(|x| (finite(*x) * inverse).round_ties_even() as i8);
     codes.enumerate().for_each(|(i, code)| to(i, code));
     max / 127.0
 }
 
-/// What bf16 cannot hold becomes the largest number that it can, and NaN zero.
+/// In the range of bf16; NaN becomes the lowest number.
 #[inline(always)]
-fn finite_bf16(x: f32) -> f32 {
-    const MAX: f32 = 3.389_531_4e38;
-    // Comparisons of this form are one instruction each; `f32::clamp` also minds NaN.
-    let x = if x.is_nan() { 0.0 } else { x };
+fn finite(x: f32) -> f32 {
     let x = if x > -MAX { x } else { -MAX };
     if x < MAX { x } else { MAX }
 }

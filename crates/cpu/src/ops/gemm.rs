@@ -90,6 +90,37 @@ pub(crate) trait Sink: Copy + Send + Sync {
     unsafe fn take<D: PairDot, const P: usize>(&self, m: usize, p: usize, sums: [D::V; P]);
 }
 
+/// Hands over the sums of rows `m..m + M`.
+///
+/// # Safety
+/// As for [`Sink::take`].
+#[inline(always)]
+pub(crate) unsafe fn give<D: PairDot, const M: usize, const P: usize>(
+    to: &impl Sink,
+    m: usize,
+    p: usize,
+    sums: [[D::V; P]; M],
+) {
+    // Through memory of its own: a sink is a long loop body, and with an index that is not known when it is compiled the
+    // sums themselves would lie in memory all along.
+    let mut rows = [[[0.0; PANEL]; P]; M];
+    // SAFETY: every array holds a panel; the rest is the caller's.
+    unsafe {
+        for r in 0..M {
+            for i in 0..P {
+                D::store(rows[r][i].as_mut_ptr(), sums[r][i]);
+            }
+        }
+        for r in 0..M {
+            let mut row = [D::zero(); P];
+            for i in 0..P {
+                row[i] = D::load_sums(rows[r][i].as_ptr());
+            }
+            to.take::<D, P>(m + r, p, row);
+        }
+    }
+}
+
 /// Plain rows of `n` columns.
 #[derive(Clone, Copy)]
 pub(crate) struct ToRows<'a> {
@@ -230,9 +261,7 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
                     }
                 }
             }
-            for r in 0..M {
-                self.to.take::<D, P>(m + r, p, sums[r]);
-            }
+            give::<D, M, P>(&self.to, m, p, sums);
         }
     }
 }

@@ -42,6 +42,8 @@ pub unsafe trait PairDot: Copy {
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger; `b` if one is not a number.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller; `b` if one is not a number.
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
     /// To the nearest integer, ties to even.
     unsafe fn round(a: Self::V) -> Self::V;
     /// `a * 2^n` for whole `n` in -126..=127.
@@ -194,6 +196,11 @@ unsafe impl<S: Simd> PairDot for Emulated<S> {
     #[inline(always)]
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
         std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+
+    #[inline(always)]
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| if a[i] < b[i] { a[i] } else { b[i] })
     }
 
     #[inline(always)]
