@@ -206,3 +206,8 @@ fn same_bytes_llama3_int8() {
 fn same_bytes_qwen3_int4() {
     assert_same_bytes("qwen3", Setup { quant: QuantFormat::Int4, ..BF16 }, 320, 6);
 }
+
+#[test]
+fn same_bytes_qwen3_int8_cache() {
+    assert_same_bytes("qwen3", Setup { kv_dtype: DType::I8, ..BF16 }, 320, 7);
+}

@@ -198,8 +198,8 @@ fn check_supported(args: &EngineArgs, spec: &ModelSpec) -> Result<(), ConfigErro
         );
         return Err(error("dtype", message));
     }
-    if let Some(dtype @ (DType::I8 | DType::F8E4M3)) = args.kv_cache_dtype.dtype() {
-        let message = format!("{dtype} keys and values are not supported yet; use auto, bf16, f16 or f32");
+    if args.kv_cache_dtype.dtype() == Some(DType::F8E4M3) {
+        let message = "fp8 keys and values are not supported on cpu; use auto, int8, bf16, f16 or f32".into();
         return Err(error("kv-cache-dtype", message));
     }
     Ok(())

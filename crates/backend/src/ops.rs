@@ -105,7 +105,13 @@ impl KvLayout {
     pub fn block_bytes(&self) -> usize {
         let per_token: usize =
             self.layers.iter().map(|l| 2 * l.num_kv_heads as usize * l.head_dim as usize).sum();
-        per_token * self.block_size as usize * self.dtype.size()
+        // Bytes come with one scale per key and one per value.
+        let scales = if self.dtype == DType::I8 {
+            self.layers.iter().map(|l| 2 * l.num_kv_heads as usize * size_of::<f32>()).sum()
+        } else {
+            0
+        };
+        (per_token * self.dtype.size() + scales) * self.block_size as usize
     }
 }
 

@@ -26,13 +26,18 @@ fn main() -> Result<(), BackendError> {
     }
     let mut backend = CpuBackend::new(config)?;
     println!("{} threads, {:?}; fastest single calls", config.threads, backend.isa());
-    println!("{:>8} {:>4} {}", "layer", "rows", FORMS.map(|(form, _)| format!("{form:>9} GB/s  Gop/s")).join(""));
+    println!(
+        "{:>8} {:>4} {}",
+        "layer",
+        "rows",
+        FORMS.map(|(form, _)| format!("{form:>9} GB/s  Gop/s")).join("")
+    );
     for (name, n, k) in SHAPES {
         for rows in [1, 4, 32, 512] {
             linear(&mut backend, name, (n, k), rows)?;
         }
     }
-    for (rows, context) in [(1, 4096), (512, 512)] {
+    for (rows, context) in [(1, 4096), (1, 65_536), (512, 512)] {
         attention(&mut backend, rows, context)?;
     }
     barrier(config.threads)

@@ -250,21 +250,19 @@ impl Backend for CpuBackend {
         let RopeAndCache { qkv, shape, qk_norm, eps, rope, kv, layer } = op;
         let (step, isa) = (&self.step, self.isa);
         expect_shape("rope_and_cache", qkv, step.num_tokens(), shape.qkv_size())?;
-        let (q_size, kv_size) = (shape.q_size(), shape.kv_size());
         let qk_norm = qk_norm.map(|(q, k)| (&q[..], &k[..]));
         let cache = SharedLayer::new(&mut kv.layers[layer]);
-        let qkv = qkv.shared();
-        let grain = self.row_grain(4 * shape.qkv_size());
+        let (qkv, stride) = (qkv.shared(), shape.qkv_size());
+        let grain = self.row_grain(4 * stride);
         self.pool.split(step.num_tokens(), grain, |_, rows| {
-            for t in rows {
-                // SAFETY: `isa` was detected; row `t` and its cache slot belong to this piece alone.
-                unsafe {
-                    let row = qkv.row(t);
-                    let position = step.positions[t];
-                    dispatch(isa, RopeRow { row: &mut *row, shape, qk_norm, eps, rope, position });
-                    let (k, v) = row[q_size..].split_at(kv_size);
-                    cache.store(isa, step.slot_mapping[t], k, v);
+            // SAFETY: `isa` was detected; these rows and their cache slots belong to this piece alone.
+            unsafe {
+                for t in rows.clone() {
+                    let (row, position) = (qkv.row(t), step.positions[t]);
+                    dispatch(isa, RopeRow { row, shape, qk_norm, eps, rope, position });
                 }
+                let slots = &step.slot_mapping[rows.clone()];
+                cache.store(isa, slots, qkv.values.slice(rows.start * stride, rows.len() * stride), stride);
             }
         })?;
         Ok(())

@@ -17,6 +17,8 @@ unsafe impl Plain for u32 {}
 // SAFETY: as above.
 unsafe impl Plain for i32 {}
 // SAFETY: as above.
+unsafe impl Plain for u16 {}
+// SAFETY: as above.
 unsafe impl Plain for bf16 {}
 // SAFETY: as above.
 unsafe impl Plain for f16 {}

@@ -53,18 +53,20 @@ impl PageShape {
 }
 
 impl CpuKv {
-    /// A bf16 cache is packed where products are of bf16.
+    /// A bf16 cache is packed where products are of bf16, one of bytes always.
     pub(crate) fn new(layout: &KvLayout, precision: Precision) -> Result<Self, BackendError> {
         let layer = |shape: &KvLayerShape| {
             Ok(match layout.dtype {
                 DType::F32 => KvLayer::F32(Pages::new(layout, shape)?),
                 DType::F16 => KvLayer::F16(Pages::new(layout, shape)?),
+                DType::I8 => KvLayer::Packed(PackedPages::new(layout, shape)?),
                 DType::BF16 if precision == Precision::Bf16 => {
                     KvLayer::Packed(PackedPages::new(layout, shape)?)
                 }
                 DType::BF16 => KvLayer::Bf16(Pages::new(layout, shape)?),
                 other => {
-                    let message = format!("type {other} is not supported on cpu yet, use f32, f16 or bf16");
+                    let message =
+                        format!("type {other} is not supported on cpu yet, use f32, f16, bf16 or int8");
                     return Err(tensor_error("kv cache", message));
                 }
             })

@@ -2,13 +2,18 @@
 //!
 //! A block of `B` tokens holds, per head, its keys as panels `[head_dim / 2][lane][2]` of up to [`PANEL`] tokens a lane,
 //! and its values as `[pair of tokens][head_dim][2]`. Odd ends are filled up: `head_dim` to whole panels, and a block of
-//! one token to a pair. Stored numbers are finite, so that a weight of zero leaves nothing of them.
+//! one token to a pair. Elements are bf16, or bytes with one scale per key and one per value, of a token and head. Stored
+//! numbers are finite, so that a weight of zero leaves nothing of them.
 
+use quire_backend::quant::TINY;
 use quire_backend::{BackendError, KvLayerShape, KvLayout};
 
+use quire_core::DType;
+
 use crate::buffer::{Aligned, Shared};
-use crate::packed::round_row;
-use crate::simd::pairs::{PANEL, PairDot, PairKernel};
+use crate::element::Plain;
+use crate::simd::bytes::ByteDot;
+use crate::simd::pairs::{PANEL, PairKernel};
 
 /// Where things lie in [`PackedPages`].
 #[derive(Clone, Copy)]
@@ -58,14 +63,29 @@ impl PackedShape {
     }
 }
 
-/// K and V of a layer in bf16.
+/// K and V of a layer.
 pub(crate) struct PackedPages {
-    pub k: Aligned<u32>,
-    pub v: Aligned<u32>,
+    pub pairs: Pairs,
     pub shape: PackedShape,
 }
 
+/// The elements.
+pub(crate) enum Pairs {
+    Bf16 {
+        k: Aligned<u32>,
+        v: Aligned<u32>,
+    },
+    /// Scales are `[num_blocks, num_kv_heads, 2, block_size]`: those of keys, then those of values. None is zero.
+    Int8 {
+        k: Aligned<u16>,
+        v: Aligned<u16>,
+        scales: Aligned<f32>,
+    },
+}
+
 impl PackedPages {
+    /// # Errors
+    /// Out of memory.
     pub(crate) fn new(layout: &KvLayout, layer: &KvLayerShape) -> Result<Self, BackendError> {
         let shape = PackedShape {
             num_kv_heads: layer.num_kv_heads as usize,
@@ -73,91 +93,168 @@ impl PackedPages {
             block_size: layout.block_size as usize,
         };
         let heads = layout.num_blocks as usize * shape.num_kv_heads;
-        Ok(Self {
-            k: Aligned::zeroed(heads * shape.key_len(), "kv cache")?,
-            v: Aligned::zeroed(heads * shape.value_len(), "kv cache")?,
-            shape,
-        })
+        let (k, v, what) = (heads * shape.key_len(), heads * shape.value_len(), "kv cache");
+        let pairs = if layout.dtype == DType::I8 {
+            Pairs::Int8 {
+                k: Aligned::zeroed(k, what)?,
+                v: Aligned::zeroed(v, what)?,
+                scales: Aligned::zeroed(heads * 2 * shape.block_size, what)?,
+            }
+        } else {
+            Pairs::Bf16 { k: Aligned::zeroed(k, what)?, v: Aligned::zeroed(v, what)? }
+        };
+        Ok(Self { pairs, shape })
     }
 
     pub(crate) fn copy_block(&mut self, src: usize, dst: usize) {
+        fn copy<T: Plain>(array: &mut Aligned<T>, len: usize, src: usize, dst: usize) {
+            array.copy_within(src * len..(src + 1) * len, dst * len);
+        }
         let heads = self.shape.num_kv_heads;
-        let (k, v) = (heads * self.shape.key_len(), heads * self.shape.value_len());
-        self.k.copy_within(src * k..(src + 1) * k, dst * k);
-        self.v.copy_within(src * v..(src + 1) * v, dst * v);
-    }
-}
-
-/// [`PackedPages`], written by several threads, each its own slots.
-#[derive(Clone, Copy)]
-pub(crate) struct SharedPackedPages<'a> {
-    k: Shared<'a, u32>,
-    /// Single halves: the tokens of a pair may be written by two threads.
-    v: Shared<'a, u16>,
-    shape: PackedShape,
-}
-
-impl<'a> SharedPackedPages<'a> {
-    pub(crate) fn new(pages: &'a mut PackedPages) -> Self {
-        Self { k: Shared::new(&mut pages.k), v: Shared::new(pages.v.halves_mut()), shape: pages.shape }
-    }
-}
-
-/// Stores a row's keys and values at `slot`; they are made finite. No other thread may write this slot.
-pub(crate) struct StoreRow<'a> {
-    pub pages: SharedPackedPages<'a>,
-    pub slot: u32,
-    pub k: &'a [f32],
-    pub v: &'a [f32],
-}
-
-impl PairKernel for StoreRow<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<D: PairDot>(self) {
-        let shape = self.pages.shape;
-        let (block, offset) = (self.slot as usize / shape.block_size, self.slot as usize % shape.block_size);
-        let heads = self.k.chunks_exact(shape.head_dim).zip(self.v.chunks_exact(shape.head_dim));
-        for (head, (k, v)) in heads.enumerate() {
-            let key = shape.key_panel(block, head, offset) + offset % shape.lanes();
-            let key = self.pages.k.strided(key, shape.lanes(), shape.key_pairs());
-            let value = 2 * shape.value_row(block, head, offset) + offset % 2;
-            let value = self.pages.v.strided(value, 2, shape.head_dim);
-            // SAFETY: in bounds as `strided` has checked; slots are disjoint, and this one is ours by contract.
-            unsafe {
-                each_pair::<D>(k, |i, pair| *key.add(i * shape.lanes()) = pair);
-                each_pair::<D>(v, |i, pair| {
-                    *value.add(4 * i) = pair as u16;
-                    if 2 * i + 1 < v.len() {
-                        *value.add(4 * i + 2) = (pair >> 16) as u16;
-                    }
-                });
+        let (key, value) = (heads * self.shape.key_len(), heads * self.shape.value_len());
+        match &mut self.pairs {
+            Pairs::Bf16 { k, v } => {
+                copy(k, key, src, dst);
+                copy(v, value, src, dst);
+            }
+            Pairs::Int8 { k, v, scales } => {
+                copy(k, key, src, dst);
+                copy(v, value, src, dst);
+                copy(scales, heads * 2 * self.shape.block_size, src, dst);
             }
         }
     }
 }
 
-/// Rounds finite pairs and hands them out with their number.
+/// [`PackedPages`], written by several threads, each its own slots. Of values single halves are shared, since the tokens
+/// of a pair may be written by two threads.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedPackedPages<'a> {
+    pairs: SharedPairs<'a>,
+    shape: PackedShape,
+}
+
+#[derive(Clone, Copy)]
+enum SharedPairs<'a> {
+    Bf16 { k: Shared<'a, u32>, v: Shared<'a, u16> },
+    Int8 { k: Shared<'a, u16>, v: Shared<'a, i8>, scales: Shared<'a, f32> },
+}
+
+impl<'a> SharedPackedPages<'a> {
+    pub(crate) fn new(pages: &'a mut PackedPages) -> Self {
+        let shape = pages.shape;
+        let pairs = match &mut pages.pairs {
+            Pairs::Bf16 { k, v } => SharedPairs::Bf16 { k: Shared::new(k), v: Shared::new(v.halves_mut()) },
+            Pairs::Int8 { k, v, scales } => SharedPairs::Int8 {
+                k: Shared::new(k),
+                v: Shared::new(v.bytes_mut()),
+                scales: Shared::new(scales),
+            },
+        };
+        Self { pairs, shape }
+    }
+}
+
+/// Stores keys and values of several rows; they are made finite. No other thread may write these slots.
+pub(crate) struct StoreRows<'a> {
+    pub pages: SharedPackedPages<'a>,
+    /// `[rows]`
+    pub slots: &'a [u32],
+    /// `[rows, stride]`, of which the last columns are keys and then values.
+    pub qkv: &'a [f32],
+    pub stride: usize,
+}
+
+impl PairKernel for StoreRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<D: ByteDot>(self) {
+        let PackedShape { num_kv_heads, head_dim, .. } = self.pages.shape;
+        let values = self.stride - num_kv_heads * head_dim;
+        let keys = values - num_kv_heads * head_dim;
+        // Head by head, as the tokens of one share the cache lines of its panels.
+        for head in 0..num_kv_heads {
+            for (slot, row) in self.slots.iter().zip(self.qkv.chunks_exact(self.stride)) {
+                let key = &row[keys + head * head_dim..][..head_dim];
+                let value = &row[values + head * head_dim..][..head_dim];
+                // SAFETY: the caller's.
+                unsafe { self.pages.store::<D>(*slot, head, key, value) };
+            }
+        }
+    }
+}
+
+impl SharedPackedPages<'_> {
+    /// One head's key and value at `slot`, which is the caller's alone.
+    #[inline(always)]
+    unsafe fn store<D: ByteDot>(&self, slot: u32, head: usize, key: &[f32], value: &[f32]) {
+        let shape = self.shape;
+        let (block, offset) = (slot as usize / shape.block_size, slot as usize % shape.block_size);
+        let key_at = shape.key_panel(block, head, offset) + offset % shape.lanes();
+        let value_at = 2 * shape.value_row(block, head, offset) + offset % 2;
+        let (lanes, pairs) = (shape.lanes(), shape.key_pairs());
+        // SAFETY: in bounds as `strided` has checked; slots are disjoint, and this one is ours by contract.
+        unsafe {
+            match self.pairs {
+                SharedPairs::Bf16 { k, v } => {
+                    let (k, v) = (k.strided(key_at, lanes, pairs), v.strided(value_at, 2, value.len()));
+                    each_pair::<D>(key, |i, pair| *k.add(i * lanes) = pair);
+                    each_pair::<D>(value, |i, pair| {
+                        *v.add(4 * i) = pair as u16;
+                        if 2 * i + 1 < value.len() {
+                            *v.add(4 * i + 2) = (pair >> 16) as u16;
+                        }
+                    });
+                }
+                SharedPairs::Int8 { k, v, scales } => {
+                    let at = (block * shape.num_kv_heads + head) * 2 * shape.block_size + offset;
+                    let scales = scales.strided(at, shape.block_size, 2);
+                    let (k, v) = (k.strided(key_at, lanes, pairs), v.strided(value_at, 2, value.len()));
+                    *scales = each_byte(key, |i, byte| *k.cast::<i8>().add(i / 2 * lanes * 2 + i % 2) = byte);
+                    *scales.add(shape.block_size) = each_byte(value, |i, byte| *v.add(2 * i) = byte);
+                }
+            }
+        }
+    }
+}
+
+/// What bf16 can hold.
+const MAX: f32 = 3.389_531_4e38;
+
+/// Makes numbers finite, rounds them, and hands out the pairs with their number.
 #[inline(always)]
-unsafe fn each_pair<D: PairDot>(values: &[f32], mut to: impl FnMut(usize, u32)) {
+unsafe fn each_pair<D: ByteDot>(values: &[f32], mut to: impl FnMut(usize, u32)) {
     const CHUNK: usize = 2 * PANEL;
     for (chunk, values) in values.chunks(CHUNK).enumerate() {
-        let (mut finite, mut pairs) = ([0.0; CHUNK], [0; PANEL]);
-        finite.iter_mut().zip(values).for_each(|(to, from)| *to = finite_bf16(*from));
-        // SAFETY: the caller's.
-        unsafe { round_row::<D>(&finite, &mut pairs) };
+        let (mut padded, mut pairs) = ([0.0; CHUNK], [0; PANEL]);
+        padded[..values.len()].copy_from_slice(values);
+        // SAFETY: both arrays hold two panels; the rest is the caller's.
+        unsafe {
+            let finite = |from: &[f32]| {
+                let x = D::max(D::load_sums(from.as_ptr()), D::splat(-MAX)); // NaN, too
+                D::min(x, D::splat(MAX))
+            };
+            D::store_pairs(pairs.as_mut_ptr(), finite(&padded), finite(&padded[PANEL..]));
+        }
         let number = values.len().div_ceil(2);
         pairs[..number].iter().enumerate().for_each(|(i, pair)| to(chunk * PANEL + i, *pair));
     }
 }
 
-/// What bf16 cannot hold becomes the largest number that it can, and NaN zero.
+/// Rounds to bytes, whose largest becomes 127, and hands them out with their number. Returns the scale, which is positive.
 #[inline(always)]
-fn finite_bf16(x: f32) -> f32 {
-    const MAX: f32 = 3.389_531_4e38;
-    // Comparisons of this form are one instruction each; `f32::clamp` also minds NaN.
-    let x = if x.is_nan() { 0.0 } else { x };
+fn each_byte(values: &[f32], mut to: impl FnMut(usize, i8)) -> f32 {
+    let max = values.iter().fold(TINY, |max, x| max.max(finite(*x).abs()));
+    let inverse = 127.0 / max;
+    let codes = values.iter().map(|x| (finite(*x) * inverse).round_ties_even() as i8);
+    codes.enumerate().for_each(|(i, code)| to(i, code));
+    max / 127.0
+}
+
+/// In the range of bf16; NaN becomes the lowest number.
+#[inline(always)]
+fn finite(x: f32) -> f32 {
     let x = if x > -MAX { x } else { -MAX };
     if x < MAX { x } else { MAX }
 }

@@ -94,12 +94,11 @@ Examples:
   quire bench kernels
   quire bench kernels benches/shapes/qwen3-0.6b --load-format dummy --batch-size 1,8
 
-At the start the machine is measured: DRAM read bandwidth with all threads, and the f32 multiply-add peak, reckoned from
-the rate of 128-bit multiply-adds and the width of this processor's FMA. Then real steps of the real model run, one
-prefill of INPUT_LEN tokens and decode steps at each batch size, and each operation's time is taken. `of limit` is the
-least time that the operation could take, by its bytes from memory or its floating-point operations, over the time it
-took; more than 100 % means that caches helped, or units faster than f32 FMA. Operations on activations alone have no
-such limit. Rows, as in the JSON, where STEP is
+At the start the machine is measured with all threads: DRAM read bandwidth, and the peaks of multiply-adds in f32 and of
+dot products of bf16 and of bytes, on registers. Then real steps of the real model run, one prefill of INPUT_LEN tokens
+and decode steps at each batch size, and each operation's time is taken. `of limit` is the least time that the operation
+could take, by its bytes from memory or by its operations at the peak of the units it uses, over the time it took; more
+than 100 % means that caches helped. Operations on activations alone have no such limit. Rows, as in the JSON, where STEP is
 prefill-INPUT_LEN or decode-BATCH:
   op_us/OP/MODEL/STEP/DTYPE          time in one step, all layers
   op_share/OP/MODEL/STEP/DTYPE       part of the step

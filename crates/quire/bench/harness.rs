@@ -9,7 +9,7 @@ use quire_core::{
     BlockHash, BlockHasher, CacheSalt, Executor, Micros, Request, RequestId, SamplingParams, TenantId,
     TokenId,
 };
-use quire_cpu::CpuBackend;
+use quire_cpu::{CpuBackend, Isa, Precision};
 use quire_engine::EngineCore;
 use quire_model::Checkpoint;
 use quire_runner::ModelRunner;
@@ -84,6 +84,11 @@ impl Model {
     /// The device under this model's settings, and what it is in words.
     pub(crate) fn cpu(&self) -> Result<(CpuBackend, String)> {
         cpu_backend(self.checkpoint.spec().dtype, self.config.threads)
+    }
+
+    /// How products are computed on [`Model::cpu`].
+    pub(crate) fn precision(&self) -> Precision {
+        Precision::for_checkpoint(self.checkpoint.spec().dtype, Isa::detect())
     }
 
     /// Loads the weights onto `backend`.

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use quire_cpu::Peaks;
+
 use super::Progress;
 use super::args::KernelsArgs;
 use super::harness::{Harness, Load, Model, Needs};
 use super::latency::sorted;
-use super::probe::{self, Limits};
+use super::probe::{Form, Limits};
 use super::report::{Report, table};
 use super::timed::{Op, SharedTally, Tally, Timed, Work};
 use crate::{Failure, Result};
@@ -49,12 +51,20 @@ pub(crate) fn kernels(args: &KernelsArgs, progress: &mut Progress) -> Result<Rep
     model_args.engine.max_num_batched_tokens.get_or_insert(args.input_len.max(512).max(largest));
     let model = Model::open(&model_args, needs)?;
     let (backend, device) = model.cpu()?;
-    let limits = probe::limits(model.config.threads);
+    let limits = Limits::measure(model.config.threads)?;
     let mut report = Report::new(model.config.threads, &device);
     report.machine("read_gb_s", limits.read_bytes_s / 1e9);
-    report.machine("fma_f32_gflop_s", limits.fma_flops_s / 1e9);
-    let (read, fma) = (limits.read_bytes_s / 1e9, limits.fma_flops_s / 1e9);
-    report.text(&format!("limits   {read:.1} GB/s read, {fma:.0} GFLOP/s f32 multiply-add"));
+    let Peaks { f32, bf16, int8 } = limits.peaks;
+    for (name, peak) in [("f32_gflop_s", f32), ("bf16_gflop_s", bf16), ("int8_gop_s", int8)] {
+        report.machine(name, peak / 1e9);
+    }
+    report.text(&format!(
+        "limits   {:.1} GB/s read; {:.0} GFLOP/s f32, {:.0} GFLOP/s bf16, {:.0} Gop/s int8",
+        limits.read_bytes_s / 1e9,
+        f32 / 1e9,
+        bf16 / 1e9,
+        int8 / 1e9
+    ));
     report.text(&model.headline());
 
     let tally = SharedTally::default();
@@ -125,16 +135,17 @@ fn add_steps(report: &mut Report, model: &Model, step: &str, steps: &Steps, limi
     let count = f64::from(steps.count);
     let total = steps.total.as_secs_f64();
     let mut lines = Vec::new();
-    let ops = Op::ALL.iter().zip(&steps.tally).map(|(op, work)| (op.name(), *work));
+    let form = Form { precision: model.precision(), quant: model.config.runner.quant };
+    let ops = Op::ALL.iter().zip(&steps.tally).map(|(op, work)| (op.name(), *work, limits.peak(*op, form)));
     let other = Work { time: steps.other(), ..Work::default() };
-    for (name, work) in ops.chain([("other", other)]) {
+    for (name, work, peak) in ops.chain([("other", other, f64::INFINITY)]) {
         let (seconds, share) = (work.time.as_secs_f64(), 100.0 * work.time.as_secs_f64() / total);
         let row = |what: &str| model.row(&format!("{what}/{name}"), step);
         report.row(row("op_us"), seconds / count * 1e6, "us");
         report.row(row("op_share"), share, "%");
         let mut line =
             vec![name.to_owned(), format!("{:.3}", seconds / count * 1e3), format!("{share:.1} %")];
-        if let Some(of_limit) = of_limit(&work, limits) {
+        if let Some(of_limit) = of_limit(&work, limits.read_bytes_s, peak) {
             report.row(row("op_of_limit"), 100.0 * of_limit, "%");
             line.push(format!("{:.1}", work.bytes / seconds / 1e9));
             line.push(format!("{:.1}", work.flops / seconds / 1e9));
@@ -151,8 +162,8 @@ fn add_steps(report: &mut Report, model: &Model, step: &str, steps: &Steps, limi
 }
 
 /// The least time that the work could take, over the time it took.
-fn of_limit(work: &Work, limits: Limits) -> Option<f64> {
-    let least = (work.bytes / limits.read_bytes_s).max(work.flops / limits.fma_flops_s);
+fn of_limit(work: &Work, read_bytes_s: f64, peak: f64) -> Option<f64> {
+    let least = (work.bytes / read_bytes_s).max(work.flops / peak);
     let seconds = work.time.as_secs_f64();
     (work.flops > 0.0 && seconds > 0.0).then(|| least / seconds)
 }
@@ -163,10 +174,9 @@ mod tests {
 
     #[test]
     fn the_nearer_limit_counts() {
-        let limits = Limits { read_bytes_s: 100.0, fma_flops_s: 1000.0 };
         let work = |bytes, flops| Work { time: Duration::from_secs(2), bytes, flops };
-        assert_eq!(of_limit(&work(100.0, 1.0), limits), Some(0.5), "bytes");
-        assert_eq!(of_limit(&work(100.0, 2000.0), limits), Some(1.0), "arithmetic");
-        assert_eq!(of_limit(&Work::default(), limits), None);
+        assert_eq!(of_limit(&work(100.0, 1.0), 100.0, 1000.0), Some(0.5), "bytes");
+        assert_eq!(of_limit(&work(100.0, 2000.0), 100.0, 1000.0), Some(1.0), "arithmetic");
+        assert_eq!(of_limit(&Work::default(), 100.0, 1000.0), None);
     }
 }

@@ -11,7 +11,7 @@ use quire_backend::Activation;
 use quire_core::ExecError;
 
 use super::mlp::activate_lanes;
-use super::tiles::{Tiled, Turn, WIDE, ahead, each_panel, fits, pieces};
+use super::tiles::{Tiled, Turn, WIDE, ahead, each_panel, pieces};
 use crate::buffer::SharedRows;
 use crate::packed::{Packed, Rounded, RoundedRows};
 use crate::pool::Pool;
@@ -88,6 +88,37 @@ pub(crate) trait Sink: Copy + Send + Sync {
     /// # Safety
     /// As for [`PairDot`]; nobody else touches these columns of row `m`.
     unsafe fn take<D: PairDot, const P: usize>(&self, m: usize, p: usize, sums: [D::V; P]);
+}
+
+/// Hands over the sums of rows `m..m + M`.
+///
+/// # Safety
+/// As for [`Sink::take`].
+#[inline(always)]
+pub(crate) unsafe fn give<D: PairDot, const M: usize, const P: usize>(
+    to: &impl Sink,
+    m: usize,
+    p: usize,
+    sums: [[D::V; P]; M],
+) {
+    // Through memory of its own: a sink is a long loop body, and with an index that is not known when it is compiled the
+    // sums themselves would lie in memory all along.
+    let mut rows = [[[0.0; PANEL]; P]; M];
+    // SAFETY: every array holds a panel; the rest is the caller's.
+    unsafe {
+        for r in 0..M {
+            for i in 0..P {
+                D::store(rows[r][i].as_mut_ptr(), sums[r][i]);
+            }
+        }
+        for r in 0..M {
+            let mut row = [D::zero(); P];
+            for i in 0..P {
+                row[i] = D::load_sums(rows[r][i].as_ptr());
+            }
+            to.take::<D, P>(m + r, p, row);
+        }
+    }
 }
 
 /// Plain rows of `n` columns.
@@ -208,7 +239,6 @@ impl<F: Fn(usize) -> usize, T: Sink> Product<'_, F, T> {
 impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
-        fits::<M, P>(Self::sums::<D>());
         let k2 = self.gemm.weight.k2();
         let panels: [*const u32; P] =
             std::array::from_fn(|i| self.gemm.weight.panel((self.place)(p + i)).as_ptr());
@@ -231,9 +261,7 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
                     }
                 }
             }
-            for r in 0..M {
-                self.to.take::<D, P>(m + r, p, sums[r]);
-            }
+            give::<D, M, P>(&self.to, m, p, sums);
         }
     }
 }

@@ -9,7 +9,7 @@ use std::ops::Range;
 use quire_core::ExecError;
 
 use super::gemm::Sink;
-use super::tiles::{Tiled, Turn, WIDE, ahead, each_panel, fits, pieces};
+use super::tiles::{Tiled, Turn, WIDE, ahead, each_panel, pieces};
 use crate::buffer::Shared;
 use crate::pool::Pool;
 use crate::quantized::{ACT_QUADS, ByteRows, Bytes, Codes, INT4_QUADS, INT4_VECTORS, Quantized};
@@ -23,8 +23,6 @@ const GROUP_QUADS: usize = 128 * 1024;
 const MIN_GROUP: usize = 192;
 /// Up to how many tokens int4 is multiplied without being expanded.
 const FEW: usize = 8;
-/// Sums of a tile of int4 that is not expanded.
-const NIBBLE_SUMS: usize = 8;
 
 /// A product.
 #[derive(Clone, Copy)]
@@ -167,14 +165,11 @@ unsafe fn expand<D: ByteDot>(panel: &[u32], steps_at: usize, to: &mut [u32]) {
 }
 
 impl<F: Fn(usize) -> usize, T: Sink> Tiled for Piece<'_, F, T> {
-    /// Fewer, as sums of integers lie beside those of floats.
-    fn sums<D: ByteDot>() -> usize {
-        D::TILE_SUMS * 2 / 3
-    }
+    /// Sums of integers lie beside those of floats.
+    const SHARE: (usize, usize) = (2, 3);
 
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
-        fits::<M, P>(Self::sums::<D>());
         let quads = self.gemm.weight.quads();
         // SAFETY: panels hold `quads` vectors each, rows as many quads; prefetches may leave them.
         unsafe {
@@ -221,13 +216,11 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Piece<'_, F, T> {
 struct Nibbles<'a, 'b, F, T>(&'b Piece<'a, F, T>);
 
 impl<F: Fn(usize) -> usize, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
-    fn sums<D: ByteDot>() -> usize {
-        D::TILE_SUMS.min(NIBBLE_SUMS)
-    }
+    /// So do those of one group.
+    const SHARE: (usize, usize) = (1, 3);
 
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, _: Turn) {
-        fits::<M, P>(Self::sums::<D>());
         let weight = self.0.gemm.weight;
         let (quads, steps_at) = (weight.quads(), weight.steps_at());
         // SAFETY: panels hold `steps_at` words of codes and then the steps, rows `quads` quads; prefetches may leave them.

@@ -12,14 +12,14 @@ use std::ops::Range;
 use quire_backend::{Attention, AttnShape, StepBuffer};
 use quire_core::ExecError;
 
-use super::tiles::{Tiled, Turn, each_panel, fits};
+use super::tiles::{Tiled, Turn, each_panel};
 use crate::CpuBackend;
 use crate::buffer::{CpuBuf, Shared, SharedRows};
 use crate::packed::round_row;
-use crate::pages::PackedPages;
+use crate::pages::{PackedPages, Pairs};
 use crate::pool::Pool;
 use crate::simd::Isa;
-use crate::simd::bytes::ByteDot;
+use crate::simd::bytes::{ByteDot, widen_pair};
 use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs, exp2};
 
 /// Positions in a tile.
@@ -61,9 +61,11 @@ struct Scratch {
     /// A [`State`]: of the split at work, and of those before.
     part: Vec<f32>,
     total: Vec<f32>,
-    /// A tile gathered from blocks smaller than a panel: `[PANELS][key_pairs][PANEL]`, `[TILE / 2][columns]`.
+    /// A tile that does not lie ready in the cache: `[PANELS][key_pairs][PANEL]`, `[TILE / 2][columns]`.
     keys: Vec<u32>,
     values: Vec<u32>,
+    /// Of the tile's keys, then of its values, if they have any.
+    scales: Vec<f32>,
 }
 
 impl Scratch {
@@ -75,6 +77,7 @@ impl Scratch {
         self.total.resize(State::len(ROWS, columns), 0.0);
         self.keys.resize(TILE * key_pairs, 0);
         self.values.resize(TILE / 2 * columns, 0);
+        self.scales.resize(2 * TILE, 1.0);
     }
 }
 
@@ -313,7 +316,12 @@ impl Work<'_> {
         let pairs = self.pages.shape.key_pairs();
         let columns = self.pages.shape.columns();
         let block_table = self.step.block_table(block.seq);
-        let tile = Tile::find(self.pages, block_table, kv_head, start, keys.clone(), s.keys, s.values);
+        // SAFETY: the caller's.
+        let tile = unsafe {
+            let wanted = Wanted { block_table, head: kv_head, start, keys: keys.clone() };
+            Tile::find::<D>(self.pages, &wanted, &mut s.tile)
+        };
+        let scales = matches!(self.pages.pairs, Pairs::Int8 { .. }).then_some(&*s.tile.scales);
         let scores = Scores { q: s.q, pairs, tile, out: Shared::new(s.scores) };
         // SAFETY: the tile was found, and the buffers have been made for its shape.
         unsafe {
@@ -327,7 +335,7 @@ impl Work<'_> {
                     scores[seen.end..panels.end * PANEL].fill(f32::NEG_INFINITY);
                 }
                 let weights = &mut s.weights[r * TILE / 2..(r + 1) * TILE / 2];
-                softmax::<D>(scores, panels.clone(), self.factor, weights, r, state);
+                softmax::<D>(scores, panels.clone(), self.factor, scales, weights, r, state);
             }
             let values = Values {
                 weights: s.weights,
@@ -335,9 +343,37 @@ impl Work<'_> {
                 pairs: panels.start * PANEL_PAIRS..keys.end.div_ceil(2),
                 columns,
                 out: Shared::new(state.out),
+                ahead: self.next_keys(item, start + TILE, tile.keys),
             };
             each_panel::<D, _>(&values, rows, 0..columns / PANEL);
         }
+    }
+
+    /// Where the keys of the tile from `start` on begin; of those that the item does not see, those of the next head, as
+    /// the next item is likely to be about it.
+    #[inline(always)]
+    fn next_keys(&self, item: Item, start: usize, keys: [*const u32; PANELS]) -> [*const u32; PANELS] {
+        let shape = self.pages.shape;
+        let block_table = self.step.block_table(item.block.seq);
+        let seen = self.all_seen(item.block);
+        let (start, head) = if start < seen.end {
+            (start, item.kv_head)
+        } else {
+            (seen.start / TILE * TILE, (item.kv_head + 1) % shape.num_kv_heads)
+        };
+        let mut next = keys;
+        for (panel, next) in next.iter_mut().enumerate() {
+            let position = start + panel * PANEL;
+            if position < seen.end && position + PANEL > seen.start {
+                let block = block_table[position / shape.block_size] as usize;
+                let at = shape.key_panel(block, head, position % shape.block_size);
+                *next = match &self.pages.pairs {
+                    Pairs::Bf16 { k, .. } => k.as_ptr().wrapping_add(at),
+                    Pairs::Int8 { k, .. } => k.as_ptr().wrapping_add(at).cast(),
+                };
+            }
+        }
+        next
     }
 
     /// Divides by the sums and writes the rows of an item.
@@ -367,14 +403,21 @@ struct Buffers<'a> {
     q: &'a mut [u32],
     scores: &'a mut [f32],
     weights: &'a mut [u32],
+    tile: TileRoom<'a>,
+}
+
+/// Room for a tile.
+struct TileRoom<'a> {
     keys: &'a mut [u32],
     values: &'a mut [u32],
+    scales: &'a mut [f32],
 }
 
 impl Scratch {
     fn parts(&mut self) -> (Buffers<'_>, &mut [f32], &mut [f32]) {
-        let Self { q, scores, weights, part, total, keys, values } = self;
-        (Buffers { q, scores, weights, keys, values }, part, total)
+        let Self { q, scores, weights, part, total, keys, values, scales } = self;
+        let tile = TileRoom { keys, values, scales };
+        (Buffers { q, scores, weights, tile }, part, total)
     }
 }
 
@@ -402,9 +445,8 @@ impl PairKernel for Run<'_> {
     #[inline(always)]
     unsafe fn run<D: ByteDot>(self) {
         let Self { work, item, scratch, mut task } = self;
-        let (mut buffers, part, total) = scratch.parts();
+        let (mut buffers, mut part, mut total) = scratch.parts();
         let (rows, columns) = (item.block.tokens * work.group, work.pages.shape.columns());
-        let mut total = State::of(total, rows, columns);
         let splits = work.splits(item.block);
         let (computes, folds) = (!matches!(task, Task::Fold(..)), !matches!(task, Task::Split(..)));
         // SAFETY: the caller's.
@@ -412,12 +454,11 @@ impl PairKernel for Run<'_> {
             if computes {
                 work.load_queries::<D>(item, buffers.q);
             }
-            if matches!(task, Task::Whole) && splits.len() == 1 {
-                // As folding it into nothing would be.
-                work.split::<D>(item, splits.start, &mut buffers, &mut total);
-                return work.finish(item, &mut total);
+            // Folding a single split into nothing would change nothing.
+            let single = matches!(task, Task::Whole) && splits.len() == 1;
+            if !single {
+                State::of(total, rows, columns).clear();
             }
-            total.clear();
             for split in splits {
                 let memory = match &mut task {
                     Task::Whole => &mut *part,
@@ -425,16 +466,19 @@ impl PairKernel for Run<'_> {
                     Task::Split(_, part) => &mut **part,
                     Task::Fold(parts, len) => &mut parts[split * *len..(split + 1) * *len],
                 };
-                let mut part = State::of(memory, rows, columns);
+                let mut state = State::of(memory, rows, columns);
                 if computes {
-                    work.split::<D>(item, split, &mut buffers, &mut part);
+                    work.split::<D>(item, split, &mut buffers, &mut state);
                 }
-                if folds {
-                    total.fold::<D>(&mut part);
+                if folds && !single {
+                    State::of(total, rows, columns).fold::<D>(&mut state);
                 }
             }
+            if single {
+                std::mem::swap(&mut part, &mut total);
+            }
             if folds {
-                work.finish(item, &mut total);
+                work.finish(item, &mut State::of(total, rows, columns));
             }
         }
     }
@@ -448,65 +492,100 @@ struct Tile {
     values: [*const u32; PANELS],
 }
 
-impl Tile {
-    /// The tile from position `start` on, with the visible `wanted` keys. Panics if a block lies outside the cache.
+/// The keys of a tile that are to be found.
+struct Wanted<'a> {
+    block_table: &'a [u32],
+    head: usize,
+    /// Position of the tile.
+    start: usize,
+    /// Within the tile.
+    keys: Range<usize>,
+}
+
+impl Wanted<'_> {
+    /// Block and offset of a key.
     #[inline(always)]
-    fn find(
-        pages: &PackedPages,
-        block_table: &[u32],
-        head: usize,
-        start: usize,
-        wanted: Range<usize>,
-        keys: &mut [u32],
-        values: &mut [u32],
-    ) -> Self {
+    fn at(&self, key: usize, block_size: usize) -> (usize, usize) {
+        let position = self.start + key;
+        (self.block_table[position / block_size] as usize, position % block_size)
+    }
+}
+
+impl Tile {
+    /// The tile with the wanted keys; in `room` unless it lies ready. Panics if a block lies outside the cache.
+    ///
+    /// # Safety
+    /// As for [`PairDot`].
+    #[inline(always)]
+    unsafe fn find<D: ByteDot>(pages: &PackedPages, wanted: &Wanted<'_>, room: &mut TileRoom<'_>) -> Self {
         let shape = pages.shape;
-        let mut tile = Self { keys: [std::ptr::null(); PANELS], values: [std::ptr::null(); PANELS] };
-        let panels = wanted.start / PANEL..wanted.end.div_ceil(PANEL);
-        if shape.block_size < PANEL {
-            gather(pages, block_table, head, start, wanted, keys, values);
-            for panel in panels {
-                tile.keys[panel] = keys[panel * PANEL * shape.key_pairs()..].as_ptr();
-                tile.values[panel] = values[panel * PANEL_PAIRS * shape.columns()..].as_ptr();
+        let (pairs, columns) = (shape.key_pairs(), shape.columns());
+        if let Pairs::Int8 { scales, .. } = &pages.pairs {
+            for key in wanted.keys.clone() {
+                let (block, offset) = wanted.at(key, shape.block_size);
+                let at = (block * shape.num_kv_heads + wanted.head) * 2 * shape.block_size + offset;
+                (room.scales[key], room.scales[TILE + key]) = (scales[at], scales[at + shape.block_size]);
             }
-            return tile;
         }
-        for panel in panels {
-            let position = start + panel * PANEL;
-            let (block, offset) =
-                (block_table[position / shape.block_size] as usize, position % shape.block_size);
-            let key = shape.key_panel(block, head, offset);
-            tile.keys[panel] = pages.k[key..][..PANEL * shape.key_pairs()].as_ptr();
-            let value = shape.value_row(block, head, offset);
-            tile.values[panel] = pages.v[value..][..PANEL_PAIRS * shape.columns()].as_ptr();
+        if shape.block_size < PANEL {
+            gather(pages, wanted, room);
+        }
+        let mut tile = Self { keys: [std::ptr::null(); PANELS], values: [std::ptr::null(); PANELS] };
+        for panel in wanted.keys.start / PANEL..wanted.keys.end.div_ceil(PANEL) {
+            let (block, offset) = wanted.at(panel * PANEL, shape.block_size);
+            let key = shape.key_panel(block, wanted.head, offset);
+            let value = shape.value_row(block, wanted.head, offset);
+            let keys = &mut room.keys[panel * PANEL * pairs..(panel + 1) * PANEL * pairs];
+            let values = &mut room.values[panel * PANEL_PAIRS * columns..(panel + 1) * PANEL_PAIRS * columns];
+            (tile.keys[panel], tile.values[panel]) = match &pages.pairs {
+                _ if shape.block_size < PANEL => (keys.as_ptr(), values.as_ptr()),
+                Pairs::Bf16 { k, v } => {
+                    (k[key..][..keys.len()].as_ptr(), v[value..][..values.len()].as_ptr())
+                }
+                Pairs::Int8 { k, v, .. } => {
+                    // SAFETY: the caller's.
+                    unsafe {
+                        widen::<D>(&k[key..][..keys.len()], keys);
+                        widen::<D>(&v[value..][..values.len()], values);
+                    }
+                    (keys.as_ptr(), values.as_ptr())
+                }
+            };
         }
         tile
     }
 }
 
+/// Whole panels of bytes as bf16.
+#[inline(always)]
+unsafe fn widen<D: ByteDot>(from: &[u16], to: &mut [u32]) {
+    for (from, to) in from.as_chunks::<PANEL>().0.iter().zip(to.as_chunks_mut::<PANEL>().0) {
+        // SAFETY: both hold a panel; the rest is the caller's.
+        unsafe { D::store_words(to.as_mut_ptr(), D::widen_pairs(from.as_ptr())) };
+    }
+}
+
 /// Copies the keys and values of a tile together.
-fn gather(
-    pages: &PackedPages,
-    block_table: &[u32],
-    head: usize,
-    start: usize,
-    wanted: Range<usize>,
-    keys: &mut [u32],
-    values: &mut [u32],
-) {
+fn gather(pages: &PackedPages, wanted: &Wanted<'_>, room: &mut TileRoom<'_>) {
     let shape = pages.shape;
-    let (pairs, columns) = (shape.key_pairs(), shape.columns());
-    for key in wanted {
-        let position = start + key;
-        let (block, offset) =
-            (block_table[position / shape.block_size] as usize, position % shape.block_size);
-        let from = shape.key_panel(block, head, offset) + offset;
+    let (pairs, columns, lanes) = (shape.key_pairs(), shape.columns(), shape.lanes());
+    for key in wanted.keys.clone() {
+        let (block, offset) = wanted.at(key, shape.block_size);
+        let from = shape.key_panel(block, wanted.head, offset) + offset;
         for i in 0..pairs {
-            keys[(key / PANEL * pairs + i) * PANEL + key % PANEL] = pages.k[from + i * shape.lanes()];
+            room.keys[(key / PANEL * pairs + i) * PANEL + key % PANEL] = match &pages.pairs {
+                Pairs::Bf16 { k, .. } => k[from + i * lanes],
+                Pairs::Int8 { k, .. } => widen_pair(k[from + i * lanes]),
+            };
         }
-        let from = &pages.v[shape.value_row(block, head, offset)..][..columns];
-        for (to, from) in values[key / 2 * columns..].iter_mut().zip(from) {
-            let half = if offset % 2 == 0 { from & 0xFFFF } else { from >> 16 };
+        let from = shape.value_row(block, wanted.head, offset);
+        for column in 0..columns {
+            let pair = match &pages.pairs {
+                Pairs::Bf16 { v, .. } => v[from + column],
+                Pairs::Int8 { v, .. } => widen_pair(v[from + column]),
+            };
+            let half = if offset % 2 == 0 { pair & 0xFFFF } else { pair >> 16 };
+            let to = &mut room.values[key / 2 * columns + column];
             *to = if key % 2 == 0 { *to & 0xFFFF_0000 | half } else { *to & 0xFFFF | half << 16 };
         }
     }
@@ -523,7 +602,6 @@ struct Scores<'a> {
 impl Tiled for Scores<'_> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
-        fits::<M, P>(Self::sums::<D>());
         let q = &self.q[row * self.pairs..(row + M) * self.pairs];
         // SAFETY: `q` holds M rows; each panel holds `pairs` vectors, and so do its values or more of them.
         unsafe {
@@ -535,7 +613,7 @@ impl Tiled for Scores<'_> {
                 let mut weights = [D::load(keys[0]); P];
                 for i in 0..P {
                     weights[i] = D::load(keys[i].add(k * PANEL));
-                    D::prefetch(ahead[i].wrapping_add(k * PANEL));
+                    D::prefetch_near(ahead[i].wrapping_add(k * PANEL));
                 }
                 for r in 0..M {
                     for i in 0..P {
@@ -562,6 +640,7 @@ unsafe fn softmax<D: PairDot>(
     scores: &[f32],
     panels: Range<usize>,
     factor: f32,
+    scales: Option<&[f32]>,
     weights: &mut [u32],
     r: usize,
     state: &mut State<'_>,
@@ -574,6 +653,9 @@ unsafe fn softmax<D: PairDot>(
         let mut highest = x[0];
         for i in panels {
             x[i] = D::mul(D::load_sums(scores[i].as_ptr()), factor);
+            if let Some(scales) = scales {
+                x[i] = D::mul(x[i], D::load_sums(scales[i * PANEL..][..PANEL].as_ptr()));
+            }
             highest = D::max(x[i], highest);
         }
         let max = state.max[r].max(D::highest(highest));
@@ -583,6 +665,9 @@ unsafe fn softmax<D: PairDot>(
         for i in 0..PANELS {
             x[i] = exp2::<D>(D::sub(x[i], shift));
             sum = D::add(sum, x[i]);
+            if let Some(scales) = scales {
+                x[i] = D::mul(x[i], D::load_sums(scales[TILE + i * PANEL..][..PANEL].as_ptr()));
+            }
         }
         D::store(state.sum[r].as_mut_ptr(), sum);
         for i in 0..PANELS / 2 {
@@ -599,12 +684,13 @@ struct Values<'a> {
     pairs: Range<usize>,
     columns: usize,
     out: Shared<'a, f32>,
+    /// Panels of keys that come next.
+    ahead: [*const u32; PANELS],
 }
 
 impl Tiled for Values<'_> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
-        fits::<M, P>(Self::sums::<D>());
         let weights = &self.weights[row * TILE / 2..(row + M) * TILE / 2];
         // SAFETY: `weights` holds M rows of TILE / 2, `out` its rows; values reach to the last column.
         unsafe {
@@ -622,10 +708,13 @@ impl Tiled for Values<'_> {
             while pair < self.pairs.end {
                 let end = (pair + PANEL_PAIRS).min(self.pairs.end);
                 let from = self.tile.values[pair / PANEL_PAIRS].add(panel * PANEL);
+                let ahead = self.ahead[pair / PANEL_PAIRS].wrapping_add(panel * PANEL);
                 for k in 0..end - pair {
                     let mut values = [D::load(from); P];
                     for i in 0..P {
-                        values[i] = D::load(from.add(k * self.columns + i * PANEL));
+                        let at = k * self.columns + i * PANEL;
+                        values[i] = D::load(from.add(at));
+                        D::prefetch_near(ahead.wrapping_add(at));
                     }
                     for r in 0..M {
                         for i in 0..P {

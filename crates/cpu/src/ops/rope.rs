@@ -7,7 +7,7 @@ use super::norm::norm_in_place;
 use crate::buffer::{Aligned, Shared};
 use crate::element::Element;
 use crate::kv::{KvLayer, PageShape, Pages};
-use crate::pages::{SharedPackedPages, StoreRow};
+use crate::pages::{SharedPackedPages, StoreRows};
 use crate::pool::Pool;
 use crate::simd::pairs::dispatch_pairs;
 use crate::simd::{Isa, Kernel, Simd};
@@ -113,18 +113,18 @@ impl<'a> SharedLayer<'a> {
         }
     }
 
-    /// Stores a row's keys and values at `slot`.
+    /// Stores the keys and values of rows `[rows, stride]`, which are their last columns, at `slots`.
     ///
     /// # Safety
-    /// `isa` is available, and no other thread writes this slot.
-    pub(crate) unsafe fn store(&self, isa: Isa, slot: u32, k: &[f32], v: &[f32]) {
+    /// `isa` is available, and no other thread writes these slots.
+    pub(crate) unsafe fn store(&self, isa: Isa, slots: &[u32], qkv: &[f32], stride: usize) {
         // SAFETY: the caller's.
         unsafe {
             match self {
-                Self::F32(pages) => pages.store(slot, k, v),
-                Self::F16(pages) => pages.store(slot, k, v),
-                Self::Bf16(pages) => pages.store(slot, k, v),
-                Self::Packed(pages) => dispatch_pairs(isa, StoreRow { pages: *pages, slot, k, v }),
+                Self::F32(pages) => pages.store_rows(slots, qkv, stride),
+                Self::F16(pages) => pages.store_rows(slots, qkv, stride),
+                Self::Bf16(pages) => pages.store_rows(slots, qkv, stride),
+                Self::Packed(pages) => dispatch_pairs(isa, StoreRows { pages: *pages, slots, qkv, stride }),
             }
         }
     }
@@ -133,6 +133,15 @@ impl<'a> SharedLayer<'a> {
 impl<'a, T: Element> SharedPages<'a, T> {
     fn new(pages: &'a mut Pages<T>) -> Self {
         Self { k: Shared::new(&mut pages.k), v: Shared::new(&mut pages.v), shape: pages.shape }
+    }
+
+    unsafe fn store_rows(&self, slots: &[u32], qkv: &[f32], stride: usize) {
+        let kv_size = self.shape.num_kv_heads * self.shape.head_dim;
+        for (slot, row) in slots.iter().zip(qkv.chunks_exact(stride)) {
+            let (k, v) = row[stride - 2 * kv_size..].split_at(kv_size);
+            // SAFETY: the caller's.
+            unsafe { self.store(*slot, k, v) };
+        }
     }
 
     unsafe fn store(&self, slot: u32, k: &[f32], v: &[f32]) {

@@ -52,11 +52,8 @@ pub(crate) struct Turn {
 
 /// Something that is computed tile by tile.
 pub(crate) trait Tiled {
-    /// The most sums of a tile: rows times panels. At least [`WIDE`].
-    #[inline(always)]
-    fn sums<D: ByteDot>() -> usize {
-        D::TILE_SUMS
-    }
+    /// The share of the registers for sums that a tile may use, as a fraction.
+    const SHARE: (usize, usize) = (1, 1);
 
     /// Rows `row..row + M` of panels `panel..panel + P`; `turn` says which of all tiles of these panels this is.
     ///
@@ -74,7 +71,7 @@ pub(crate) unsafe fn each_panel<D: ByteDot, J: Tiled>(job: &J, rows: Range<usize
     let mut p = panels.start;
     // SAFETY: the caller's.
     unsafe {
-        if rows.len() <= J::sums::<D>() / WIDE {
+        if rows.len() <= sums::<D, J>() / WIDE {
             while p + WIDE <= panels.end {
                 each_row::<D, J, WIDE>(job, rows.clone(), p);
                 p += WIDE;
@@ -90,41 +87,63 @@ pub(crate) unsafe fn each_panel<D: ByteDot, J: Tiled>(job: &J, rows: Range<usize
     }
 }
 
-/// Panels `p..p + P` for these rows, in tiles of about the same size.
-#[inline(always)]
-unsafe fn each_row<D: ByteDot, J: Tiled, const P: usize>(job: &J, rows: Range<usize>, p: usize) {
-    let most = J::sums::<D>() / if P > NARROW { WIDE } else { NARROW };
-    let tiles = rows.len().div_ceil(most);
-    let (least, larger) = (rows.len() / tiles.max(1), rows.len() % tiles.max(1));
-    let mut m = rows.start;
-    for tile in 0..tiles {
-        let height = least + usize::from(tile < larger);
-        let turn = Turn { index: tile, of: tiles };
-        // SAFETY: the caller's.
-        unsafe {
-            match height {
-                1 => job.tile::<D, 1, P>(m, p, turn),
-                2 => job.tile::<D, 2, P>(m, p, turn),
-                3 => job.tile::<D, 3, P>(m, p, turn),
-                4 => job.tile::<D, 4, P>(m, p, turn),
-                5 => job.tile::<D, 5, P>(m, p, turn),
-                6 => job.tile::<D, 6, P>(m, p, turn),
-                7 => job.tile::<D, 7, P>(m, p, turn),
-                8 => job.tile::<D, 8, P>(m, p, turn),
-                9 => job.tile::<D, 9, P>(m, p, turn),
-                10 => job.tile::<D, 10, P>(m, p, turn),
-                11 => job.tile::<D, 11, P>(m, p, turn),
-                _ => job.tile::<D, 12, P>(m, p, turn),
-            }
-        }
-        m += height;
+/// The most sums of a tile: rows times panels.
+const fn sums<D: ByteDot, J: Tiled>() -> usize {
+    D::TILE_SUMS * J::SHARE.0 / J::SHARE.1
+}
+
+/// The most rows of a tile of so many panels. One panel alone is what an odd number leaves over: it gets no tiles of its
+/// own height, which would only be more code.
+const fn rows_of<D: ByteDot, J: Tiled>(panels: usize) -> usize {
+    match panels {
+        1 => sums::<D, J>().div_ceil(2 * WIDE),
+        panels => sums::<D, J>() / panels,
     }
 }
 
-/// Tiles larger than `sums` are never asked for; this keeps them from being compiled.
+/// A tile, if it is one that is asked for: others are not even compiled.
 #[inline(always)]
-pub(crate) fn fits<const M: usize, const P: usize>(sums: usize) {
-    if M * P > sums {
-        unreachable!("a tile of {M} rows and {P} panels has more than {sums} sums");
+unsafe fn tile<D: ByteDot, J: Tiled, const M: usize, const P: usize>(
+    job: &J,
+    row: usize,
+    panel: usize,
+    turn: Turn,
+) {
+    if const { M <= rows_of::<D, J>(P) } {
+        // SAFETY: the caller's.
+        unsafe { job.tile::<D, M, P>(row, panel, turn) };
+    } else {
+        unreachable!("a tile of {M} rows and {P} panels has too many sums");
+    }
+}
+
+/// Panels `p..p + P` for these rows, in tiles of about the same size.
+#[inline(always)]
+unsafe fn each_row<D: ByteDot, J: Tiled, const P: usize>(job: &J, rows: Range<usize>, p: usize) {
+    let most = const { rows_of::<D, J>(P) };
+    let tiles = rows.len().div_ceil(most);
+    let (least, larger) = (rows.len() / tiles.max(1), rows.len() % tiles.max(1));
+    let mut m = rows.start;
+    for index in 0..tiles {
+        let height = least + usize::from(index < larger);
+        let turn = Turn { index, of: tiles };
+        // SAFETY: the caller's.
+        unsafe {
+            match height {
+                1 => tile::<D, J, 1, P>(job, m, p, turn),
+                2 => tile::<D, J, 2, P>(job, m, p, turn),
+                3 => tile::<D, J, 3, P>(job, m, p, turn),
+                4 => tile::<D, J, 4, P>(job, m, p, turn),
+                5 => tile::<D, J, 5, P>(job, m, p, turn),
+                6 => tile::<D, J, 6, P>(job, m, p, turn),
+                7 => tile::<D, J, 7, P>(job, m, p, turn),
+                8 => tile::<D, J, 8, P>(job, m, p, turn),
+                9 => tile::<D, J, 9, P>(job, m, p, turn),
+                10 => tile::<D, J, 10, P>(job, m, p, turn),
+                11 => tile::<D, J, 11, P>(job, m, p, turn),
+                _ => tile::<D, J, 12, P>(job, m, p, turn),
+            }
+        }
+        m += height;
     }
 }

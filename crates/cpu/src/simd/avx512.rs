@@ -99,6 +99,12 @@ unsafe impl PairDot for Avx512Bf16 {
     }
 
     #[inline(always)]
+    unsafe fn min(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: as above.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+
+    #[inline(always)]
     unsafe fn round(a: __m512) -> __m512 {
         // SAFETY: as above.
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
@@ -135,5 +141,11 @@ unsafe impl PairDot for Avx512Bf16 {
     unsafe fn prefetch(at: *const u32) {
         // SAFETY: a hint; it does not fault.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch_near(at: *const u32) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 }

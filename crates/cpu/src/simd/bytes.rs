@@ -32,10 +32,19 @@ pub unsafe trait ByteDot: PairDot {
     unsafe fn expand(codes: Self::I, expander: [Self::I; 2]) -> Self::I;
     /// Whole numbers in -127..=127, as bytes.
     unsafe fn store_bytes(to: *mut i8, v: Self::V);
+    /// Signed bytes, two a lane, as pairs of bf16: exact.
+    unsafe fn widen_pairs(from: *const u16) -> Self::I;
     /// The larger of `bits` and the magnitude of `v`, as the bits that order magnitudes: infinity and NaN come last.
     unsafe fn max_magnitude(bits: Self::I, v: Self::V) -> Self::I;
     /// The sum of the four signed bytes of each lane.
     unsafe fn sum_bytes(quads: Self::I) -> Self::I;
+}
+
+/// Two signed bytes as a pair of bf16, which holds them exactly.
+#[inline(always)]
+pub(crate) fn widen_pair(pair: u16) -> u32 {
+    let [low, high] = pair.to_le_bytes().map(|byte| f32::from(byte.cast_signed()).to_bits());
+    low >> 16 | high
 }
 
 const LOW_NIBBLES: u32 = 0x0F0F_0F0F;
@@ -129,6 +138,12 @@ unsafe impl<S: Simd> ByteDot for Emulated<S> {
     unsafe fn store_bytes(to: *mut i8, v: Self::V) {
         // SAFETY: as above.
         unsafe { to.cast::<[i8; PANEL]>().write_unaligned(v.map(|x| x as i32 as i8)) }
+    }
+
+    #[inline(always)]
+    unsafe fn widen_pairs(from: *const u16) -> Self::I {
+        // SAFETY: as above.
+        unsafe { from.cast::<[u16; PANEL]>().read_unaligned() }.map(widen_pair)
     }
 
     #[inline(always)]
@@ -251,6 +266,18 @@ mod avx512 {
         }
 
         #[inline(always)]
+        unsafe fn widen_pairs(from: *const u16) -> __m512i {
+            // SAFETY: as above.
+            unsafe {
+                let halves = _mm512_cvtepi8_epi16(_mm256_loadu_si256(from.cast()));
+                let low = _mm512_cvtepi32_ps(_mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(halves)));
+                let high = _mm512_cvtepi32_ps(_mm512_srai_epi32::<16>(halves));
+                let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(low));
+                _mm512_or_si512(low, _mm512_castps_si512(high))
+            }
+        }
+
+        #[inline(always)]
         unsafe fn max_magnitude(bits: __m512i, v: __m512) -> __m512i {
             // SAFETY: as above.
             unsafe {
@@ -277,11 +304,11 @@ mod tests {
     struct Everything<'a>(&'a [[u32; PANEL]; 4]);
 
     impl PairKernel for Everything<'_> {
-        type Output = [[u32; PANEL]; 9];
+        type Output = [[u32; PANEL]; 10];
 
         #[inline(always)]
         unsafe fn run<D: ByteDot>(self) -> Self::Output {
-            let mut out = [[0; PANEL]; 9];
+            let mut out = [[0; PANEL]; 10];
             // SAFETY: all arrays hold PANEL elements.
             unsafe {
                 let [a, b, c, x] = self.0.each_ref().map(|words| D::load_words(words.as_ptr()));
@@ -299,6 +326,7 @@ mod tests {
                 D::store(out[6].as_mut_ptr().cast(), floats);
                 let small = D::round(D::mul(floats, D::splat(1e-5)));
                 D::store_bytes(out[7].as_mut_ptr().cast(), small);
+                D::store_words(out[9].as_mut_ptr(), D::widen_pairs(self.0[0].as_ptr().cast()));
                 D::store_words(out[8].as_mut_ptr(), D::max_magnitude(D::sum_bytes(a), floats));
             }
             out

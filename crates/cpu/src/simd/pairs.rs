@@ -21,7 +21,7 @@ pub const PANEL: usize = 16;
 /// As for [`Simd`]; pointers must be valid for [`PANEL`] elements (`x`: for one), at any alignment.
 #[allow(clippy::missing_safety_doc, missing_docs)] // said once, above; the names say the rest
 pub unsafe trait PairDot: Copy {
-    /// Vectors of sums that the registers hold next to their operands: those of one tile. At least four.
+    /// Vectors of sums that the registers hold next to their operands: those of one tile. At least six.
     const TILE_SUMS: usize;
     /// For the rest of the arithmetic.
     type S: Simd;
@@ -42,6 +42,8 @@ pub unsafe trait PairDot: Copy {
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger; `b` if one is not a number.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller; `b` if one is not a number.
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
     /// To the nearest integer, ties to even.
     unsafe fn round(a: Self::V) -> Self::V;
     /// `a * 2^n` for whole `n` in -126..=127.
@@ -54,6 +56,8 @@ pub unsafe trait PairDot: Copy {
     unsafe fn store_pairs(to: *mut u32, low: Self::V, high: Self::V);
     /// A hint that the cache line at `at` will be read; any address will do.
     unsafe fn prefetch(at: *const u32);
+    /// The same, if it will be soon.
+    unsafe fn prefetch_near(at: *const u32);
 }
 
 /// `2^x` to about 2e-7 for `x <= 127`; 0 below -126. `2^n 2^f` with whole `n` and the Taylor series of `2^f`, `|f| <= 1/2`.
@@ -121,7 +125,7 @@ const fn odd(pair: u32) -> f32 {
 
 // SAFETY: needs no more than `S`; pointers are read unaligned.
 unsafe impl<S: Simd> PairDot for Emulated<S> {
-    const TILE_SUMS: usize = 4;
+    const TILE_SUMS: usize = 6;
     type S = S;
     type V = [f32; PANEL];
     type W = [u32; PANEL];
@@ -195,6 +199,11 @@ unsafe impl<S: Simd> PairDot for Emulated<S> {
     }
 
     #[inline(always)]
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+
+    #[inline(always)]
     unsafe fn round(a: Self::V) -> Self::V {
         a.map(f32::round_ties_even)
     }
@@ -224,6 +233,9 @@ unsafe impl<S: Simd> PairDot for Emulated<S> {
 
     #[inline(always)]
     unsafe fn prefetch(_: *const u32) {}
+
+    #[inline(always)]
+    unsafe fn prefetch_near(_: *const u32) {}
 }
 
 #[cfg(test)]
