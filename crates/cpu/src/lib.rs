@@ -3,17 +3,20 @@
 //! Invariants:
 //! * a dot product has one order of additions (lane `i % LANES`, then a fixed tree), whatever the number of rows, the
 //!   tile it is computed in, or the thread that computes it; so the thread count never changes a bit;
-//! * attention cuts keys at multiples of [`ops::attention::TILE`] absolute positions, whatever the block size;
+//! * attention cuts keys at multiples of [`ops::attention::TILE`] absolute positions, and over packed pages begins a new
+//!   partial result at fixed ones, whatever the block size;
 //! * weights keep the checkpoint's values and stream through memory once for a whole group of tokens; with
-//!   [`Precision::Bf16`], those in bf16 are packed, and activations are rounded to bf16 once on their way into a product,
-//!   whose sum is one f32 chain along the inputs on every instruction set;
+//!   [`Precision::Bf16`], those in bf16 are packed, and activations, queries, keys, values and weights of attention are
+//!   rounded to bf16 on their way into a product, whose sum is one f32 chain on every instruction set;
+//! * quantized weights are multiplied in integers, exactly, as [`quire_backend::quant`] defines;
+//! * what is stored in packed pages is finite, so that a masked key leaves nothing;
 //! * a panic in a kernel becomes a [`quire_core::ExecError`], never a hang; indices from a step are checked before a
 //!   pointer is made of them.
 //!
-//! Reading order: [`pool`]; [`simd`] (what an instruction set must offer), [`element`], [`buffer`]; [`weights`] (and `packed`,
-//! `quantized`, [`prepacked`]), [`kv`];
-//! [`ops`]; [`backend`] ties them to the trait. A new instruction set is one more file in `simd` and one more arm in
-//! [`simd::dispatch`].
+//! Reading order: [`pool`]; [`simd`] (what an instruction set must offer), [`element`], [`buffer`]; [`weights`] with
+//! `packed`, `quantized` and [`prepacked`]; [`kv`] with `pages`; [`ops`], in it `tiles`, `gemm`, `int_gemm`, `paged` for
+//! what runs fast; [`backend`] ties them to the trait; `peak` is what all of it is held against. A new instruction set is
+//! one more file in `simd` and one more arm in [`simd::dispatch`] and [`simd::pairs::dispatch_pairs`].
 // Register tiles are small matrices; `acc[r][m] += w[r] * x[m]` reads best with its indices.
 #![allow(clippy::needless_range_loop)]
 
