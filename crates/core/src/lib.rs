@@ -9,7 +9,7 @@
 //! * a [`Request`] that reaches an engine has been validated once, against [`Limits`].
 //!
 //! Reading order: [`ids`], [`sampling`], [`request`], [`step`], [`executor`]; then [`limits`], [`error`],
-//! [`block_hash`], [`tensor`], [`constraint`], [`metric_names`].
+//! [`block_hash`], [`tenant`], [`tensor`], [`constraint`], [`metric_names`].
 #![forbid(unsafe_code)]
 
 pub mod block_hash;
@@ -22,6 +22,7 @@ pub mod metric_names;
 pub mod request;
 pub mod sampling;
 pub mod step;
+pub mod tenant;
 pub mod tensor;
 
 pub use block_hash::{BlockHash, BlockHasher, CacheSalt};
@@ -36,4 +37,5 @@ pub use step::{
     BlockCopy, GrownTable, LogitRows, ModelRunnerOutput, NewSeq, RowOutput, Scheduled, SchedulerOutput,
     TokenLogprobs,
 };
+pub use tenant::TenantShare;
 pub use tensor::{DType, QuantFormat, Shard, TensorView};
