@@ -176,9 +176,12 @@ pub(crate) fn paged_attention(
         step,
         out: out.shared(),
     };
-    // Later blocks see more keys: they go first, so that no long one is left at the end.
-    let item = |i: usize| Item { block: blocks[blocks.len() - 1 - i / kv_heads], kv_head: i % kv_heads };
     let items = blocks.len() * kv_heads;
+    // Later blocks see more keys: they go first, so that no long one is left at the end.
+    let item = |i: usize| {
+        let i = i.min(items - 1);
+        Item { block: blocks[blocks.len() - 1 - i / kv_heads], kv_head: i % kv_heads }
+    };
     let splits = blocks.iter().map(|&block| work.splits(block).end).max().unwrap_or(0);
     if splits < 2 || items >= 4 * pool.num_threads() {
         // Neighbours share a block of tokens, and each asks for what the next one reads first.
@@ -188,7 +191,8 @@ pub(crate) fn paged_attention(
                 // SAFETY: `isa` was detected; scratch `worker` is this thread's, the item's columns of `out` its own.
                 unsafe {
                     let scratch = &mut scratch.slice(worker, 1)[0];
-                    dispatch_pairs(isa, Run { work: &work, item: item(i), scratch, task: Task::Whole });
+                    let items = (item(i), item(i + 1));
+                    dispatch_pairs(isa, Run { work: &work, items, scratch, task: Task::Whole });
                 }
             }
         });
@@ -203,7 +207,8 @@ pub(crate) fn paged_attention(
             // SAFETY: as above, and the partial result is this piece's own.
             unsafe {
                 let (scratch, part) = (&mut scratch.slice(worker, 1)[0], partial.slice(i * len, len));
-                dispatch_pairs(isa, Run { work: &work, item, scratch, task: Task::Split(split, part) });
+                let (items, task) = ((item, item), Task::Split(split, part));
+                dispatch_pairs(isa, Run { work: &work, items, scratch, task });
             }
         }
     })?;
@@ -213,10 +218,8 @@ pub(crate) fn paged_attention(
             unsafe {
                 let scratch = &mut scratch.slice(worker, 1)[0];
                 let parts = partial.slice(i * splits * len, splits * len);
-                dispatch_pairs(
-                    isa,
-                    Run { work: &work, item: item(i), scratch, task: Task::Fold(parts, len) },
-                );
+                let (items, task) = ((item(i), item(i)), Task::Fold(parts, len));
+                dispatch_pairs(isa, Run { work: &work, items, scratch, task });
             }
         }
     })
@@ -288,20 +291,32 @@ impl Work<'_> {
 
     /// Brings one split of an item into `state`.
     #[inline(always)]
-    unsafe fn split<D: ByteDot>(&self, item: Item, split: usize, s: &mut Buffers<'_>, state: &mut State<'_>) {
+    unsafe fn split<D: ByteDot>(
+        &self,
+        items: (Item, Item),
+        split: usize,
+        s: &mut Buffers<'_>,
+        state: &mut State<'_>,
+    ) {
         state.clear();
-        let seen = self.all_seen(item.block);
+        let seen = self.all_seen(items.0.block);
         let (from, to) = (seen.start.max(split * SPLIT), seen.end.min((split + 1) * SPLIT));
         for tile in from / TILE..to.div_ceil(TILE) {
             // SAFETY: the caller's.
-            unsafe { self.tile::<D>(item, tile * TILE, s, state) };
+            unsafe { self.tile::<D>(items, tile * TILE, s, state) };
         }
     }
 
     /// The keys of one tile, for the rows that see any of them.
     #[inline(always)]
-    unsafe fn tile<D: ByteDot>(&self, item: Item, start: usize, s: &mut Buffers<'_>, state: &mut State<'_>) {
-        let Item { block, kv_head } = item;
+    unsafe fn tile<D: ByteDot>(
+        &self,
+        items: (Item, Item),
+        start: usize,
+        s: &mut Buffers<'_>,
+        state: &mut State<'_>,
+    ) {
+        let Item { block, kv_head } = items.0;
         // Positions grow from token to token, so those that see part of the tile are neighbours.
         let sees = |t: usize| {
             let seen = self.seen(block, t);
@@ -318,38 +333,39 @@ impl Work<'_> {
         let rows = first * self.group..end * self.group;
         let block_table = self.step.block_table(block.seq);
         let wanted = Wanted { block_table, head: kv_head, start, keys };
-        let (next, pages) = (self.next_tile(item, start), self.pages);
+        let pages = self.pages;
         let shown = Shown { block, start, keys: wanted.keys.clone(), panels, rows };
         // SAFETY: the caller's; bytes are read as bytes.
         unsafe {
+            let next = self.next_tile::<D>(items, start);
             if pages.is_bytes() {
                 find_scales(pages, &wanted, s.tile.scales);
             }
             match Tile::in_place(pages, &wanted) {
-                Some(tile) if !pages.is_bytes() => self.attend::<D, Wide>(&shown, tile, next.keys, s, state),
+                Some(tile) if !pages.is_bytes() => self.attend::<D, Wide>(&shown, tile, next, s, state),
                 // Few rows are one tile, which reads everything once.
                 Some(tile) if shown.rows.len() <= D::TILE_SUMS / NARROW => {
-                    self.attend::<D, Bytes>(&shown, tile, next.keys, s, state);
+                    self.attend::<D, Bytes>(&shown, tile, next, s, state);
                 }
                 Some(bytes) => {
                     let tile = bytes.widen::<D>(pages, &shown.panels, &next, &mut s.tile);
-                    self.attend::<D, Wide>(&shown, tile, tile.keys, s, state);
+                    self.attend::<D, Wide>(&shown, tile, tile, s, state);
                 }
                 None => {
                     let tile = gather(pages, &wanted, &mut s.tile);
-                    self.attend::<D, Wide>(&shown, tile, tile.keys, s, state);
+                    self.attend::<D, Wide>(&shown, tile, tile, s, state);
                 }
             }
         }
     }
 
-    /// Scores, weights, and the weighted values of a tile; memory works on what comes next, at `ahead`.
+    /// Scores, weights, and the weighted values of a tile, while memory works on the next one.
     #[inline(always)]
     unsafe fn attend<D: ByteDot, F: Form>(
         &self,
         shown: &Shown,
         tile: Tile,
-        ahead: [*const u8; PANELS],
+        next: Tile,
         s: &mut Buffers<'_>,
         state: &mut State<'_>,
     ) {
@@ -357,7 +373,8 @@ impl Work<'_> {
         let (pairs, columns) = (self.pages.shape.key_pairs(), self.pages.shape.columns());
         let scales = self.pages.is_bytes().then_some(&*s.tile.scales);
         let form = PhantomData::<F>;
-        let scores = Scores { q: s.q, pairs, tile, out: Shared::new(s.scores), form };
+        let scores =
+            Scores { q: s.q, pairs, keys: tile.keys, next: next.keys, out: Shared::new(s.scores), form };
         // SAFETY: the tile was found, and the buffers have been made for its shape.
         unsafe {
             each_panel::<D, _>(&scores, rows.clone(), panels.clone());
@@ -374,29 +391,26 @@ impl Work<'_> {
             }
             let values = Values {
                 weights: s.weights,
-                tile,
+                values: tile.values,
+                next: next.values,
                 pairs: panels.start * PANEL_PAIRS..keys.end.div_ceil(2),
                 columns,
                 out: Shared::new(state.out),
-                ahead,
                 form,
             };
             each_panel::<D, _>(&values, rows.clone(), 0..columns / PANEL);
         }
     }
 
-    /// The tile that follows the one at `start`: after the last one that the item sees, the first one of the next head, as
-    /// the next item is likely to be about it.
+    /// The tile that follows the one at `start`: after the last one that the item sees, the first one of the next item.
+    /// Memory works on its scales from here on.
     #[inline(always)]
-    fn next_tile(&self, item: Item, start: usize) -> Tile {
+    unsafe fn next_tile<D: ByteDot>(&self, (item, after): (Item, Item), start: usize) -> Tile {
         let shape = self.pages.shape;
-        let block_table = self.step.block_table(item.block.seq);
-        let seen = self.all_seen(item.block);
-        let (start, head) = if start + TILE < seen.end {
-            (start + TILE, item.kv_head)
-        } else {
-            (seen.start / TILE * TILE, (item.kv_head + 1) % shape.num_kv_heads)
-        };
+        let more = start + TILE < self.all_seen(item.block).end;
+        let Item { block, kv_head } = if more { item } else { after };
+        let (seen, block_table) = (self.all_seen(block), self.step.block_table(block.seq));
+        let start = if more { start + TILE } else { seen.start / TILE * TILE };
         let mut last = seen.start.max(start);
         let (mut keys, mut values) = ([std::ptr::null(); PANELS], [std::ptr::null(); PANELS]);
         for panel in 0..PANELS {
@@ -406,7 +420,16 @@ impl Work<'_> {
                 last = position;
             }
             let (block, offset) = (block_table[last / shape.block_size] as usize, last % shape.block_size);
-            (keys[panel], values[panel]) = self.pages.address(block, head, offset);
+            (keys[panel], values[panel]) = self.pages.address(block, kv_head, offset);
+            if let Pairs::Int8 { scales, .. } = &self.pages.pairs {
+                let at = (block * shape.num_kv_heads + kv_head) * 2 * shape.block_size + offset;
+                let key = scales.as_ptr().wrapping_add(at);
+                // SAFETY: any address may be prefetched; the rest is the caller's.
+                unsafe {
+                    D::prefetch(key.cast());
+                    D::prefetch(key.wrapping_add(shape.block_size).cast());
+                }
+            }
         }
         Tile { keys, values }
     }
@@ -469,7 +492,8 @@ enum Task<'a> {
 /// A task. One kernel for all of them, as what it calls is compiled into it.
 struct Run<'a> {
     work: &'a Work<'a>,
-    item: Item,
+    /// The item, and the one that the thread is likely to do next.
+    items: (Item, Item),
     scratch: &'a mut Scratch,
     task: Task<'a>,
 }
@@ -479,7 +503,8 @@ impl PairKernel for Run<'_> {
 
     #[inline(always)]
     unsafe fn run<D: ByteDot>(self) {
-        let Self { work, item, scratch, mut task } = self;
+        let Self { work, items, scratch, mut task } = self;
+        let item = items.0;
         let (mut buffers, mut part, mut total) = scratch.parts();
         let (rows, columns) = (item.block.tokens * work.group, work.pages.shape.columns());
         let splits = work.splits(item.block);
@@ -503,7 +528,7 @@ impl PairKernel for Run<'_> {
                 };
                 let mut state = State::of(memory, rows, columns);
                 if computes {
-                    work.split::<D>(item, split, &mut buffers, &mut state);
+                    work.split::<D>(items, split, &mut buffers, &mut state);
                 }
                 if folds && !single {
                     State::of(total, rows, columns).fold::<D>(&mut state);
@@ -650,7 +675,7 @@ unsafe fn widen<D: ByteDot>(from: *const u8, to: &mut [u32], next: *const u8) {
     for (i, to) in to.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
         // SAFETY: `to` holds a panel, any address may be prefetched; the rest is the caller's.
         unsafe {
-            D::prefetch_near(next.wrapping_add(i * Bytes::SIZE).cast());
+            D::prefetch(next.wrapping_add(i * Bytes::SIZE).cast());
             D::store_words(to.as_mut_ptr(), Bytes::load::<D>(from, i));
         }
     }
@@ -702,7 +727,9 @@ fn gather(pages: &PackedPages, wanted: &Wanted<'_>, room: &mut TileRoom<'_>) -> 
 struct Scores<'a, F> {
     q: &'a [u32],
     pairs: usize,
-    tile: Tile,
+    keys: [*const u8; PANELS],
+    /// Of the next tile.
+    next: [*const u8; PANELS],
     out: Shared<'a, f32>,
     form: PhantomData<F>,
 }
@@ -714,14 +741,14 @@ impl<F: Form> Tiled for Scores<'_, F> {
         // SAFETY: `q` holds M rows; each panel holds `pairs` vectors, and so do its values or more of them.
         unsafe {
             let rows: [*const u32; M] = std::array::from_fn(|r| q.as_ptr().add(r * self.pairs));
-            let keys: [*const u8; P] = std::array::from_fn(|i| self.tile.keys[panel + i]);
-            let ahead: [*const u8; P] = std::array::from_fn(|i| self.tile.values[panel + i]);
+            let keys: [*const u8; P] = std::array::from_fn(|i| self.keys[panel + i]);
+            let next: [*const u8; P] = std::array::from_fn(|i| self.next[panel + i]);
             let mut sums = [[D::zero(); P]; M];
             for k in 0..self.pairs {
                 let mut weights = [F::load::<D>(keys[0], 0); P];
                 for i in 0..P {
                     weights[i] = F::load::<D>(keys[i], k);
-                    D::prefetch_near(ahead[i].wrapping_add(k * F::SIZE).cast());
+                    D::prefetch(next[i].wrapping_add(k * F::SIZE).cast());
                 }
                 for r in 0..M {
                     for i in 0..P {
@@ -787,13 +814,13 @@ unsafe fn softmax<D: PairDot>(
 /// `out += weights · values`: rows by panels of columns.
 struct Values<'a, F> {
     weights: &'a [u32],
-    tile: Tile,
+    values: [*const u8; PANELS],
+    /// Of the next tile.
+    next: [*const u8; PANELS],
     /// Pairs of keys.
     pairs: Range<usize>,
     columns: usize,
     out: Shared<'a, f32>,
-    /// Panels of keys that come next.
-    ahead: [*const u8; PANELS],
     form: PhantomData<F>,
 }
 
@@ -816,13 +843,13 @@ impl<F: Form> Tiled for Values<'_, F> {
             let mut pair = self.pairs.start;
             while pair < self.pairs.end {
                 let end = (pair + PANEL_PAIRS).min(self.pairs.end);
-                let (from, ahead) = (self.tile.values[pair / PANEL_PAIRS], self.ahead[pair / PANEL_PAIRS]);
+                let (from, next) = (self.values[pair / PANEL_PAIRS], self.next[pair / PANEL_PAIRS]);
                 for k in 0..end - pair {
                     let mut values = [F::load::<D>(from, panel); P];
                     for i in 0..P {
                         let at = k * (self.columns / PANEL) + panel + i;
                         values[i] = F::load::<D>(from, at);
-                        D::prefetch_near(ahead.wrapping_add(at * F::SIZE).cast());
+                        D::prefetch(next.wrapping_add(at * F::SIZE).cast());
                     }
                     for r in 0..M {
                         for i in 0..P {

@@ -202,10 +202,4 @@ unsafe impl PairDot for Avx512Bf16 {
         // SAFETY: a hint; it does not fault.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
-
-    #[inline(always)]
-    unsafe fn prefetch_near(at: *const u32) {
-        // SAFETY: as above.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-    }
 }

@@ -62,8 +62,6 @@ pub unsafe trait PairDot: Copy {
     unsafe fn transpose(rows: &[[u32; PANEL]; PANEL], to: *mut u32);
     /// A hint that the cache line at `at` will be read; any address will do.
     unsafe fn prefetch(at: *const u32);
-    /// The same, if it will be soon.
-    unsafe fn prefetch_near(at: *const u32);
 }
 
 /// `2^x` to about 2e-7 for `x <= 127`; 0 below -126. `2^n 2^f` with whole `n` and the Taylor series of `2^f`, `|f| <= 1/2`.
@@ -257,9 +255,6 @@ unsafe impl<S: Simd> PairDot for Emulated<S> {
 
     #[inline(always)]
     unsafe fn prefetch(_: *const u32) {}
-
-    #[inline(always)]
-    unsafe fn prefetch_near(_: *const u32) {}
 }
 
 #[cfg(test)]
