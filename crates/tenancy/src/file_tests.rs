@@ -150,3 +150,28 @@ fn a_file_that_is_not_there_is_named() {
     let error = TenantsFile::read(Path::new("/nowhere/tenants.toml")).unwrap_err().to_string();
     assert!(error.starts_with("/nowhere/tenants.toml: "), "{error}");
 }
+
+/// The documentation's example, and its table of fields.
+#[test]
+fn the_example_is_a_valid_file_and_the_manual_names_its_fields() {
+    let text = include_str!("../../../docs/tenants.toml");
+    let file = TenantsFile::parse(text, "docs/tenants.toml").unwrap();
+    let ids: Vec<&str> = file.tenants.iter().map(|tenant| tenant.id.as_str()).collect();
+    assert_eq!(ids, ["acme", "nightly-batch", "operations"]);
+    let acme = &file.tenants[0];
+    assert_eq!(acme.keys[1].digest, KeyDigest::of("sk-acme-2027"));
+    assert_eq!(acme.settings.limits.rpm, Some(Rate::per_minute(600)));
+    assert_eq!(file.tenants[1].settings.limits, file.defaults.limits);
+    let manual = include_str!("../../../docs/tenants.md");
+    // What the parser says it knows.
+    let error = parse("[[tenants]]\nid = 'a'\nlimits.unknown = 1").unwrap_err().to_string();
+    let known = error.split('`').skip(3).step_by(2);
+    let limits: Vec<&str> = known.collect();
+    assert_eq!(limits.len(), 10, "{error}");
+    for limit in limits {
+        assert!(manual.contains(&format!("`limits.{limit}`")), "{limit}");
+    }
+    for quota in crate::limits::Quota::ALL {
+        assert!(manual.contains(quota.name()), "{quota}");
+    }
+}
