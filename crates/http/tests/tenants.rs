@@ -145,14 +145,14 @@ async fn limits_refuse_with_a_time_to_come_again() {
     let server = server(Duration::ZERO);
     // Ten requests fit at once.
     let mut refused = None;
-    for _ in 0..30 {
+    for _ in 0..200 {
         let answer = complete(&server, "sk-small", body(1)).await;
         if answer.status.as_u16() != 200 {
             refused = Some(answer);
             break;
         }
     }
-    let refused = refused.expect("60 a minute are fewer than 30 at once");
+    let refused = refused.expect("60 a minute are fewer than 200 at once");
     assert_eq!(code(&refused), (429, "rate_limit_exceeded".into(), "rpm".into()));
     assert_eq!(header(&refused, "retry-after"), "1");
     assert_eq!(header(&refused, "x-ratelimit-remaining-requests"), "0");
@@ -183,6 +183,26 @@ async fn answers_in_flight_are_bounded_and_a_client_that_leaves_gives_its_place_
     // Two times 50 tokens were reserved, all there are; what was not generated is there again.
     let answer = complete(&server, "sk-small", body(40)).await;
     assert_eq!(answer.status.as_u16(), 200, "{}", answer.body);
+}
+
+/// Nobody gets tokens for nothing by not reading them.
+#[tokio::test]
+async fn a_client_that_does_not_read_pays_for_what_was_made() {
+    let tenancy = tenancy("[defaults.limits]\noutput_tpm = 60");
+    let server = Server::with(&Setup::default(), tenancy);
+    let request = json!({ "prompt": [1], "max_tokens": 60, "ignore_eos": true, "stream": true });
+    let request = http::Request::post("/v1/completions")
+        .header("content-type", "application/json")
+        .body(axum::body::Body::from(request.to_string()))
+        .unwrap();
+    let response = tower::ServiceExt::oneshot(server.app.clone(), request).await.unwrap();
+    assert_eq!(response.status().as_u16(), 200);
+    server.wait_idle().await;
+    drop(response);
+    let answer = server.complete(json!({ "prompt": [1], "max_tokens": 1 })).await;
+    assert_eq!(code(&answer), (429, "rate_limit_exceeded".into(), "output_tpm".into()));
+    let seconds: u64 = header(&answer, "retry-after").parse().unwrap();
+    assert!((20..=51).contains(&seconds), "60 tokens are owed, less what a slow test refilled: {seconds}");
 }
 
 #[tokio::test]

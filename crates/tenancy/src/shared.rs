@@ -1,6 +1,6 @@
 //! Limits that replicas share, in Redis: one script an admission, one a settlement, each atomic there and in Redis' time.
 //!
-//! A request waits for Redis at most [`CHARGE_TIMEOUT`], and never for a connection: connecting is a background task's.
+//! A request waits for Redis at most `timeout_ms` of the address, and never for a connection: connecting is a background task's.
 //! While Redis is away, each replica's own limits apply (`docs/adr`). Concurrency is kept as a number for each replica
 //! that only it writes; the numbers of a replica that fell silent expire.
 
@@ -21,8 +21,10 @@ use crate::ledger::{RATES, Refusal, Standing, Taken, rates};
 use crate::limits::{Limits, Quota};
 use crate::metrics;
 
-/// How long an admission waits for Redis.
-const CHARGE_TIMEOUT: Duration = Duration::from_millis(100);
+/// How long an admission waits for Redis, unless the address says otherwise.
+const DEFAULT_TIMEOUT_MS: u64 = 100;
+/// How long it may be told to wait.
+const MAX_TIMEOUT_MS: u64 = 10_000;
 /// How long anything else does.
 const SLOW_TIMEOUT: Duration = Duration::from_secs(1);
 /// A replica that is silent for so long has nothing in flight any more.
@@ -38,7 +40,7 @@ const MAX_SETTLEMENTS: usize = 4096;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// The address is none of Redis.
-    #[error("must be `memory` or redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE]: {0}")]
+    #[error("must be `memory` or redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE][?timeout_ms=N]: {0}")]
     Address(String),
     /// It asks for TLS.
     #[error("rediss:// (TLS) is not supported; use redis:// in a private network or through a TLS tunnel")]
@@ -48,6 +50,8 @@ pub enum StoreError {
 /// The store that replicas share.
 pub struct SharedStore {
     client: Client,
+    /// How long an admission waits.
+    patience: Duration,
     /// This process among the replicas.
     replica: String,
     connection: Mutex<Option<MultiplexedConnection>>,
@@ -80,6 +84,7 @@ impl SharedStore {
     /// # Errors
     /// The address is wrong. That nobody answers there is no error.
     pub async fn start(url: &str) -> Result<Arc<Self>, StoreError> {
+        let (url, patience) = split_timeout(url)?;
         let client = Client::open(url).map_err(|error| StoreError::Address(error.to_string()))?;
         if let ConnectionAddr::TcpTls { .. } = client.get_connection_info().addr() {
             return Err(StoreError::Tls);
@@ -87,6 +92,7 @@ impl SharedStore {
         let (settlements, inbox) = mpsc::channel(MAX_SETTLEMENTS);
         let script = |body: &str| Script::new(&[include_str!("announce.lua"), body].concat());
         let store = Arc::new(Self {
+            patience,
             replica: format!("{:016x}", RandomState::new().hash_one(std::process::id())),
             connection: Mutex::new(None),
             settlements,
@@ -165,7 +171,7 @@ impl SharedStore {
         }
         call.arg(limits.concurrency.unwrap_or(0)).arg(&self.replica).arg(in_flight.1).arg(in_flight.0);
         call.arg(LEASE.as_micros() as u64);
-        let answer = timeout(CHARGE_TIMEOUT, call.invoke_async::<[u64; 5]>(&mut connection)).await;
+        let answer = timeout(self.patience, call.invoke_async::<[u64; 5]>(&mut connection)).await;
         let [which, wait, lags @ ..] = match answer {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => {
@@ -240,6 +246,25 @@ impl SharedStore {
             self.send(&Settlement { tenant, unused: [0; 3], in_flight }).await;
         }
     }
+}
+
+/// Takes `timeout_ms` out of an address.
+fn split_timeout(url: &str) -> Result<(String, Duration), StoreError> {
+    let (address, query) = url.split_once('?').unwrap_or((url, ""));
+    let mut ms = DEFAULT_TIMEOUT_MS;
+    let mut rest: Vec<&str> = Vec::new();
+    for part in query.split('&').filter(|part| !part.is_empty()) {
+        match part.strip_prefix("timeout_ms=") {
+            None => rest.push(part),
+            Some(value) => {
+                let valid = value.parse().ok().filter(|value| (1..=MAX_TIMEOUT_MS).contains(value));
+                let message = || format!("timeout_ms must be between 1 and {MAX_TIMEOUT_MS}, got {value:?}");
+                ms = valid.ok_or_else(|| StoreError::Address(message()))?;
+            }
+        }
+    }
+    let query = if rest.is_empty() { String::new() } else { format!("?{}", rest.join("&")) };
+    Ok((format!("{address}{query}"), Duration::from_millis(ms)))
 }
 
 /// One hash slot a tenant, so that scripts work in a cluster, too.

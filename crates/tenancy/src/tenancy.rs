@@ -14,7 +14,7 @@ use crate::demand::{Demand, Denied};
 use crate::file::{KeyEntry, TenantSettings, TenantsFile};
 use crate::gcra::Nanos;
 use crate::ledger::{Ledger, Refusal, Standing, Taken};
-use crate::limits::Scopes;
+use crate::limits::{Quota, Scopes};
 use crate::metrics::{self, MAX_LABELLED, TenantMetrics};
 use crate::permit::{Permit, Reservation, Source, Used};
 use crate::shared::{Charge, SharedStore};
@@ -164,9 +164,12 @@ impl Tenancy {
     /// Whether a request has a chance, before work is spent on it. Takes nothing.
     ///
     /// # Errors
-    /// [`Denied::Limited`] while a limit of this replica is reached.
+    /// [`Denied::Limited`] while a limit of this replica is reached, or one that the shared store spoke of.
     pub fn precheck(&self, access: &Access) -> Result<(), Denied> {
         let tenant = &access.tenant;
+        if let Some(denied) = self.still_refused(tenant) {
+            return Err(denied);
+        }
         let mut demand = Demand::default();
         demand.add(0, 1, 0);
         let now = self.now();
@@ -175,6 +178,15 @@ impl Tenancy {
         let fits = ledger.enter(tenant.limits(), &demand);
         let fits = fits.and_then(|()| ledger.take(now, tenant.limits(), &demand).map(drop));
         fits.map_err(|refusal| deny(tenant, refusal, ledger.standing(now, tenant.limits())))
+    }
+
+    /// A refusal of the shared store that holds yet.
+    fn still_refused(&self, tenant: &Tenant) -> Option<Denied> {
+        let (until, denied) = (*tenant.state.refused.lock())?;
+        let left = until.checked_sub(self.now()).filter(|&left| left > 0)?;
+        let Denied::Limited { quota, limit, standing, .. } = denied else { return None };
+        tenant.state.metrics.throttled(quota);
+        Some(Denied::Limited { quota, limit, retry_after: Duration::from_nanos(left), standing })
     }
 
     /// Reserves what a request may use at most, or says when to come again. Taking all of it is one step.
@@ -236,7 +248,12 @@ impl Tenancy {
             }
             Some(Err((refusal, standing))) => {
                 leave_all(&mut tenant.state.ledger.lock(), &demand);
-                Err(deny(tenant, refusal, standing))
+                let denied = deny(tenant, refusal, standing);
+                if refusal.quota == Quota::Rpm {
+                    let wait = u64::try_from(refusal.retry_after.as_nanos()).unwrap_or(u64::MAX);
+                    *tenant.state.refused.lock() = Some((self.now().saturating_add(wait), denied));
+                }
+                Err(denied)
             }
             None => {
                 metrics::count_store_error();
@@ -327,6 +344,7 @@ impl Registry {
         let state = Arc::new(TenantState {
             id: TenantId(id as u32),
             ledger: Mutex::default(),
+            refused: Mutex::default(),
             metrics: TenantMetrics::new(if id < MAX_LABELLED { &name } else { "other" }),
             tokens: AtomicU64::new(0),
             name: Arc::clone(&name),

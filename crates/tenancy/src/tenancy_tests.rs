@@ -301,8 +301,9 @@ fn run_random(tenancy: &Tenancy, random: &mut Random, rates: [u64; 3], places: [
             running.push_back(Running { permit, meter, prompt, n, max_tokens, started: false });
         }
         for request in &mut running {
-            if !request.started && request.meter.is_some() && random.below(3) == 0 {
-                request.meter.as_mut().unwrap().started(0);
+            let begins = !request.started && random.below(3) == 0;
+            if let Some(meter) = request.meter.as_mut().filter(|_| begins) {
+                meter.started(0);
                 request.started = true;
                 used[1] += u64::from(request.prompt);
             }

@@ -9,7 +9,7 @@ use quire_core::{TenantId, TenantShare};
 
 use crate::demand::Denied;
 use crate::file::TenantSettings;
-use crate::gcra::Rate;
+use crate::gcra::{Nanos, Rate};
 use crate::ledger::Ledger;
 use crate::limits::{Limits, Scope, Scopes};
 use crate::metrics::TenantMetrics;
@@ -20,6 +20,8 @@ pub(crate) struct TenantState {
     pub(crate) name: Arc<str>,
     pub(crate) ledger: Mutex<Ledger>,
     pub(crate) metrics: TenantMetrics,
+    /// The shared store's last word on requests a minute, and until when it holds: of these nothing is given back.
+    pub(crate) refused: Mutex<Option<(Nanos, Denied)>>,
     /// Tokens of ended requests, prompts included.
     pub(crate) tokens: AtomicU64,
 }
