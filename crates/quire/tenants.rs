@@ -29,6 +29,10 @@ pub(crate) async fn open(args: &ServerArgs) -> Result<Tenancy> {
     let opened = opened.map_err(|error| Failure(format!("--tenants: {error}")))?;
     let (watch, file) = opened.map_or((None, TenantsFile::default()), |(watch, file)| (Some(watch), file));
     let tenancy = Tenancy::new(keys, file, store).map_err(|error| Failure(format!("--tenants: {error}")))?;
+    if args.tenants.is_some() || args.quota_store != "memory" {
+        let shared = tenancy.shares_limits();
+        tracing::info!(tenants = tenancy.shares().len() - 1, limits_shared = shared, "limits");
+    }
     if let Some(watch) = watch {
         tokio::spawn(watch.run(tenancy.clone(), WATCH_INTERVAL));
     }

@@ -175,3 +175,21 @@ fn the_example_is_a_valid_file_and_the_manual_names_its_fields() {
         assert!(manual.contains(quota.name()), "{quota}");
     }
 }
+
+/// Whatever an operator's editor left half done gives an error with a line, never a panic.
+#[test]
+fn torn_files_are_errors() {
+    let text = include_str!("../../../docs/tenants.toml");
+    let lines = text.lines().count();
+    let boundaries = (0..text.len()).filter(|&at| text.is_char_boundary(at));
+    for at in boundaries {
+        let _ = TenantsFile::parse(&text[..at], "t.toml");
+        for torn in ["\u{fc}", "\"", "[", "\0", "=", "\n"] {
+            let mut text = text.to_owned();
+            text.replace_range(at..=at, torn);
+            if let Err(FileError::Value { line, field, .. }) = TenantsFile::parse(&text, "t.toml") {
+                assert!((1..=lines + 1).contains(&line) && !field.is_empty(), "at {at}: {line} {field}");
+            }
+        }
+    }
+}

@@ -11,8 +11,8 @@
 //! * time is an argument of everything that counts (`gcra`, `ledger`); no lock is held across an await;
 //! * bounded: tenants, keys, ids, labels, settlements in wait.
 //!
-//! Reading order: [`file`] with `values` and [`limits`]; [`gcra`], `ledger`, [`demand`]; [`tenancy`], [`tenant`],
-//! [`permit`]; `shared` with its scripts, [`watch`], `metrics`.
+//! Reading order: [`file`] with `values` and [`limits`]; [`gcra`], `ledger`, [`demand`]; [`tenancy`], `table`,
+//! [`tenant`], [`permit`]; `shared` with its scripts, [`watch`], `metrics`.
 #![forbid(unsafe_code)]
 
 mod credential;
@@ -24,6 +24,7 @@ pub mod limits;
 mod metrics;
 pub mod permit;
 mod shared;
+mod table;
 pub mod tenancy;
 pub mod tenant;
 mod values;
@@ -37,6 +38,7 @@ pub use ledger::Standing;
 pub use limits::{Quota, Scope};
 pub use permit::Permit;
 pub use shared::{SharedStore, StoreError};
-pub use tenancy::{TableError, Tenancy};
+pub use table::TableError;
+pub use tenancy::Tenancy;
 pub use tenant::{Access, Tenant};
 pub use watch::Watch;

@@ -1,49 +1,24 @@
 //! The one door of both front ends: credential to tenant, demand to permit.
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Mutex, RwLock};
-use quire_core::{TenantId, TenantShare};
+use quire_core::TenantShare;
 use tokio::sync::watch;
 
 use crate::credential::{AuthError, KeyDigest, Keys};
 use crate::demand::{Demand, Denied};
-use crate::file::{KeyEntry, TenantSettings, TenantsFile};
+use crate::file::TenantsFile;
 use crate::gcra::Nanos;
 use crate::ledger::{Ledger, Refusal, Standing, Taken};
-use crate::limits::{Quota, Scopes};
-use crate::metrics::{self, MAX_LABELLED, TenantMetrics};
+use crate::limits::Quota;
+use crate::metrics::{self, MAX_LABELLED};
 use crate::permit::{Permit, Reservation, Source, Used};
 use crate::shared::{Charge, SharedStore};
-use crate::tenant::{Access, Key, Tenant, TenantState};
-
-/// Ids given out in the life of a process. A tenant keeps its id when it leaves the file, because its last requests may
-/// still run; so the number is bounded.
-const MAX_IDS: usize = 16_384;
-
-/// Why a table of tenants cannot be used.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum TableError {
-    /// One key cannot be two tenants'.
-    #[error("tenant `{tenant}`, key `{key}`: --api-key is the same key; remove one of them")]
-    KeyTwice {
-        /// The tenant's id.
-        tenant: String,
-        /// The key's id.
-        key: String,
-    },
-    /// The server must not open itself because a file lost its tenants.
-    #[error(
-        "no tenant is left, so nobody would need a key; to open the server, restart it without --tenants"
-    )]
-    WouldOpen,
-    /// Too many different tenants came and went.
-    #[error("more than {MAX_IDS} different tenants since the start; restart the server")]
-    TooManyIds,
-}
+use crate::table::{Registry, Table, TableError};
+use crate::tenant::{Access, Tenant};
 
 /// Credentials, limits and what is used of them. Cheap to clone.
 #[derive(Clone)]
@@ -58,22 +33,6 @@ struct Inner {
     store: Option<Arc<SharedStore>>,
     epoch: Instant,
     changes: watch::Sender<u64>,
-}
-
-/// One reading of the file.
-struct Table {
-    by_key: HashMap<KeyDigest, Access>,
-    /// Everybody, where no key is needed.
-    anonymous: Option<Access>,
-    /// Indexed by id; tenants that have left keep their place.
-    shares: Vec<TenantShare>,
-}
-
-/// Every tenant there ever was, by name; an id is a place in `states`.
-#[derive(Default)]
-struct Registry {
-    by_name: HashMap<Arc<str>, usize>,
-    states: Vec<Arc<TenantState>>,
 }
 
 impl Tenancy {
@@ -329,61 +288,6 @@ fn permit(tenant: &Arc<Tenant>, demand: Demand, taken: Taken, source: Source, st
         admitted: Instant::now(),
         used: Used::default(),
     })
-}
-
-impl Registry {
-    fn state(&mut self, name: &str) -> Result<Arc<TenantState>, TableError> {
-        if let Some(&at) = self.by_name.get(name) {
-            return Ok(Arc::clone(&self.states[at]));
-        }
-        let id = self.states.len();
-        if id >= MAX_IDS {
-            return Err(TableError::TooManyIds);
-        }
-        let name: Arc<str> = name.into();
-        let state = Arc::new(TenantState {
-            id: TenantId(id as u32),
-            ledger: Mutex::default(),
-            refused: Mutex::default(),
-            metrics: TenantMetrics::new(if id < MAX_LABELLED { &name } else { "other" }),
-            tokens: AtomicU64::new(0),
-            name: Arc::clone(&name),
-        });
-        self.by_name.insert(name, id);
-        self.states.push(Arc::clone(&state));
-        Ok(state)
-    }
-}
-
-impl Table {
-    fn new(api_keys: &Keys, file: TenantsFile, registry: &mut Registry) -> Result<Self, TableError> {
-        let open = api_keys.digests.is_empty() && file.tenants.is_empty();
-        // The first id, 0, whether it is in use or not.
-        let first = registry.state(if open { "anonymous" } else { "default" })?;
-        let tenant = |settings: TenantSettings, state| {
-            Arc::new(Tenant { settings, state, free_priority: !file.is_file })
-        };
-        let default = tenant(file.defaults, first);
-        let access = |key: Key| Access { tenant: Arc::clone(&default), key: Arc::new(key) };
-        let full = |id: &str| Key { id: id.to_owned(), expires: None, scopes: Scopes::ALL };
-        let mut by_key: HashMap<_, _> =
-            api_keys.digests.iter().map(|&digest| (digest, access(full("api-key")))).collect();
-        let mut shares = vec![default.share()];
-        for entry in file.tenants {
-            let tenant = tenant(entry.settings, registry.state(&entry.id)?);
-            let at = tenant.id().0 as usize;
-            shares.resize(shares.len().max(at + 1), TenantShare::default());
-            shares[at] = tenant.share();
-            for KeyEntry { id, digest, expires, scopes } in entry.keys {
-                let key = Arc::new(Key { id: id.clone(), expires, scopes });
-                let access = Access { tenant: Arc::clone(&tenant), key };
-                if by_key.insert(digest, access).is_some() {
-                    return Err(TableError::KeyTwice { tenant: entry.id, key: id });
-                }
-            }
-        }
-        Ok(Self { by_key, anonymous: open.then(|| access(full("anonymous"))), shares })
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 use std::collections::VecDeque;
 
-use quire_core::{FinishReason, Meter};
+use quire_core::{FinishReason, Meter, TenantId};
 
 use super::*;
 use crate::gcra::Rate;
