@@ -367,8 +367,13 @@ async fn the_file_is_followed_and_a_broken_one_is_not() {
         panic!("{key} never became valid");
     };
     wait_for("first").await;
+    let mut changes = tenancy.subscribe();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!changes.has_changed().unwrap(), "the file is what it was");
     write(&one("second"));
     wait_for("second").await;
+    assert!(changes.has_changed().unwrap());
+    changes.mark_unchanged();
     assert!(tenancy.authenticate(Some("first")).is_err());
     for broken in ["[[tenants", "", "[[tenants]]\nid = 'a'\nrpm = 5\n"] {
         write(broken);

@@ -133,6 +133,30 @@ async fn without_an_answer_each_replica_keeps_its_own_limits() {
     .await;
 }
 
+/// What was reserved in one place is not settled in the other, and falling back leaves nothing held.
+#[tokio::test]
+async fn the_two_books_are_kept_apart() {
+    let Some(server) = RedisServer::start() else { return };
+    let limits = "output_tpm = 6\nconcurrency = 3";
+    let replica = replica(&server.hasty_url(), limits).await;
+    let shared = admit(&replica, 1, 1, 6).await.unwrap();
+    assert_eq!(limited(admit(&replica, 1, 1, 1).await).0, Quota::OutputTpm, "a minute's worth is reserved");
+    server.signal("STOP");
+    for _ in 0..5 {
+        drop(admit(&replica, 1, 1, 6).await.expect("not used, given back, nothing else held"));
+    }
+    let mut local = admit(&replica, 1, 1, 6).await.unwrap().meter(1, 1);
+    local.started(0);
+    local.ended(6, FinishReason::Stop);
+    drop(local);
+    drop(shared);
+    assert_eq!(
+        limited(admit(&replica, 1, 1, 1).await).0,
+        Quota::OutputTpm,
+        "the shared refund is not for here"
+    );
+}
+
 #[tokio::test]
 async fn addresses_are_checked() {
     for bad in [
