@@ -214,12 +214,13 @@ fn a_wrong_file_keeps_the_server_from_starting() {
     let file = TenantsFile::new("wrong");
     file.write("[[tenants]]\nid = 'acme'\n[tenants.limits]\nrpm = 0\n");
     for (args, part) in [
-        (&["--tenants", file.path()][..], ".toml:4: rpm: must be between 1"),
+        (&[][..], ".toml:4: rpm: must be between 1"),
         (&["--tenants", "/nowhere.toml"], "--tenants: /nowhere.toml: "),
-        (&["--quota-store", "memcached://x"], "--quota-store: must be `memory` or redis://"),
+        (&["--quota-store", "memcached://x"][..], "--quota-store: must be `memory` or redis://"),
     ] {
         let output = std::process::Command::new(env!("CARGO_BIN_EXE_quire"))
             .args(["serve", "--port", "0", "--grpc-port", "0"])
+            .env("QUIRE_TENANTS", file.path())
             .args(args)
             .output()
             .unwrap();
