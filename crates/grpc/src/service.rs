@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use quire_llm::{Generation, Lifecycle, Llm, Prompt};
+use quire_llm::{Generation, Lifecycle, Llm, Prompt, RequestError};
 use quire_tenancy::{Access, Demand, Permit, Scope, Standing, Tenancy};
 use tokio_stream::Stream;
 use tonic::{Code, Request, Response, Status};
@@ -16,6 +16,9 @@ use crate::{convert, proto, status};
 
 /// Longest accepted `x-request-id`.
 const MAX_REQUEST_ID: usize = 128;
+
+/// Two ticks of the timer.
+const HEAD_START: Duration = Duration::from_millis(2);
 
 /// The service over whatever model the lifecycle holds.
 pub struct InferenceService {
@@ -144,6 +147,16 @@ fn access<T>(request: &Request<T>) -> Result<Access, Status> {
     access.ok_or_else(|| Status::internal("the request passed by the door"))
 }
 
+/// Ends an answer at its deadline. The transport keeps the time as well, but would say CANCELLED; so this is first.
+async fn within<T>(
+    timeout: Option<Duration>,
+    answer: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    let Some(timeout) = timeout else { return answer.await };
+    let outcome = tokio::time::timeout(timeout.saturating_sub(HEAD_START), answer).await;
+    outcome.unwrap_or_else(|_| Err(status::of(&RequestError::DeadlineExceeded)))
+}
+
 /// `grpc-timeout`: up to eight digits and a unit (gRPC over HTTP/2, "Requests").
 fn timeout<T>(request: &Request<T>) -> Result<Option<Duration>, Status> {
     let Some(value) = request.metadata().get("grpc-timeout") else { return Ok(None) };
@@ -175,7 +188,11 @@ impl Inference for InferenceService {
         &self,
         request: Request<proto::GenerateRequest>,
     ) -> Result<Response<proto::GenerateResponse>, Status> {
-        observe("Generate", self.answer(request)).await
+        observe("Generate", async {
+            let timeout = timeout(&request)?;
+            within(timeout, self.answer(request)).await
+        })
+        .await
     }
 
     async fn generate_stream(
@@ -183,8 +200,9 @@ impl Inference for InferenceService {
         request: Request<proto::GenerateRequest>,
     ) -> Result<Response<ChunkStream>, Status> {
         let mut call = Call::new("GenerateStream");
+        let timeout = timeout(&request).inspect_err(|status| call.end(status.code()))?;
         let Started { id, generation, standing, .. } =
-            self.start(request).await.inspect_err(|status| call.end(status.code()))?;
+            within(timeout, self.start(request)).await.inspect_err(|status| call.end(status.code()))?;
         let mut response = Response::new(ChunkStream { id, generation, first: true, call });
         status::insert_standing(response.metadata_mut(), &standing);
         Ok(response)
