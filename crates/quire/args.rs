@@ -114,12 +114,13 @@ pub struct ServerArgs {
     /// vllm: /metrics also has the names that tools for vLLM look for
     #[arg(long, value_name = "SET", default_value = "vllm", help_heading = "Server")]
     pub metrics_compat: MetricsCompat,
-    /// Where quotas are counted
-    #[arg(long, value_name = "STORE", default_value = "memory", hide = true)]
-    pub quota_store: String,
-    /// Tenants with keys, quotas and weights.
-    #[arg(long, value_name = "FILE", hide = true)]
+    /// Tenants with their keys, limits and weights, as in docs/tenants.md; changes are taken while the server runs
+    #[arg(long, value_name = "FILE", help_heading = "Server")]
     pub tenants: Option<PathBuf>,
+    /// Where limits are counted: memory (each server by itself), or redis://HOST:PORT, which several servers share;
+    /// with a password better in QUIRE_QUOTA_STORE
+    #[arg(long, value_name = "STORE", default_value = "memory", help_heading = "Server")]
+    pub quota_store: String,
     /// Goal for the time to the first token.
     #[arg(long, value_name = "TIME", value_parser = parse_duration, hide = true)]
     pub ttft_target: Option<Duration>,
