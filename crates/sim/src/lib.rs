@@ -12,17 +12,23 @@
 //!   bounded time;
 //! * `Scheduler::check_invariants` after every step.
 //!
-//! Reading order: [`oracle`], [`shadow_kv`], `executor`, `workload`, `checker`, [`run`], then [`mock`].
+//! Traces are the other kind of input: [`trace`] reads recorded ones, [`generate`] makes some from a seed.
+//!
+//! Reading order: [`oracle`], [`shadow_kv`], `executor`, `workload`, `checker`, [`run`], then [`mock`], [`trace`].
 #![forbid(unsafe_code)]
 
 mod checker;
 mod executor;
+pub mod generate;
 pub mod mock;
 pub mod oracle;
 mod rng;
 pub mod run;
 pub mod shadow_kv;
+pub mod trace;
 mod workload;
 
+pub use generate::{Workload as GeneratedWorkload, generate};
 pub use mock::{MockExecutor, MockTiming};
 pub use run::{Failure, Report, run_seed};
+pub use trace::{TraceError, TraceRequest, read_trace};
