@@ -12,13 +12,14 @@
 //! * every accepted request ends with exactly one [`SeqEventKind::Finished`] per continuation;
 //! * a sequence takes blocks only from those after it in the order, so the first one always advances.
 //!
-//! Reading order: [`event`], [`stats`], then `policy` (the order), `sequence` (the state), `block_pool`,
+//! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), then `policy` (the order), `sequence` (the state), `block_pool`,
 //! `prefix_cache`, `kv_cache` (the blocks), [`scheduler`] (the parts and the way in), `schedule` (a step goes out),
 //! `fork` (continuations share a prompt), `update` (its results come back), `finish`, `check`.
 #![forbid(unsafe_code)]
 
 mod block_pool;
 mod check;
+pub mod cost;
 pub mod event;
 mod finish;
 mod fork;
@@ -34,6 +35,7 @@ mod update;
 #[cfg(test)]
 mod tests;
 
+pub use cost::{Calibration, CostModel, OnlineCostModel, StepShape};
 pub use event::{SeqEvent, SeqEventKind};
 pub use scheduler::{Scheduler, SchedulerConfig};
 pub use stats::SchedulerStats;
