@@ -52,8 +52,12 @@ impl Scheduler {
 
     fn check_sequence(&self, seq: SeqIndex, hot: &Sequence, data: &SequenceData) -> Result<(), String> {
         let fail = |what: &str| Err(format!("request {} continuation {}: {what}", hot.request, hot.index));
-        if hot.num_tokens as usize != data.prompt.len() + data.generated.len() {
-            return fail("num_tokens is not prompt plus generated");
+        let num_unflushed = hot.num_tokens.checked_sub(data.prompt_len() + data.generated.len() as u32);
+        if num_unflushed.is_none_or(|num| num > hot.num_tokens.min(16)) {
+            return fail("num_tokens is not prompt, generated and tail");
+        }
+        if hot.has_output != (hot.num_tokens > data.prompt_len()) {
+            return fail("has_output is wrong");
         }
         if hot.num_tokens >= hot.max_total_tokens {
             return fail("it has all its tokens and still lives");

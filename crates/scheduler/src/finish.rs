@@ -73,18 +73,23 @@ impl Scheduler {
             }
             SeqState::Running => self.leave_batch(seq),
         }
-        let (request, index) = (self.seqs.hot(seq).request, self.seqs.hot(seq).index);
+        let hot = self.seqs.hot(seq);
+        let (request, index, num_tokens) = (hot.request, hot.index, hot.num_tokens);
         let Some(data) = self.seqs.remove(seq) else { return };
         let mut usage = data.usage;
         usage.finished = self.now;
-        usage.generated_tokens = data.generated.len() as u32;
-        if data.generated.is_empty() {
+        usage.generated_tokens = num_tokens - data.prompt_len();
+        if usage.generated_tokens == 0 {
             usage.first_token = self.now;
         }
         if !data.started {
             usage.first_scheduled = self.now;
         }
-        events.push(SeqEvent { request, index, kind: SeqEventKind::Finished { reason, stop_token, usage } });
+        events.push(SeqEvent {
+            request,
+            index,
+            kind: SeqEventKind::Finished { reason, stop_token, usage: Box::new(usage) },
+        });
         self.forget_continuation(data.request, index);
     }
 

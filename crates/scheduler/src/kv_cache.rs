@@ -3,7 +3,7 @@
 //! There is one KV group today. With a sliding window of `w` tokens, the row at position `p` sees positions
 //! `p - w + 1 ..= p`; blocks wholly below are given back and their table entries turn stale.
 
-use quire_core::{BlockHash, BlockHasher, BlockId, StepId, TokenId};
+use quire_core::{BlockHash, BlockId, StepId};
 
 use crate::block_pool::BlockPool;
 use crate::prefix_cache::PrefixCache;
@@ -44,7 +44,6 @@ pub(crate) struct PrefixHit {
 pub(crate) struct KvCacheManager {
     pool: BlockPool,
     cache: PrefixCache,
-    hasher: BlockHasher,
     block_size: u32,
     window: Option<u32>,
     caching: bool,
@@ -61,7 +60,6 @@ impl KvCacheManager {
         Self {
             pool: BlockPool::new(limits.num_blocks),
             cache: PrefixCache::new(limits.num_blocks),
-            hasher: config.hasher,
             block_size: limits.block_size,
             window: limits.kv_groups[0],
             caching: config.enable_prefix_caching,
@@ -183,11 +181,6 @@ impl KvCacheManager {
             self.pool.release(table.blocks[table.first_live as usize]);
             table.first_live += 1;
         }
-    }
-
-    /// The address of a block after `parent` (the salt's root if there is none).
-    pub(crate) fn hash_block(&self, parent: BlockHash, tokens: &[TokenId]) -> BlockHash {
-        self.hasher.next(parent, tokens)
     }
 
     /// Makes the content of a full, computed block available to others. If another block has it already, that one

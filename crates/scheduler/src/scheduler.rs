@@ -269,6 +269,7 @@ impl Scheduler {
             params: request.params.clone(),
             generated: Vec::new(),
             later_hashes: Vec::new(),
+            last_hash: self.config.hasher.root(request.salt),
             table: BlockTable::default(),
             parked: false,
             num_reported_rows: 0,
@@ -278,6 +279,7 @@ impl Scheduler {
         let hot = self.seqs.hot_mut(seq);
         hot.request = request.id;
         hot.index = index;
+        hot.tenant = request.tenant;
         hot.num_tokens = prompt_len;
         hot.max_total_tokens = prompt_len + request.params.max_tokens;
         hot.set_stops(&request.params, prompt_len);

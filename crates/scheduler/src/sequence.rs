@@ -1,21 +1,24 @@
 //! What the scheduler knows of each sequence, split by how often it is touched.
 //!
-//! A decode step reads and writes one cache line per sequence ([`Sequence`]); everything else sits in [`SequenceData`]
-//! and is touched on admission, at block boundaries and at the end. Both live in slabs under the same index.
+//! A decode step reads and writes one cache line per sequence ([`Sequence`]) and writes its token into another
+//! ([`TokenTail`]); everything else sits in [`SequenceData`] and is touched on admission, at block boundaries, every
+//! sixteenth token and at the end. All three live in slabs under the same index.
 
 use std::sync::Arc;
 
-use quire_core::{BlockHash, CacheSalt, RequestId, SamplingParams, TokenId, Usage};
+use quire_core::{BlockHash, BlockHasher, CacheSalt, RequestId, SamplingParams, TenantId, TokenId, Usage};
 
 use crate::kv_cache::BlockTable;
 use crate::policy::OrderKey;
+use crate::scheduler::InFlightRow;
 
 /// Index of a sequence in the slabs; reused after its end.
 pub(crate) type SeqIndex = u32;
 
 /// Stop ids kept in the hot line; sequences with more look into their parameters.
 const NUM_INLINE_STOPS: usize = 2;
-const MORE_STOPS: u8 = u8::MAX;
+/// Fills unused places of the inline stop ids; no vocabulary is that large.
+const NO_TOKEN: TokenId = TokenId::MAX;
 
 /// Where a sequence stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,10 +52,12 @@ pub(crate) struct Sequence {
     pub(crate) stop_from: u32,
     pub(crate) slot: u32,
     pub(crate) index: u32,
+    pub(crate) tenant: TenantId,
     /// Tells users of one slab entry apart.
     pub(crate) identity: u32,
     stop_ids: [TokenId; NUM_INLINE_STOPS],
-    num_stops: u8,
+    /// It has more stop ids than fit here.
+    more_stops: bool,
     /// Tells block tables of one sequence apart (a preemption ends one).
     pub(crate) epoch: u8,
     /// Sampled tokens on their way.
@@ -62,7 +67,18 @@ pub(crate) struct Sequence {
     pub(crate) prefilling: bool,
     /// Other continuations wait for this one's prompt.
     pub(crate) leads: bool,
+    /// At least one token was accepted.
+    pub(crate) has_output: bool,
 }
+
+/// Tokens that [`TokenTail`] holds.
+const TAIL_LEN: u32 = 16;
+
+/// The latest generated tokens, by position modulo [`TAIL_LEN`]: those that are not in [`SequenceData::generated`] yet.
+/// They never span more than one aligned window, because the tail is emptied before a window begins.
+#[derive(Clone, Debug, Default)]
+#[repr(align(64))]
+pub(crate) struct TokenTail([TokenId; TAIL_LEN as usize]);
 
 impl Sequence {
     fn vacant(identity: u32) -> Self {
@@ -76,14 +92,16 @@ impl Sequence {
             stop_from: u32::MAX,
             slot: 0,
             index: 0,
+            tenant: TenantId(0),
             identity,
-            stop_ids: [0; NUM_INLINE_STOPS],
-            num_stops: 0,
+            stop_ids: [NO_TOKEN; NUM_INLINE_STOPS],
+            more_stops: false,
             epoch: 0,
             num_in_flight: 0,
             state: SeqState::Vacant,
             prefilling: false,
             leads: false,
+            has_output: false,
         }
     }
 
@@ -100,22 +118,30 @@ impl Sequence {
     pub(crate) fn set_stops(&mut self, params: &SamplingParams, prompt_len: u32) {
         let ids = &params.stop_token_ids;
         self.stop_from = prompt_len.saturating_add(params.min_tokens);
-        self.num_stops = MORE_STOPS;
-        if ids.len() <= NUM_INLINE_STOPS {
-            self.num_stops = ids.len() as u8;
+        self.more_stops = ids.len() > NUM_INLINE_STOPS;
+        self.stop_ids = [NO_TOKEN; NUM_INLINE_STOPS];
+        if !self.more_stops {
             self.stop_ids[..ids.len()].copy_from_slice(ids);
         }
     }
 
-    /// Whether `token`, at the position after the known ones, ends the sequence.
-    pub(crate) fn is_stop(&self, token: TokenId, data: &SequenceData) -> bool {
-        if self.num_stops == 0 || self.num_tokens < self.stop_from {
-            return false;
-        }
-        match self.num_stops {
-            MORE_STOPS => data.params.stop_token_ids.contains(&token),
-            n => self.stop_ids[..usize::from(n)].contains(&token),
-        }
+    /// Whether this line alone says what the next row is: one token, into a block that is there.
+    pub(crate) fn decodes_in_place(&self, block_size: u32) -> bool {
+        !self.prefilling
+            && self.num_computed_tokens < self.num_blocks * block_size
+            && self.num_schedulable() == 1
+    }
+
+    /// Whether this line and the tail alone take in `token`, computed in a row that ended at `end`: it is neither the
+    /// first nor the last one, no block is to be published, nobody waits for it.
+    fn takes_in_place(&self, end: u32, token: TokenId) -> bool {
+        let usual = self.has_output & !self.leads & !self.more_stops;
+        let stops = self.stop_ids.iter().fold(false, |stops, &stop| stops | (stop == token));
+        usual
+            && !stops
+            && end < self.publish_at
+            && self.num_tokens + 1 < self.max_total_tokens
+            && !self.num_tokens.is_multiple_of(TAIL_LEN)
     }
 }
 
@@ -129,10 +155,12 @@ pub(crate) struct SequenceData {
     pub(crate) prompt_hashes: Arc<[BlockHash]>,
     pub(crate) salt: CacheSalt,
     pub(crate) params: Arc<SamplingParams>,
-    /// Accepted tokens; survive preemption.
+    /// Accepted tokens but for those in the tail ([`SequenceTable::flush_tail`]); survive preemption.
     pub(crate) generated: Vec<TokenId>,
-    /// Addresses of full blocks after those of `prompt_hashes`.
+    /// Addresses of full blocks after those of `prompt_hashes`, as far as [`Self::extend_hashes`] has computed them.
     pub(crate) later_hashes: Vec<BlockHash>,
+    /// Address of the block before the next one to be published; the root before the first.
+    pub(crate) last_hash: BlockHash,
     pub(crate) table: BlockTable,
     /// Waiting, but already holding the blocks of its leader's prompt.
     pub(crate) parked: bool,
@@ -171,10 +199,48 @@ impl SequenceData {
         }
     }
 
-    /// Copies tokens `start..start + out.len()`.
-    pub(crate) fn copy_tokens(&self, start: usize, out: &mut Vec<TokenId>, len: usize) {
+    /// The address of block `at`, whose tokens are known, after the block with address `parent`. `tokens`: scratch.
+    pub(crate) fn hash_block(
+        &self,
+        at: usize,
+        parent: BlockHash,
+        hasher: &BlockHasher,
+        tokens: &mut Vec<TokenId>,
+    ) -> BlockHash {
+        let size = hasher.block_size() as usize;
+        let start = at * size;
+        // Nearly always the block lies on one side.
+        if let Some(start) = start.checked_sub(self.prompt.len()) {
+            return hasher.next(parent, &self.generated[start..start + size]);
+        }
+        self.copy_tokens(start, tokens, size);
+        hasher.next(parent, tokens)
+    }
+
+    /// Computes the addresses of all full blocks, so that they can be looked up.
+    pub(crate) fn extend_hashes(&mut self, hasher: &BlockHasher, tokens: &mut Vec<TokenId>) {
+        if self.prompt_hashes.is_empty() {
+            return;
+        }
+        let num_full = (self.prompt.len() + self.generated.len()) / hasher.block_size() as usize;
+        for at in self.prompt_hashes.len() + self.later_hashes.len()..num_full {
+            let parent = at.checked_sub(1).and_then(|before| self.hash(before));
+            let parent = parent.unwrap_or_else(|| hasher.root(self.salt));
+            let hash = self.hash_block(at, parent, hasher, tokens);
+            self.later_hashes.push(hash);
+        }
+    }
+
+    /// Copies tokens `start..start + len`.
+    fn copy_tokens(&self, start: usize, out: &mut Vec<TokenId>, len: usize) {
         out.clear();
-        out.extend(self.prompt.iter().chain(&self.generated).skip(start).take(len));
+        let in_prompt = self.prompt.get(start..).unwrap_or_default();
+        let in_prompt = &in_prompt[..in_prompt.len().min(len)];
+        out.extend_from_slice(in_prompt);
+        if in_prompt.len() < len {
+            let start = start + in_prompt.len() - self.prompt.len();
+            out.extend_from_slice(&self.generated[start..start + len - in_prompt.len()]);
+        }
     }
 }
 
@@ -182,6 +248,7 @@ impl SequenceData {
 #[derive(Debug)]
 pub(crate) struct SequenceTable {
     hot: Vec<Sequence>,
+    tails: Vec<TokenTail>,
     data: Vec<Option<SequenceData>>,
     vacant: Vec<SeqIndex>,
 }
@@ -190,6 +257,7 @@ impl SequenceTable {
     pub(crate) fn with_capacity(capacity: usize) -> Self {
         Self {
             hot: Vec::with_capacity(capacity),
+            tails: Vec::with_capacity(capacity),
             data: Vec::with_capacity(capacity),
             vacant: Vec::with_capacity(capacity),
         }
@@ -207,6 +275,7 @@ impl SequenceTable {
             return seq;
         }
         self.hot.push(Sequence::vacant(0));
+        self.tails.push(TokenTail::default());
         self.data.push(Some(data));
         self.hot.len() as SeqIndex - 1
     }
@@ -238,6 +307,52 @@ impl SequenceTable {
     pub(crate) fn both_mut(&mut self, seq: SeqIndex) -> (&mut Sequence, &mut SequenceData) {
         let data = self.data[seq as usize].as_mut().expect("a live sequence has data");
         (&mut self.hot[seq as usize], data)
+    }
+
+    /// Whether `token`, at the position after the known ones, ends the sequence.
+    pub(crate) fn is_stop(&self, seq: SeqIndex, token: TokenId) -> bool {
+        let hot = self.hot(seq);
+        let listed = if hot.more_stops {
+            self.data(seq).params.stop_token_ids.contains(&token)
+        } else {
+            hot.stop_ids.contains(&token)
+        };
+        listed && hot.num_tokens >= hot.stop_from
+    }
+
+    /// Takes in the usual token, if it is one ([`Sequence::takes_in_place`]); returns the line it changed.
+    #[inline]
+    pub(crate) fn take_in_place(&mut self, row: &InFlightRow, token: TokenId) -> Option<&Sequence> {
+        let hot = &mut self.hot[row.seq as usize];
+        let same = hot.identity == row.identity && hot.epoch == row.epoch;
+        if !same || !hot.takes_in_place(row.end, token) {
+            return None;
+        }
+        self.tails[row.seq as usize].0[(hot.num_tokens % TAIL_LEN) as usize] = token;
+        hot.num_tokens += 1;
+        hot.num_in_flight -= 1;
+        Some(hot)
+    }
+
+    /// Appends an accepted token.
+    pub(crate) fn push_token(&mut self, seq: SeqIndex, token: TokenId) {
+        let position = self.hot(seq).num_tokens;
+        if position.is_multiple_of(TAIL_LEN) {
+            self.flush_tail(seq);
+        }
+        self.tails[seq as usize].0[(position % TAIL_LEN) as usize] = token;
+        self.hot_mut(seq).num_tokens = position + 1;
+    }
+
+    /// Moves the tail to [`SequenceData::generated`], before that is read.
+    pub(crate) fn flush_tail(&mut self, seq: SeqIndex) {
+        let num_tokens = self.hot[seq as usize].num_tokens;
+        let data = self.data[seq as usize].as_mut().expect("a live sequence has data");
+        let num_known = data.prompt_len() + data.generated.len() as u32;
+        debug_assert!(num_tokens - num_known <= TAIL_LEN);
+        let start = (num_known % TAIL_LEN) as usize;
+        let len = (num_tokens - num_known) as usize;
+        data.generated.extend_from_slice(&self.tails[seq as usize].0[start..start + len]);
     }
 
     /// All live sequences, by index.

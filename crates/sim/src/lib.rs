@@ -12,9 +12,10 @@
 //!   bounded time;
 //! * `Scheduler::check_invariants` after every step.
 //!
-//! Reading order: [`oracle`], [`shadow_kv`], `executor`, `workload`, `checker`, [`run`], then [`mock`].
+//! Reading order: [`oracle`], [`shadow_kv`], `executor`, `workload`, `checker`, [`run`], then [`mock`], [`bench_scheduler`].
 #![forbid(unsafe_code)]
 
+pub mod bench_scheduler;
 mod checker;
 mod executor;
 pub mod mock;
