@@ -178,13 +178,12 @@ impl Scheduler {
         if pass.starved {
             return false;
         }
-        let (hot, data) = self.seqs.both_mut(seq);
+        let slot = Slot(self.seqs.hot(seq).slot);
         for _ in 0..needed {
             let block = self.kv.allocate();
-            data.table.blocks.push(block);
-            out.grown.push(GrownTable { slot: Slot(hot.slot), group: 0, block });
+            self.seqs.push_block(seq, block);
+            out.grown.push(GrownTable { slot, group: 0, block });
         }
-        hot.num_blocks += needed;
         true
     }
 
@@ -323,15 +322,17 @@ impl Scheduler {
         self.waiting.remove(&data.key);
         hot.state = SeqState::Running;
         hot.slot = slot.0;
-        hot.num_blocks = data.table.blocks.len() as u32;
         hot.prefilling = true;
         hot.publish_at = u32::MAX;
+        let mut last_hash = self.config.hasher.root(data.salt);
         if self.config.enable_prefix_caching && !data.prompt_hashes.is_empty() {
             let at = (hot.num_computed_tokens / block_size) as usize;
             hot.publish_at = (at as u32 + 1) * block_size;
             let before = at.checked_sub(1).and_then(|before| data.hash(before));
-            data.last_hash = before.unwrap_or_else(|| self.config.hasher.root(data.salt));
+            last_hash = before.unwrap_or(last_hash);
         }
+        self.seqs.note_table(seq, last_hash);
+        let (hot, data) = self.seqs.both_mut(seq);
         out.new.push(NewSeq {
             slot,
             request: hot.request,

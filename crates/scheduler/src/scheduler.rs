@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use quire_core::{
-    BlockHasher, BlockId, ExecutorLimits, Micros, Request, RequestError, RequestId, Slot, StepId, TokenId,
-    Usage,
+    BlockHash, BlockHasher, BlockId, ExecutorLimits, Micros, Request, RequestError, RequestId, Slot, StepId,
+    TokenId, Usage,
 };
 
 use crate::event::SeqEvent;
@@ -109,6 +109,8 @@ pub struct Scheduler {
     pub(crate) ended: Vec<SeqEvent>,
     pub(crate) now: Micros,
     pub(crate) stats: SchedulerStats,
+    /// Full blocks whose addresses are known and not yet in the prefix cache.
+    pub(crate) to_publish: Vec<(BlockHash, BlockId)>,
     /// Tokens of one block, for hashing.
     pub(crate) block_tokens: Vec<TokenId>,
 }
@@ -157,6 +159,7 @@ impl Scheduler {
             ended: Vec::new(),
             now: Micros(0),
             stats: SchedulerStats::default(),
+            to_publish: Vec::with_capacity(slots),
             block_tokens: Vec::with_capacity(limits.block_size as usize),
             config,
         }
@@ -269,7 +272,6 @@ impl Scheduler {
             params: request.params.clone(),
             generated: Vec::new(),
             later_hashes: Vec::new(),
-            last_hash: self.config.hasher.root(request.salt),
             table: BlockTable::default(),
             parked: false,
             num_reported_rows: 0,

@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
-use quire_core::{BlockHash, BlockHasher, CacheSalt, RequestId, SamplingParams, TenantId, TokenId, Usage};
+use quire_core::{
+    BlockHash, BlockHasher, BlockId, CacheSalt, RequestId, SamplingParams, TenantId, TokenId, Usage,
+};
 
 use crate::kv_cache::BlockTable;
 use crate::policy::OrderKey;
@@ -72,13 +74,23 @@ pub(crate) struct Sequence {
 }
 
 /// Tokens that [`TokenTail`] holds.
-const TAIL_LEN: u32 = 16;
+pub(crate) const TAIL_LEN: u32 = 64;
 
-/// The latest generated tokens, by position modulo [`TAIL_LEN`]: those that are not in [`SequenceData::generated`] yet.
-/// They never span more than one aligned window, because the tail is emptied before a window begins.
-#[derive(Clone, Debug, Default)]
+/// The latest generated tokens, by position modulo [`TAIL_LEN`], those that are not in [`SequenceData::generated`] yet
+/// among them. These never span more than one aligned window, because they are moved before a window begins.
+#[derive(Clone, Debug)]
 #[repr(align(64))]
 pub(crate) struct TokenTail([TokenId; TAIL_LEN as usize]);
+
+/// What a full block needs to be published without a look at [`SequenceData`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Boundary {
+    /// Address of the block before the next one to be published; the root before the first.
+    pub(crate) last_hash: BlockHash,
+    prompt_len: u32,
+    /// The last two entries of the block table, latest first.
+    last_blocks: [BlockId; 2],
+}
 
 impl Sequence {
     fn vacant(identity: u32) -> Self {
@@ -132,14 +144,13 @@ impl Sequence {
             && self.num_schedulable() == 1
     }
 
-    /// Whether this line and the tail alone take in `token`, computed in a row that ended at `end`: it is neither the
-    /// first nor the last one, no block is to be published, nobody waits for it.
-    fn takes_in_place(&self, end: u32, token: TokenId) -> bool {
+    /// Whether this line and the tail alone take in `token`: it is neither the first
+    /// nor the last one, and nobody waits for it.
+    fn takes_in_place(&self, token: TokenId) -> bool {
         let usual = self.has_output & !self.leads & !self.more_stops;
         let stops = self.stop_ids.iter().fold(false, |stops, &stop| stops | (stop == token));
         usual
             && !stops
-            && end < self.publish_at
             && self.num_tokens + 1 < self.max_total_tokens
             && !self.num_tokens.is_multiple_of(TAIL_LEN)
     }
@@ -159,8 +170,6 @@ pub(crate) struct SequenceData {
     pub(crate) generated: Vec<TokenId>,
     /// Addresses of full blocks after those of `prompt_hashes`, as far as [`Self::extend_hashes`] has computed them.
     pub(crate) later_hashes: Vec<BlockHash>,
-    /// Address of the block before the next one to be published; the root before the first.
-    pub(crate) last_hash: BlockHash,
     pub(crate) table: BlockTable,
     /// Waiting, but already holding the blocks of its leader's prompt.
     pub(crate) parked: bool,
@@ -249,6 +258,7 @@ impl SequenceData {
 pub(crate) struct SequenceTable {
     hot: Vec<Sequence>,
     tails: Vec<TokenTail>,
+    boundaries: Vec<Boundary>,
     data: Vec<Option<SequenceData>>,
     vacant: Vec<SeqIndex>,
 }
@@ -258,6 +268,7 @@ impl SequenceTable {
         Self {
             hot: Vec::with_capacity(capacity),
             tails: Vec::with_capacity(capacity),
+            boundaries: Vec::with_capacity(capacity),
             data: Vec::with_capacity(capacity),
             vacant: Vec::with_capacity(capacity),
         }
@@ -270,12 +281,19 @@ impl SequenceTable {
 
     /// Takes an entry; the caller fills the hot line.
     pub(crate) fn insert(&mut self, data: SequenceData) -> SeqIndex {
+        let boundary = Boundary {
+            last_hash: BlockHash(0),
+            prompt_len: data.prompt_len(),
+            last_blocks: [BlockId::default(); 2],
+        };
         if let Some(seq) = self.vacant.pop() {
             self.data[seq as usize] = Some(data);
+            self.boundaries[seq as usize] = boundary;
             return seq;
         }
         self.hot.push(Sequence::vacant(0));
-        self.tails.push(TokenTail::default());
+        self.tails.push(TokenTail([0; TAIL_LEN as usize]));
+        self.boundaries.push(boundary);
         self.data.push(Some(data));
         self.hot.len() as SeqIndex - 1
     }
@@ -320,12 +338,59 @@ impl SequenceTable {
         listed && hot.num_tokens >= hot.stop_from
     }
 
+    /// Appends a block to the table of a running sequence.
+    pub(crate) fn push_block(&mut self, seq: SeqIndex, block: BlockId) {
+        self.data_mut(seq).table.blocks.push(block);
+        self.hot_mut(seq).num_blocks += 1;
+        let last = &mut self.boundaries[seq as usize].last_blocks;
+        *last = [block, last[0]];
+    }
+
+    /// Takes note of the table with which a sequence enters the batch, and of the address of its last full block.
+    pub(crate) fn note_table(&mut self, seq: SeqIndex, last_hash: BlockHash) {
+        let (hot, data) = self.both_mut(seq);
+        let blocks = &data.table.blocks;
+        hot.num_blocks = blocks.len() as u32;
+        let mut last = blocks.iter().rev().copied();
+        let last_blocks = [last.next().unwrap_or_default(), last.next().unwrap_or_default()];
+        let boundary = &mut self.boundaries[seq as usize];
+        *boundary = Boundary { last_hash, last_blocks, ..*boundary };
+    }
+
+    /// Address and place of the next block to be published, if it holds nothing but tokens of the tail and is one of the
+    /// last two of the table.
+    #[inline]
+    pub(crate) fn block_of_tail(&self, seq: SeqIndex, hasher: &BlockHasher) -> Option<(BlockHash, BlockId)> {
+        let (hot, boundary) = (&self.hot[seq as usize], &self.boundaries[seq as usize]);
+        let size = hasher.block_size();
+        let (start, window) = (hot.publish_at - size, (hot.num_tokens - 1) / TAIL_LEN * TAIL_LEN);
+        if start < boundary.prompt_len.max(window) {
+            return None;
+        }
+        let tokens = &self.tails[seq as usize].0[(start - window) as usize..][..size as usize];
+        let behind = (hot.num_blocks * size - hot.publish_at) / size;
+        let block = *boundary.last_blocks.get(behind as usize)?;
+        Some((hasher.next(boundary.last_hash, tokens), block))
+    }
+
+    /// Whether `row` completed exactly one block, of a sequence that still holds it.
+    #[inline]
+    pub(crate) fn ends_block(&self, row: &InFlightRow) -> bool {
+        let hot = &self.hot[row.seq as usize];
+        row.end == hot.publish_at && hot.identity == row.identity && hot.epoch == row.epoch
+    }
+
+    /// The address of the block before the next one to be published.
+    pub(crate) fn last_hash_mut(&mut self, seq: SeqIndex) -> &mut BlockHash {
+        &mut self.boundaries[seq as usize].last_hash
+    }
+
     /// Takes in the usual token, if it is one ([`Sequence::takes_in_place`]); returns the line it changed.
     #[inline]
     pub(crate) fn take_in_place(&mut self, row: &InFlightRow, token: TokenId) -> Option<&Sequence> {
         let hot = &mut self.hot[row.seq as usize];
         let same = hot.identity == row.identity && hot.epoch == row.epoch;
-        if !same || !hot.takes_in_place(row.end, token) {
+        if !same || row.end >= hot.publish_at || !hot.takes_in_place(token) {
             return None;
         }
         self.tails[row.seq as usize].0[(hot.num_tokens % TAIL_LEN) as usize] = token;

@@ -42,6 +42,7 @@ impl Scheduler {
             }
         }
         assert_eq!(next_row as usize, output.rows.len(), "one output row per sampled row of {:?}", step.step);
+        self.publish_pending();
         step.rows.clear();
         self.spare_steps.push(step);
     }
@@ -61,6 +62,9 @@ impl Scheduler {
                 return at;
             }
             let token = output.tokens[answer.start as usize];
+            if self.seqs.ends_block(row) && !self.publish_tail(row.seq) {
+                return at;
+            }
             let Some(hot) = self.seqs.take_in_place(row, token) else { return at };
             assert_eq!(answer.slot, row.slot, "rows are answered in the order of `scheduled`");
             let kind = SeqEventKind::Tokens { row: first_out_row + at as u32, num_tokens: 1 };
@@ -80,20 +84,44 @@ impl Scheduler {
         }
     }
 
+    /// Publishes a block whose tokens are all in the tail. False: it has others.
+    fn publish_tail(&mut self, seq: SeqIndex) -> bool {
+        if self.kv.has_window() {
+            return false;
+        }
+        let Some((hash, block)) = self.seqs.block_of_tail(seq, &self.config.hasher) else { return false };
+        self.seqs.hot_mut(seq).publish_at += self.config.limits.block_size;
+        *self.seqs.last_hash_mut(seq) = hash;
+        self.to_publish.push((hash, block));
+        true
+    }
+
     fn publish_block(&mut self, seq: SeqIndex) {
+        if self.publish_tail(seq) {
+            return;
+        }
         let block_size = self.config.limits.block_size;
         self.seqs.flush_tail(seq);
+        let parent = *self.seqs.last_hash_mut(seq);
         let (hot, data) = self.seqs.both_mut(seq);
         let at = (hot.publish_at / block_size - 1) as usize;
         hot.publish_at += block_size;
         let hash = match data.hash(at) {
             Some(hash) => hash,
-            None => data.hash_block(at, data.last_hash, &self.config.hasher, &mut self.block_tokens),
+            None => data.hash_block(at, parent, &self.config.hasher, &mut self.block_tokens),
         };
-        data.last_hash = hash;
         // A block that fell out of the window is no longer ours.
         if at >= data.table.first_live as usize {
-            self.kv.publish(hash, data.table.blocks[at]);
+            self.to_publish.push((hash, data.table.blocks[at]));
+        }
+        *self.seqs.last_hash_mut(seq) = hash;
+    }
+
+    /// Hands full blocks to the prefix cache: all of a step together, because the look-ups are cache misses that then
+    /// overlap. At the latest before any of the blocks is given back.
+    fn publish_pending(&mut self) {
+        for (hash, block) in self.to_publish.drain(..) {
+            self.kv.publish(hash, block);
         }
     }
 
@@ -118,6 +146,9 @@ impl Scheduler {
         events.push(SeqEvent { request: hot.request, index: hot.index, kind });
         if first {
             self.seqs.data_mut(row.seq).usage.first_token = self.now;
+        }
+        if stop || full {
+            self.publish_pending();
         }
         if stop {
             self.end_sequence(row.seq, FinishReason::Stop, Some(token), events);
