@@ -103,8 +103,9 @@ impl EngineCore {
     pub fn reject(&mut self, id: RequestId, n: u32, now: Micros) {
         let usage =
             Usage { arrival: now, first_scheduled: now, first_token: now, finished: now, ..Usage::default() };
-        let kind = SeqEventKind::Finished { reason: FinishReason::Error, stop_token: None, usage };
-        self.pending.extend((0..n).map(|index| SeqEvent { request: id, index, kind }));
+        let (reason, usage) = (FinishReason::Error, Box::new(usage));
+        let kind = SeqEventKind::Finished { reason, stop_token: None, usage };
+        self.pending.extend((0..n).map(|index| SeqEvent { request: id, index, kind: kind.clone() }));
     }
 
     /// Ends every request at once, without the executor. The events replace those of the last step.

@@ -1,7 +1,7 @@
 //! The invariants, recounted from scratch. For tests and the simulator: it touches everything.
 
 use crate::scheduler::Scheduler;
-use crate::sequence::{SeqIndex, SeqState, Sequence, SequenceData};
+use crate::sequence::{SeqIndex, SeqState, Sequence, SequenceData, TAIL_LEN};
 
 impl Scheduler {
     /// Recounts blocks, references, slots and queues.
@@ -52,8 +52,12 @@ impl Scheduler {
 
     fn check_sequence(&self, seq: SeqIndex, hot: &Sequence, data: &SequenceData) -> Result<(), String> {
         let fail = |what: &str| Err(format!("request {} continuation {}: {what}", hot.request, hot.index));
-        if hot.num_tokens as usize != data.prompt.len() + data.generated.len() {
-            return fail("num_tokens is not prompt plus generated");
+        let num_unflushed = hot.num_tokens.checked_sub(data.prompt_len() + data.generated.len() as u32);
+        if num_unflushed.is_none_or(|num| num > TAIL_LEN) {
+            return fail("num_tokens is not prompt, generated and tail");
+        }
+        if hot.has_output != (hot.num_tokens > data.prompt_len()) {
+            return fail("has_output is wrong");
         }
         if hot.num_tokens >= hot.max_total_tokens {
             return fail("it has all its tokens and still lives");
@@ -100,6 +104,9 @@ impl Scheduler {
         let in_flight: usize = self.in_flight.len() + self.spare_steps.len();
         if in_flight != self.config.limits.max_steps_in_flight as usize {
             return Err(format!("{in_flight} step buffers"));
+        }
+        if !self.to_publish.is_empty() {
+            return Err("full blocks were not published".into());
         }
         if self.seqs.len() == 0 && self.in_flight.is_empty() && self.kv.pool().num_referenced() > 0 {
             return Err("idle, but blocks are still referenced".into());

@@ -69,22 +69,27 @@ impl Scheduler {
                 let (_, data) = self.seqs.both_mut(seq);
                 self.waiting.remove(&data.key);
                 self.num_parked -= u32::from(data.parked);
-                self.kv.release_table(&mut data.table);
+                self.kv.release_table(&mut data.table, data.prompt.len() as u32, 0);
             }
             SeqState::Running => self.leave_batch(seq),
         }
-        let (request, index) = (self.seqs.hot(seq).request, self.seqs.hot(seq).index);
+        let hot = self.seqs.hot(seq);
+        let (request, index, num_tokens) = (hot.request, hot.index, hot.num_tokens);
         let Some(data) = self.seqs.remove(seq) else { return };
         let mut usage = data.usage;
         usage.finished = self.now;
-        usage.generated_tokens = data.generated.len() as u32;
-        if data.generated.is_empty() {
+        usage.generated_tokens = num_tokens - data.prompt_len();
+        if usage.generated_tokens == 0 {
             usage.first_token = self.now;
         }
         if !data.started {
             usage.first_scheduled = self.now;
         }
-        events.push(SeqEvent { request, index, kind: SeqEventKind::Finished { reason, stop_token, usage } });
+        events.push(SeqEvent {
+            request,
+            index,
+            kind: SeqEventKind::Finished { reason, stop_token, usage: Box::new(usage) },
+        });
         self.forget_continuation(data.request, index);
     }
 
@@ -108,7 +113,8 @@ impl Scheduler {
     /// Gives back blocks and slot of a running sequence. The caller sets its next state.
     pub(crate) fn leave_batch(&mut self, seq: SeqIndex) {
         let (hot, data) = self.seqs.both_mut(seq);
-        self.kv.release_table(&mut data.table);
+        let prompt_tokens = data.prompt_len();
+        self.kv.release_table(&mut data.table, prompt_tokens, hot.num_tokens - prompt_tokens);
         hot.num_blocks = 0;
         self.free_slots.push(Slot(hot.slot));
         self.freed_slots.push(Slot(hot.slot));

@@ -3,10 +3,13 @@
 //! There is one KV group today. With a sliding window of `w` tokens, the row at position `p` sees positions
 //! `p - w + 1 ..= p`; blocks wholly below are given back and their table entries turn stale.
 
-use quire_core::{BlockHash, BlockHasher, BlockId, StepId, TokenId};
+use quire_core::{BlockHash, BlockId, Micros, StepId};
 
 use crate::block_pool::BlockPool;
+use crate::eviction::EvictionPolicy;
+use crate::history::History;
 use crate::prefix_cache::PrefixCache;
+use crate::reuse::{ReuseModel, Visit};
 use crate::scheduler::SchedulerConfig;
 
 /// What an entry of a table holds where the content was never present.
@@ -19,6 +22,8 @@ pub(crate) struct BlockTable {
     pub(crate) blocks: Vec<BlockId>,
     /// First entry that holds a reference.
     pub(crate) first_live: u32,
+    /// What admission learned about the request, for the blocks' release.
+    pub(crate) visit: Visit,
 }
 
 impl BlockTable {
@@ -39,15 +44,23 @@ pub(crate) struct PrefixHit {
     pub(crate) num_idle: u32,
 }
 
+#[derive(Debug)]
+struct Learning {
+    model: ReuseModel,
+    history: History,
+}
+
 /// Owns the blocks of one KV group.
 #[derive(Debug)]
 pub(crate) struct KvCacheManager {
     pool: BlockPool,
     cache: PrefixCache,
-    hasher: BlockHasher,
     block_size: u32,
     window: Option<u32>,
     caching: bool,
+    /// What is learned of reuse, and from what; `None` under LRU.
+    learning: Option<Box<Learning>>,
+    now: Micros,
     /// The longest row of one sequence and step.
     max_chunk: u32,
     num_evictions: u64,
@@ -58,13 +71,17 @@ pub(crate) struct KvCacheManager {
 impl KvCacheManager {
     pub(crate) fn new(config: &SchedulerConfig) -> Self {
         let limits = &config.limits;
+        let learning = config.enable_prefix_caching && config.eviction == EvictionPolicy::Learned;
         Self {
             pool: BlockPool::new(limits.num_blocks),
             cache: PrefixCache::new(limits.num_blocks),
-            hasher: config.hasher,
             block_size: limits.block_size,
             window: limits.kv_groups[0],
             caching: config.enable_prefix_caching,
+            learning: learning.then(|| {
+                Box::new(Learning { model: ReuseModel::new(), history: History::new(limits.num_blocks) })
+            }),
+            now: Micros(0),
             max_chunk: config.max_prefill_chunk.min(limits.max_num_batched_tokens),
             num_evictions: 0,
             found: Vec::with_capacity(limits.max_model_len.div_ceil(limits.block_size) as usize),
@@ -103,6 +120,41 @@ impl KvCacheManager {
     /// The first block that the row at position `num_computed_tokens`, or any later one, can see.
     pub(crate) fn first_visible_block(&self, num_computed_tokens: u32) -> u32 {
         self.window.map_or(0, |window| (num_computed_tokens + 1).saturating_sub(window) / self.block_size)
+    }
+
+    /// Time has come to `now`; later calls count from there.
+    pub(crate) fn advance(&mut self, now: Micros) {
+        self.now = now;
+        if let Some(learning) = &mut self.learning {
+            learning.history.advance(now, &mut learning.model);
+        }
+    }
+
+    /// Learns from the admission of a request with these addresses, of `num_tokens` known tokens, which took `hit`; what
+    /// it learned is for the request's table.
+    pub(crate) fn visit(
+        &mut self,
+        hashes: impl Iterator<Item = BlockHash>,
+        num_tokens: u32,
+        hit: PrefixHit,
+    ) -> Visit {
+        let Some(Learning { model, history }) = self.learning.as_deref_mut() else { return Visit::default() };
+        let (mut deepest, mut num_known) = (None, hit.num_blocks);
+        for (hash, at) in hashes.zip(1..) {
+            if history.samples(hash)
+                && let Some(memory) = history.touch(hash, self.now, model)
+            {
+                deepest = Some(memory);
+                num_known = num_known.max(at);
+            }
+        }
+        let (turn, goes_on) = deepest.map_or((1, false), |memory| memory.next_turn());
+        let pause = deepest.filter(|_| goes_on);
+        Visit {
+            turn,
+            pause: pause.map(|memory| (self.now.0.saturating_sub(memory.at.0) / 1_000_000) as u32),
+            num_new_tokens: num_tokens.saturating_sub(num_known * self.block_size),
+        }
     }
 
     /// Finds the longest cached prefix of at most `max_tokens` tokens. Only whole blocks count, and only those that
@@ -154,7 +206,10 @@ impl KvCacheManager {
 
     /// A block for the end of a table. The caller has checked that one is available.
     pub(crate) fn allocate(&mut self) -> BlockId {
-        let (block, evicted) = self.pool.allocate().expect("the caller checked num_available()");
+        let (block, evicted) = self
+            .pool
+            .allocate(self.now, self.learning.as_deref().map(|l| &l.model))
+            .expect("the caller checked num_available()");
         if evicted {
             self.cache.remove(block);
             self.num_evictions += 1;
@@ -162,32 +217,55 @@ impl KvCacheManager {
         block
     }
 
-    /// One table fewer holds `block`.
+    /// One table fewer holds `block`, for which no request was admitted.
     pub(crate) fn release(&mut self, block: BlockId) {
-        self.pool.release(block);
+        self.release_class(block, Visit::default(), 0, 0, 0);
     }
 
-    /// Gives back all blocks, last first: the tail of a chain is worth least, so it is evicted first.
-    pub(crate) fn release_table(&mut self, table: &mut BlockTable) {
+    /// Gives back all blocks after a prompt of `prompt_tokens` and an answer of `output_tokens`; last first, because the
+    /// tail of a chain is worth least.
+    pub(crate) fn release_table(&mut self, table: &mut BlockTable, prompt_tokens: u32, output_tokens: u32) {
+        let mut class = 0;
         for at in (table.first_live as usize..table.blocks.len()).rev() {
-            self.pool.release(table.blocks[at]);
+            class = self.release_class(table.blocks[at], table.visit, prompt_tokens, output_tokens, class);
         }
         table.blocks.clear();
         table.first_live = 0;
+        table.visit = Visit::default();
+    }
+
+    /// Gives back one block in the class that its past calls for, but at least `class`; returns which.
+    fn release_class(
+        &mut self,
+        block: BlockId,
+        visit: Visit,
+        prompt_tokens: u32,
+        output_tokens: u32,
+        mut class: u8,
+    ) -> u8 {
+        if let Some(Learning { model, history }) = self.learning.as_deref_mut()
+            && self.pool.is_last_reference(block)
+        {
+            let uses = self.pool.uses(block);
+            let levels = visit.levels(prompt_tokens, output_tokens, uses);
+            class = class.max(model.class(levels, uses));
+            if let Some(hash) = self.cache.hash_of(block)
+                && history.samples(hash)
+            {
+                history.release(hash, self.now, visit.turn, levels, class);
+            }
+        }
+        self.pool.release(block, class, self.now);
+        class
     }
 
     /// Gives back the blocks that no row from `num_computed_tokens` on can see.
     pub(crate) fn release_below_window(&mut self, table: &mut BlockTable, num_computed_tokens: u32) {
         let first = self.first_visible_block(num_computed_tokens).min(table.blocks.len() as u32);
         while table.first_live < first {
-            self.pool.release(table.blocks[table.first_live as usize]);
+            self.release(table.blocks[table.first_live as usize]);
             table.first_live += 1;
         }
-    }
-
-    /// The address of a block after `parent` (the salt's root if there is none).
-    pub(crate) fn hash_block(&self, parent: BlockHash, tokens: &[TokenId]) -> BlockHash {
-        self.hasher.next(parent, tokens)
     }
 
     /// Makes the content of a full, computed block available to others. If another block has it already, that one
@@ -203,7 +281,7 @@ impl KvCacheManager {
     }
 
     pub(crate) fn step_collected(&mut self, step: StepId) {
-        self.pool.step_collected(step);
+        self.pool.step_collected(step, self.now);
     }
 
     /// Recounts references from the tables of all sequences, and compares cache and pool.

@@ -12,19 +12,24 @@
 //! * every accepted request ends with exactly one [`SeqEventKind::Finished`] per continuation;
 //! * a sequence takes blocks only from those after it in the order, so the first one always advances.
 //!
-//! Reading order: [`event`], [`stats`], then `policy` (the order), `sequence` (the state), `block_pool`,
-//! `prefix_cache`, `kv_cache` (the blocks), [`scheduler`] (the parts and the way in), `schedule` (a step goes out),
+//! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), then `policy` (the order), `sequence` (the state), `block_pool`,
+//! `prefix_cache`, `kv_cache` (the blocks), `reuse`, `history`, `eviction` (which of them to keep), [`scheduler`] (the parts and the way in), `schedule` (a step goes out),
 //! `fork` (continuations share a prompt), `update` (its results come back), `finish`, `check`.
 #![forbid(unsafe_code)]
 
 mod block_pool;
+pub mod cache_replay;
 mod check;
+pub mod cost;
 pub mod event;
+mod eviction;
 mod finish;
 mod fork;
+mod history;
 mod kv_cache;
 mod policy;
 mod prefix_cache;
+mod reuse;
 mod schedule;
 pub mod scheduler;
 mod sequence;
@@ -34,6 +39,9 @@ mod update;
 #[cfg(test)]
 mod tests;
 
+pub use cache_replay::CacheReplay;
+pub use cost::{Calibration, CostModel, OnlineCostModel, StepShape};
 pub use event::{SeqEvent, SeqEventKind};
+pub use eviction::EvictionPolicy;
 pub use scheduler::{Scheduler, SchedulerConfig};
 pub use stats::SchedulerStats;

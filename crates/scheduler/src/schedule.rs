@@ -42,6 +42,7 @@ impl Scheduler {
         out.clear();
         step.rows.clear();
         self.now = now;
+        self.kv.advance(now);
         events.append(&mut self.ended);
         self.expire(events);
         if self.running.len() > self.num_running as usize {
@@ -88,7 +89,11 @@ impl Scheduler {
         let mut at = 0;
         // The list shrinks at its end when somebody is preempted.
         while at < self.running.len() && pass.tokens > 0 {
-            let seq = self.running[at];
+            at = self.push_decodes(at, pass, out);
+            if pass.tokens == 0 {
+                return;
+            }
+            let Some(&seq) = self.running.get(at) else { return };
             at += 1;
             let hot = self.seqs.hot(seq);
             let (prefilling, start) = (hot.prefilling, hot.num_computed_tokens);
@@ -112,6 +117,42 @@ impl Scheduler {
                 self.promise_blocks(seq, pass);
             }
         }
+    }
+
+    /// Rows of sequences that decode and have room in their last block, which is nearly all of them: touches nothing
+    /// but their hot lines. Starts at `from` in the batch and returns where it stopped.
+    fn push_decodes(&mut self, from: usize, pass: &mut Pass, out: &mut SchedulerOutput) -> usize {
+        if self.kv.has_window() {
+            return from;
+        }
+        let block_size = self.config.limits.block_size;
+        let mut num_rows = 0;
+        for &seq in self.running[from..].iter().take(pass.tokens as usize) {
+            let hot = self.seqs.hot_mut(seq);
+            if !hot.decodes_in_place(block_size) {
+                break;
+            }
+            let start = hot.num_computed_tokens;
+            let end = start + 1;
+            hot.num_computed_tokens = end;
+            hot.num_in_flight += 1;
+            let (identity, epoch) = (hot.identity, hot.epoch);
+            let slot = Slot(hot.slot);
+            let row = InFlightRow { seq, identity, end, slot, epoch, sample: true, prompt_logprobs: false };
+            pass.step.rows.push(row);
+            out.scheduled.push(Scheduled {
+                slot,
+                num_computed_tokens: start,
+                num_new_tokens: 1,
+                logits: LogitRows::Last,
+                sample: true,
+            });
+            num_rows += 1;
+        }
+        pass.tokens -= num_rows;
+        pass.decodes_left -= num_rows;
+        pass.decode_tokens += num_rows;
+        from + num_rows as usize
     }
 
     /// Grows the table of a running sequence to hold `num_tokens` tokens, at the expense of those after it. False: it
@@ -138,13 +179,12 @@ impl Scheduler {
         if pass.starved {
             return false;
         }
-        let (hot, data) = self.seqs.both_mut(seq);
+        let slot = Slot(self.seqs.hot(seq).slot);
         for _ in 0..needed {
             let block = self.kv.allocate();
-            data.table.blocks.push(block);
-            out.grown.push(GrownTable { slot: Slot(hot.slot), group: 0, block });
+            self.seqs.push_block(seq, block);
+            out.grown.push(GrownTable { slot, group: 0, block });
         }
-        hot.num_blocks += needed;
         true
     }
 
@@ -169,11 +209,15 @@ impl Scheduler {
             pass.decodes_left -= 1;
         }
         self.leave_batch(victim);
+        self.seqs.flush_tail(victim);
         let (hot, data) = self.seqs.both_mut(victim);
         hot.state = SeqState::Waiting;
         hot.num_computed_tokens = 0;
         hot.epoch = hot.epoch.wrapping_add(1);
         data.usage.num_preemptions += 1;
+        if self.config.enable_prefix_caching {
+            data.extend_hashes(&self.config.hasher, &mut self.block_tokens);
+        }
         self.waiting.insert(data.key, victim);
         self.stats.num_preemptions += 1;
         pass.preempted = true;
@@ -252,6 +296,7 @@ impl Scheduler {
         let block_size = self.config.limits.block_size;
         hot.num_computed_tokens = hit.num_blocks * block_size;
         self.kv.take_hit(hit, &mut data.table);
+        data.table.visit = self.kv.visit(data.hashes(), hot.num_tokens, hit);
         let chunk = hot.num_schedulable().min(pass.tokens).min(self.config.max_prefill_chunk);
         for _ in hit.num_blocks..self.kv.blocks_for(hot.num_computed_tokens + chunk) {
             let block = self.kv.allocate();
@@ -273,17 +318,23 @@ impl Scheduler {
         events: &mut Vec<SeqEvent>,
     ) {
         let slot = self.free_slots.pop().expect("admission checked that a slot is free");
+        self.seqs.flush_tail(seq);
         let block_size = self.config.limits.block_size;
         let (hot, data) = self.seqs.both_mut(seq);
         self.waiting.remove(&data.key);
         hot.state = SeqState::Running;
         hot.slot = slot.0;
-        hot.num_blocks = data.table.blocks.len() as u32;
         hot.prefilling = true;
         hot.publish_at = u32::MAX;
+        let mut last_hash = self.config.hasher.root(data.salt);
         if self.config.enable_prefix_caching && !data.prompt_hashes.is_empty() {
-            hot.publish_at = (hot.num_computed_tokens / block_size + 1) * block_size;
+            let at = (hot.num_computed_tokens / block_size) as usize;
+            hot.publish_at = (at as u32 + 1) * block_size;
+            let before = at.checked_sub(1).and_then(|before| data.hash(before));
+            last_hash = before.unwrap_or(last_hash);
         }
+        self.seqs.note_table(seq, last_hash);
+        let (hot, data) = self.seqs.both_mut(seq);
         out.new.push(NewSeq {
             slot,
             request: hot.request,
@@ -302,9 +353,6 @@ impl Scheduler {
             data.generated.reserve(output);
             let blocks = output / block_size as usize + 1;
             data.table.blocks.reserve(blocks);
-            if hot.publish_at != u32::MAX {
-                data.later_hashes.reserve(blocks);
-            }
             let kind = SeqEventKind::Started { cached_tokens: data.usage.cached_tokens };
             events.push(SeqEvent { request: hot.request, index: hot.index, kind });
         }

@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use quire_core::{
-    BlockHasher, BlockId, ExecutorLimits, Micros, Request, RequestError, RequestId, Slot, StepId, TokenId,
-    Usage,
+    BlockHash, BlockHasher, BlockId, ExecutorLimits, Micros, Request, RequestError, RequestId, Slot, StepId,
+    TokenId, Usage,
 };
 
 use crate::event::SeqEvent;
+use crate::eviction::EvictionPolicy;
 use crate::kv_cache::{BlockTable, KvCacheManager};
 use crate::policy::OrderKey;
 use crate::sequence::{SeqIndex, SeqState, SequenceData, SequenceTable};
@@ -26,6 +27,8 @@ pub struct SchedulerConfig {
     pub hasher: BlockHasher,
     /// Whether computed blocks are kept and found again.
     pub enable_prefix_caching: bool,
+    /// Which of the kept blocks go first when room is needed.
+    pub eviction: EvictionPolicy,
     /// Tokens of one sequence in one step at most; `u32::MAX` leaves only the step's own budget.
     pub max_prefill_chunk: u32,
     /// Requests that may wait for their first place; more are refused.
@@ -39,6 +42,7 @@ impl SchedulerConfig {
             limits,
             hasher,
             enable_prefix_caching: true,
+            eviction: EvictionPolicy::default(),
             max_prefill_chunk: u32::MAX,
             max_queued_requests: 1024,
         }
@@ -109,6 +113,8 @@ pub struct Scheduler {
     pub(crate) ended: Vec<SeqEvent>,
     pub(crate) now: Micros,
     pub(crate) stats: SchedulerStats,
+    /// Full blocks whose addresses are known and not yet in the prefix cache.
+    pub(crate) to_publish: Vec<(BlockHash, BlockId)>,
     /// Tokens of one block, for hashing.
     pub(crate) block_tokens: Vec<TokenId>,
 }
@@ -157,6 +163,7 @@ impl Scheduler {
             ended: Vec::new(),
             now: Micros(0),
             stats: SchedulerStats::default(),
+            to_publish: Vec::with_capacity(slots),
             block_tokens: Vec::with_capacity(limits.block_size as usize),
             config,
         }
@@ -278,6 +285,7 @@ impl Scheduler {
         let hot = self.seqs.hot_mut(seq);
         hot.request = request.id;
         hot.index = index;
+        hot.tenant = request.tenant;
         hot.num_tokens = prompt_len;
         hot.max_total_tokens = prompt_len + request.params.max_tokens;
         hot.set_stops(&request.params, prompt_len);

@@ -117,9 +117,9 @@ impl Rig {
     }
 
     fn finished(&self) -> Vec<(u64, u32, FinishReason, u32)> {
-        let finished = self.events.iter().filter_map(|event| match event.kind {
+        let finished = self.events.iter().filter_map(|event| match &event.kind {
             SeqEventKind::Finished { reason, usage, .. } => {
-                Some((event.request.0, event.index, reason, usage.generated_tokens))
+                Some((event.request.0, event.index, *reason, usage.generated_tokens))
             }
             _ => None,
         });

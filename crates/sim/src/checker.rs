@@ -137,7 +137,7 @@ impl Checker {
         if continuation.finished {
             return Err("an event after Finished".into());
         }
-        match event.kind {
+        match event.kind.clone() {
             SeqEventKind::Started { cached_tokens } => {
                 if std::mem::replace(&mut continuation.started, true) {
                     return Err("Started twice".into());

@@ -14,14 +14,17 @@
 //!
 //! Traces are the other kind of input: [`trace`] reads recorded ones, [`generate`] makes some from a seed.
 //!
-//! Reading order: [`oracle`], [`shadow_kv`], `executor`, `workload`, `checker`, [`run`], then [`mock`], [`trace`].
+//! Reading order: [`oracle`], [`shadow_kv`], `executor`, `workload`, `checker`, [`run`], then [`mock`],
+//! [`bench_scheduler`], [`trace`].
 #![forbid(unsafe_code)]
 
+pub mod bench_scheduler;
 mod checker;
 mod executor;
 pub mod generate;
 pub mod mock;
 pub mod oracle;
+pub mod replay;
 mod rng;
 pub mod run;
 pub mod shadow_kv;
@@ -30,5 +33,6 @@ mod workload;
 
 pub use generate::{Workload as GeneratedWorkload, generate};
 pub use mock::{MockExecutor, MockTiming};
+pub use replay::{HitRate, Sharing, replay_cache, replay_optimum};
 pub use run::{Failure, Report, run_seed};
 pub use trace::{TraceError, TraceRequest, read_trace};
