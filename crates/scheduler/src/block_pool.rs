@@ -8,8 +8,7 @@ use std::collections::VecDeque;
 
 use quire_core::{BlockId, Micros, StepId};
 
-use crate::eviction::IdleBlocks;
-use crate::reuse::ReuseModel;
+use crate::eviction::{Choice, IdleBlocks};
 
 /// Where a block is. The four sets partition the pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,13 +98,12 @@ impl BlockPool {
         self.blocks[block.0 as usize].place == Place::Idle
     }
 
-    /// A block with one reference: a free one, else the idle one least worth keeping at `now` (without a model, the
-    /// least recently used). The flag says that content was evicted, so that the caller can forget its address. `None`:
+    /// A block with one reference: a free one, else the idle one that `choice` gives up at `now`. The flag says that content was evicted, so that the caller can forget its address. `None`:
     /// nothing is available.
-    pub(crate) fn allocate(&mut self, now: Micros, model: Option<&ReuseModel>) -> Option<(BlockId, bool)> {
+    pub(crate) fn allocate(&mut self, now: Micros, choice: Choice<'_>) -> Option<(BlockId, bool)> {
         let (id, evicted) = match self.free.pop() {
             Some(id) => (id, false),
-            None => (self.idle.pop(now, model)?, true),
+            None => (self.idle.pop(now, choice)?, true),
         };
         let block = &mut self.blocks[id.0 as usize];
         debug_assert_eq!(block.ref_count, 0);
@@ -285,7 +283,7 @@ mod tests {
                 let in_quarantine = |b: u32| model.quarantine.iter().any(|&(_, q)| q == b);
                 let any_free = (0..pool.len())
                     .any(|b| model.refs[b as usize] == 0 && !model.lru.contains(&b) && !in_quarantine(b));
-                match pool.allocate(Micros(0), None) {
+                match pool.allocate(Micros(0), Choice::Oldest) {
                     None => assert!(!any_free && model.lru.is_empty(), "refused with blocks available"),
                     Some((got, evicted)) => {
                         assert_eq!(model.refs[got.0 as usize], 0, "a block in use was handed out");
@@ -334,14 +332,14 @@ mod tests {
     #[test]
     fn a_block_freed_in_flight_waits_for_the_youngest_step() {
         let mut pool = BlockPool::new(1);
-        let (id, _) = pool.allocate(Micros(0), None).unwrap();
+        let (id, _) = pool.allocate(Micros(0), Choice::Oldest).unwrap();
         pool.step_scheduled(StepId(1));
         pool.step_scheduled(StepId(2));
         pool.release(id, 0, Micros(0));
-        assert_eq!(pool.allocate(Micros(0), None), None);
+        assert_eq!(pool.allocate(Micros(0), Choice::Oldest), None);
         pool.step_collected(StepId(1), Micros(0));
-        assert_eq!(pool.allocate(Micros(0), None), None, "step 2 may still write it");
+        assert_eq!(pool.allocate(Micros(0), Choice::Oldest), None, "step 2 may still write it");
         pool.step_collected(StepId(2), Micros(0));
-        assert_eq!(pool.allocate(Micros(0), None), Some((id, false)));
+        assert_eq!(pool.allocate(Micros(0), Choice::Oldest), Some((id, false)));
     }
 }

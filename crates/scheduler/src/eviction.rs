@@ -2,8 +2,8 @@
 //!
 //! Idle blocks lie in *runs*: what was released at one time and shares a class, in the order of release, which is tail
 //! first. A class has a queue of runs by age. The victim is the first block of a run; which run depends on the policy:
-//! * [`EvictionPolicy::Lru`]: the oldest (there is one class);
-//! * [`EvictionPolicy::Learned`]: of the oldest and the youngest run of every class, the one whose index in the
+//! * [`EvictionPolicy::Lru`]: the oldest;
+//! * [`EvictionPolicy::Learned`]: while it does better than the oldest ([`crate::duel`]), of the oldest and the youngest run of every class, the one whose index in the
 //!   [`ReuseModel`] is least. The index rises and then falls with age, so the least of a class is at one of its ends.
 //!
 //! A released chain gets classes that do not fall towards its head ([`crate::kv_cache`]), so that tails go before what
@@ -24,6 +24,15 @@ pub enum EvictionPolicy {
     /// The one least worth its room, by what was learned of reuse so far.
     #[default]
     Learned,
+}
+
+/// How one victim is chosen.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Choice<'a> {
+    /// The longest idle.
+    Oldest,
+    /// The one least worth its room.
+    Least(&'a ReuseModel),
 }
 
 /// A block's place among the idle ones.
@@ -62,7 +71,7 @@ pub(crate) struct IdleBlocks {
     vacant: Vec<u32>,
     queues: [Queue; NUM_CLASSES],
     /// Bit `c`: queue `c` is not empty.
-    occupied: u32,
+    occupied: u128,
     /// The run chosen last, and for which time.
     chosen: Option<(u32, Micros)>,
     len: u32,
@@ -120,16 +129,22 @@ impl IdleBlocks {
     }
 
     /// Takes out the block to evict at `now`.
-    pub(crate) fn pop(&mut self, now: Micros, model: Option<&ReuseModel>) -> Option<BlockId> {
-        let run = match (self.chosen, model) {
+    pub(crate) fn pop(&mut self, now: Micros, choice: Choice<'_>) -> Option<BlockId> {
+        let run = match (self.chosen, choice) {
             (Some((run, at)), _) if at == now => run,
-            (_, Some(model)) => self.least(now, model)?,
-            (_, None) => self.runs.get(self.queues[0].oldest as usize).map(|_| self.queues[0].oldest)?,
+            (_, Choice::Least(model)) => self.least(now, model)?,
+            (_, Choice::Oldest) => self.oldest()?,
         };
         self.chosen = Some((run, now));
         let id = BlockId(self.runs[run as usize].first);
         self.remove(id);
         Some(id)
+    }
+
+    /// The run that is idle longest; the lower class of equals, which is the deeper.
+    fn oldest(&self) -> Option<u32> {
+        let oldest = self.queues.iter().map(|queue| queue.oldest).filter(|&run| run != NONE);
+        oldest.min_by_key(|&run| self.runs[run as usize].at)
     }
 
     /// The run whose blocks are least worth their room; the older one of equals.

@@ -13,16 +13,20 @@ const NONE: u32 = u32::MAX;
 /// Releases remembered per sampled block of the pool.
 const DEPTH: u32 = 16;
 /// Pools with more blocks than this are sampled.
-const MAX_SAMPLED: u32 = 8192;
+const MAX_SAMPLED: u32 = 16_384;
+/// One block in about so many tokens is sampled, but of small pools at least so many blocks.
+const SAMPLE_TOKENS: u32 = 256;
+const MIN_SAMPLED: u32 = 256;
 /// Reports per call of [`History::advance`].
-const MAX_WALK: u32 = 512;
+const MAX_WALK: u32 = 4096;
 /// Uses from which a prefix counts as shared by conversations, not as one of them.
 const SHARED_USES: u8 = 3;
 
 /// One release.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
-    hash: BlockHash,
+    /// See [`key`].
+    key: u64,
     at: Micros,
     levels: Levels,
     class: u8,
@@ -34,6 +38,13 @@ struct Entry {
     next_age: u8,
     /// Nobody wanted the content since.
     open: bool,
+    /// The content was not released again since.
+    latest: bool,
+}
+
+/// Half of an address: random enough to tell contents apart, and an error costs a little knowledge only.
+fn key(hash: BlockHash) -> u64 {
+    (hash.0 >> 32) as u64
 }
 
 /// What is remembered of a content.
@@ -45,6 +56,8 @@ pub(crate) struct Memory {
     pub(crate) uses: u8,
     /// Its latest release.
     pub(crate) at: Micros,
+    /// Whether a pool of the same size that evicts the least recently used would still hold it.
+    pub(crate) under_lru: bool,
 }
 
 impl Memory {
@@ -57,8 +70,8 @@ impl Memory {
 /// See the page above.
 #[derive(Debug)]
 pub(crate) struct History {
-    /// Bits of an address that must be zero for it to be remembered.
-    sample_mask: u128,
+    /// Bits of a key that must be zero for its content to be remembered.
+    sample_mask: u64,
     /// Power of two.
     capacity: u32,
     ring: Vec<Entry>,
@@ -68,36 +81,53 @@ pub(crate) struct History {
     table: Vec<u32>,
     /// Per age group: the first entry that may not have passed it yet.
     walked: [u64; NUM_AGES - 1],
+    /// Sampled blocks in the pool.
+    num_sampled: u32,
+    /// What LRU would hold: the latest releases of contents from this entry on, and how many they are.
+    lru_from: u64,
+    lru_len: u32,
     /// Nothing reaches an age before.
     next_due: Micros,
 }
 
 impl History {
-    pub(crate) fn new(num_blocks: u32) -> Self {
-        let sample_shift = num_blocks.div_ceil(MAX_SAMPLED).next_power_of_two().ilog2();
-        let capacity = ((num_blocks >> sample_shift) * DEPTH).next_power_of_two();
+    pub(crate) fn new(num_blocks: u32, block_size: u32) -> Self {
+        let too_many = num_blocks.div_ceil(MAX_SAMPLED).next_power_of_two().ilog2();
+        let too_dense = (SAMPLE_TOKENS / block_size).max(1).min(num_blocks.div_ceil(MIN_SAMPLED)).ilog2();
+        let sample_shift = too_many.max(too_dense);
+        let num_sampled = (num_blocks >> sample_shift).max(1);
+        let capacity = (num_sampled * DEPTH).next_power_of_two();
         Self {
-            // The lowest bits choose buckets elsewhere; these are as random.
-            sample_mask: ((1_u128 << sample_shift) - 1) << 64,
+            // The lowest bits choose buckets; these are as random.
+            sample_mask: ((1 << sample_shift) - 1) << 40,
             capacity,
             ring: Vec::with_capacity(capacity as usize),
             num_written: 0,
             table: vec![NONE; 2 * capacity as usize],
             walked: [0; NUM_AGES - 1],
+            num_sampled,
+            lru_from: 0,
+            lru_len: 0,
             next_due: Micros(u64::MAX),
         }
     }
 
+    /// Sampled blocks in the pool.
+    pub(crate) fn num_sampled(&self) -> u32 {
+        self.num_sampled
+    }
+
     /// Whether this content is in the sample.
     pub(crate) fn samples(&self, hash: BlockHash) -> bool {
-        hash.0 & self.sample_mask == 0
+        key(hash) & self.sample_mask == 0
     }
 
     /// Someone wants this content, cached or not. What is remembered of it, if anything; the model learns of the reuse.
     pub(crate) fn touch(&mut self, hash: BlockHash, now: Micros, model: &mut ReuseModel) -> Option<Memory> {
-        let at = self.table[self.bucket_of(hash)];
+        let at = self.table[self.bucket_of(key(hash))];
+        let under_lru = at != NONE && self.number_of(at) >= self.lru_from;
         let entry = self.ring.get_mut(at as usize)?;
-        let memory = Memory { turn: entry.turn, uses: entry.uses, at: entry.at };
+        let memory = Memory { turn: entry.turn, uses: entry.uses, at: entry.at, under_lru };
         if std::mem::take(&mut entry.open) {
             let idle = now.0.saturating_sub(entry.at.0);
             let age = model.age(idle);
@@ -109,19 +139,43 @@ impl History {
         Some(memory)
     }
 
+    /// Releases of this content so far, at most 255; 0 if it is not remembered.
+    pub(crate) fn uses(&self, hash: BlockHash) -> u8 {
+        self.ring.get(self.table[self.bucket_of(key(hash))] as usize).map_or(0, |entry| entry.uses)
+    }
+
     /// The last reference to this content went. `turn`: of its request.
     pub(crate) fn release(&mut self, hash: BlockHash, now: Micros, turn: u8, levels: Levels, class: u8) {
-        let mut entry = Entry { hash, at: now, levels, class, turn, uses: 1, next_age: 0, open: true };
+        let mut entry = Entry {
+            key: key(hash),
+            at: now,
+            levels,
+            class,
+            turn,
+            uses: 1,
+            next_age: 0,
+            open: true,
+            latest: true,
+        };
         let place = (self.num_written % u64::from(self.capacity)) as u32;
         // First, because removal moves others in the table.
         if self.ring.len() == self.capacity as usize {
             self.forget(place);
+            let oldest = self.num_written - u64::from(self.capacity);
+            if self.lru_from == oldest {
+                self.lru_len -= u32::from(self.ring[place as usize].latest);
+                self.lru_from += 1;
+            }
         }
-        let bucket = self.bucket_of(hash);
-        if let Some(before) = self.ring.get_mut(self.table[bucket] as usize) {
+        let bucket = self.bucket_of(entry.key);
+        let before = self.table[bucket];
+        if before != NONE {
+            self.lru_len -= u32::from(self.number_of(before) >= self.lru_from);
+            let before = &mut self.ring[before as usize];
             entry.turn = before.turn;
             entry.uses = before.uses.saturating_add(1);
             before.open = false;
+            before.latest = false;
         }
         self.table[bucket] = place;
         match self.ring.get_mut(place as usize) {
@@ -129,6 +183,12 @@ impl History {
             None => self.ring.push(entry),
         }
         self.num_written += 1;
+        self.lru_len += 1;
+        while self.lru_len > self.num_sampled {
+            let leaves = &self.ring[(self.lru_from % u64::from(self.capacity)) as usize];
+            self.lru_len -= u32::from(leaves.latest);
+            self.lru_from += 1;
+        }
         self.next_due = Micros(self.next_due.0.min(now.0 + FIRST_EDGE));
     }
 
@@ -160,12 +220,18 @@ impl History {
         }
     }
 
-    /// The bucket that holds `hash`, or the empty one where it belongs.
-    fn bucket_of(&self, hash: BlockHash) -> usize {
+    /// Which entry lies at `place`, counted from the first ever.
+    fn number_of(&self, place: u32) -> u64 {
+        let newest = self.num_written - 1;
+        newest - (newest.wrapping_sub(u64::from(place)) & u64::from(self.capacity - 1))
+    }
+
+    /// The bucket that holds `key`, or the empty one where it belongs.
+    fn bucket_of(&self, key: u64) -> usize {
         let mask = self.table.len() - 1;
-        let mut bucket = hash.0 as usize & mask;
+        let mut bucket = key as usize & mask;
         while let Some(entry) = self.ring.get(self.table[bucket] as usize) {
-            if entry.hash == hash {
+            if entry.key == key {
                 break;
             }
             bucket = (bucket + 1) & mask;
@@ -175,7 +241,7 @@ impl History {
 
     /// Takes the entry at `place` out of the table, unless a later release of the same content has its bucket.
     fn forget(&mut self, place: u32) {
-        let mut hole = self.bucket_of(self.ring[place as usize].hash);
+        let mut hole = self.bucket_of(self.ring[place as usize].key);
         if self.table[hole] != place {
             return;
         }
@@ -185,7 +251,7 @@ impl History {
             at = (at + 1) & mask;
             let Some(entry) = self.ring.get(self.table[at] as usize) else { break };
             // It may move into the hole unless it would then lie before its own bucket.
-            let home = entry.hash.0 as usize & mask;
+            let home = entry.key as usize & mask;
             if (at.wrapping_sub(home) & mask) >= (at.wrapping_sub(hole) & mask) {
                 self.table[hole] = self.table[at];
                 hole = at;
@@ -203,14 +269,14 @@ mod tests {
 
     #[test]
     fn remembers_the_latest_releases_and_no_others() {
-        let (mut history, mut model) = (History::new(4), ReuseModel::new());
+        let (mut history, mut model) = (History::new(4, 512), ReuseModel::new());
         assert_eq!(history.capacity, 64);
         let mut state = 3_u64;
         let mut releases: Vec<u128> = Vec::new();
         for step in 0..20_000_u64 {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             // Few low bits, so that probes collide.
-            let hash = BlockHash(u128::from(state >> 60) | u128::from(state >> 40 & 15) << 40);
+            let hash = BlockHash(u128::from(state >> 60) << 32 | u128::from(state >> 40 & 15) << 70);
             let now = Micros(step * 100_000);
             history.advance(now, &mut model);
             let known = releases[releases.len().saturating_sub(64)..].contains(&hash.0);
@@ -220,23 +286,23 @@ mod tests {
                 releases.push(hash.0);
             }
         }
-        let mut held: BTreeMap<u128, u32> = BTreeMap::new();
+        let mut held: BTreeMap<u64, u32> = BTreeMap::new();
         history.table.iter().filter(|&&at| at != NONE).for_each(|&at| {
-            *held.entry(history.ring[at as usize].hash.0).or_default() += 1;
+            *held.entry(history.ring[at as usize].key).or_default() += 1;
         });
         assert!(held.values().all(|&n| n == 1), "a content has two buckets");
     }
 
     #[test]
     fn every_age_is_reported_once() {
-        let (mut history, mut model) = (History::new(64), ReuseModel::new());
+        let (mut history, mut model) = (History::new(64, 512), ReuseModel::new());
         for n in 0..50 {
-            history.release(BlockHash(n), Micros(0), 1, Levels::default(), 0);
+            history.release(BlockHash(n << 32), Micros(0), 1, Levels::default(), 0);
         }
         for second in 0..3000 {
             history.advance(Micros(second * 1_000_000), &mut model);
         }
-        history.touch(BlockHash(7), Micros(3_000_000_000), &mut model);
+        history.touch(BlockHash(7 << 32), Micros(3_000_000_000), &mut model);
         assert_eq!(model.observations(0), (50 * (NUM_AGES as u32 - 1) + 1, 1));
     }
 }

@@ -6,10 +6,11 @@
 use quire_core::{BlockHash, BlockId, Micros, StepId};
 
 use crate::block_pool::BlockPool;
-use crate::eviction::EvictionPolicy;
+use crate::duel::Duel;
+use crate::eviction::{Choice, EvictionPolicy};
 use crate::history::History;
 use crate::prefix_cache::PrefixCache;
-use crate::reuse::{ReuseModel, Visit};
+use crate::reuse::{Levels, ReuseModel, Visit};
 use crate::scheduler::SchedulerConfig;
 
 /// What an entry of a table holds where the content was never present.
@@ -44,10 +45,19 @@ pub(crate) struct PrefixHit {
     pub(crate) num_idle: u32,
 }
 
+/// What a chain's deeper blocks say of a block: it is used at least as often, and worth at least as much.
+#[derive(Clone, Copy, Default)]
+struct Deeper {
+    uses: u8,
+    levels: Levels,
+    class: u8,
+}
+
 #[derive(Debug)]
 struct Learning {
     model: ReuseModel,
     history: History,
+    duel: Duel,
 }
 
 /// Owns the blocks of one KV group.
@@ -79,7 +89,9 @@ impl KvCacheManager {
             window: limits.kv_groups[0],
             caching: config.enable_prefix_caching,
             learning: learning.then(|| {
-                Box::new(Learning { model: ReuseModel::new(), history: History::new(limits.num_blocks) })
+                let history = History::new(limits.num_blocks, limits.block_size);
+                let duel = Duel::new(history.num_sampled());
+                Box::new(Learning { model: ReuseModel::new(), history, duel })
             }),
             now: Micros(0),
             max_chunk: config.max_prefill_chunk.min(limits.max_num_batched_tokens),
@@ -138,13 +150,18 @@ impl KvCacheManager {
         num_tokens: u32,
         hit: PrefixHit,
     ) -> Visit {
-        let Some(Learning { model, history }) = self.learning.as_deref_mut() else { return Visit::default() };
+        let Some(Learning { model, history, duel }) = self.learning.as_deref_mut() else {
+            return Visit::default();
+        };
         let (mut deepest, mut num_known) = (None, hit.num_blocks);
         for (hash, at) in hashes.zip(1..) {
-            if history.samples(hash)
-                && let Some(memory) = history.touch(hash, self.now, model)
-            {
-                deepest = Some(memory);
+            if !history.samples(hash) {
+                continue;
+            }
+            let memory = history.touch(hash, self.now, model);
+            duel.count(at <= hit.num_blocks, memory.is_some_and(|memory| memory.under_lru));
+            if memory.is_some() {
+                deepest = memory;
                 num_known = num_known.max(at);
             }
         }
@@ -206,10 +223,12 @@ impl KvCacheManager {
 
     /// A block for the end of a table. The caller has checked that one is available.
     pub(crate) fn allocate(&mut self) -> BlockId {
-        let (block, evicted) = self
-            .pool
-            .allocate(self.now, self.learning.as_deref().map(|l| &l.model))
-            .expect("the caller checked num_available()");
+        let choice = match &self.learning {
+            Some(learning) if !learning.duel.prefers_lru() => Choice::Least(&learning.model),
+            _ => Choice::Oldest,
+        };
+        let (block, evicted) =
+            self.pool.allocate(self.now, choice).expect("the caller checked num_available()");
         if evicted {
             self.cache.remove(block);
             self.num_evictions += 1;
@@ -219,44 +238,49 @@ impl KvCacheManager {
 
     /// One table fewer holds `block`, for which no request was admitted.
     pub(crate) fn release(&mut self, block: BlockId) {
-        self.release_class(block, Visit::default(), 0, 0, 0);
+        self.release_after(block, Visit::default(), 0, 0, Deeper::default());
     }
 
     /// Gives back all blocks after a prompt of `prompt_tokens` and an answer of `output_tokens`; last first, because the
     /// tail of a chain is worth least.
     pub(crate) fn release_table(&mut self, table: &mut BlockTable, prompt_tokens: u32, output_tokens: u32) {
-        let mut class = 0;
+        let mut deeper = Deeper::default();
         for at in (table.first_live as usize..table.blocks.len()).rev() {
-            class = self.release_class(table.blocks[at], table.visit, prompt_tokens, output_tokens, class);
+            let block = table.blocks[at];
+            deeper = self.release_after(block, table.visit, prompt_tokens, output_tokens, deeper);
         }
         table.blocks.clear();
         table.first_live = 0;
         table.visit = Visit::default();
     }
 
-    /// Gives back one block in the class that its past calls for, but at least `class`; returns which.
-    fn release_class(
+    /// Gives back one block after those `deeper` in its chain.
+    fn release_after(
         &mut self,
         block: BlockId,
         visit: Visit,
         prompt_tokens: u32,
         output_tokens: u32,
-        mut class: u8,
-    ) -> u8 {
-        if let Some(Learning { model, history }) = self.learning.as_deref_mut()
+        mut deeper: Deeper,
+    ) -> Deeper {
+        if let Some(Learning { model, history, .. }) = self.learning.as_deref_mut()
             && self.pool.is_last_reference(block)
         {
-            let uses = self.pool.uses(block);
-            let levels = visit.levels(prompt_tokens, output_tokens, uses);
-            class = class.max(model.class(levels, uses));
-            if let Some(hash) = self.cache.hash_of(block)
-                && history.samples(hash)
-            {
-                history.release(hash, self.now, visit.turn, levels, class);
+            let sampled = self.cache.hash_of(block).filter(|&hash| history.samples(hash));
+            // The pool forgets its count with an eviction.
+            let remembered = sampled.map_or(0, |hash| history.uses(hash).saturating_add(1));
+            let uses = deeper.uses.max(self.pool.uses(block)).max(remembered);
+            if uses > deeper.uses {
+                deeper.uses = uses;
+                deeper.levels = visit.levels(prompt_tokens, output_tokens, uses);
+                deeper.class = deeper.class.max(model.class(deeper.levels, uses));
+            }
+            if let Some(hash) = sampled {
+                history.release(hash, self.now, visit.turn, deeper.levels, deeper.class);
             }
         }
-        self.pool.release(block, class, self.now);
-        class
+        self.pool.release(block, deeper.class, self.now);
+        deeper
     }
 
     /// Gives back the blocks that no row from `num_computed_tokens` on can see.

@@ -21,6 +21,7 @@ mod block_pool;
 pub mod cache_replay;
 mod check;
 pub mod cost;
+mod duel;
 pub mod event;
 mod eviction;
 mod finish;

@@ -69,7 +69,7 @@ impl Visit {
         let new = bits(self.num_new_tokens.div_ceil(512)).min(8);
         let pause = self.pause.map_or(0, |seconds| bits(seconds.saturating_add(1)).clamp(3, 9) - 2);
         let uses = bits(u32::from(uses)).saturating_sub(1).min(6);
-        Levels([turn, output, prompt, new, pause, if uses == 1 { 0 } else { uses }])
+        Levels([turn, output, prompt, new, pause, uses])
     }
 }
 
