@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use quire_core::{
     ExecError, Executor, FinishReason, LateInputs, Micros, ModelRunnerOutput, Request, RequestError,
-    RequestId, SchedulerOutput, StepId, Usage,
+    RequestId, SchedulerOutput, StepId, TenantShare, Usage,
 };
 use quire_scheduler::{Scheduler, SchedulerConfig, SchedulerStats, SeqEvent, SeqEventKind};
 
@@ -97,6 +97,11 @@ impl EngineCore {
     /// Ends every request; the `Finished` events come with the next step.
     pub fn finish_all(&mut self, reason: FinishReason) {
         self.scheduler.finish_all(reason);
+    }
+
+    /// Sets the shares of all tenants. See [`Scheduler::set_tenants`].
+    pub fn set_tenants(&mut self, shares: &[TenantShare]) {
+        self.scheduler.set_tenants(shares);
     }
 
     /// Reports the end of a request that was never accepted, so that whoever waits for it hears of it.

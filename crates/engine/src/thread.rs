@@ -175,6 +175,7 @@ impl Shell {
             }
             Command::Finish { id, index, reason } => self.core.finish(id, index, reason),
             Command::AbortAll { reason } => self.core.finish_all(reason),
+            Command::SetTenants(shares) => self.core.set_tenants(&shares),
             Command::Stop => {}
         }
     }

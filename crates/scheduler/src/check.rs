@@ -10,6 +10,8 @@ impl Scheduler {
     /// The first broken invariant, in words.
     pub fn check_invariants(&self) -> Result<(), String> {
         self.kv.check(self.seqs.iter().map(|(_, _, data)| &data.table))?;
+        self.waiting.check()?;
+        let mut accounts = vec![(0, 0); self.fair.num_tenants()];
         let mut counts = [0_u32; 3];
         let (mut parked, mut prefilling) = (0, 0);
         let mut slots = vec![false; self.config.limits.max_num_seqs as usize];
@@ -21,6 +23,8 @@ impl Scheduler {
                 SeqState::Waiting => counts[1] += 1,
                 SeqState::Running => {
                     counts[2] += 1;
+                    let account = &mut accounts[hot.tenant.0 as usize];
+                    *account = (account.0 + data.table.live().len() as u32, account.1 + 1);
                     if std::mem::replace(&mut slots[hot.slot as usize], true) {
                         return Err(format!("slot {} is taken twice", hot.slot));
                     }
@@ -47,6 +51,7 @@ impl Scheduler {
         if !slots.iter().all(|&known| known) {
             return Err("a slot is neither free nor taken".into());
         }
+        self.fair.check(&accounts)?;
         self.check_order()
     }
 
@@ -83,7 +88,7 @@ impl Scheduler {
                     return fail("it runs but is not in the batch");
                 }
             }
-            SeqState::Waiting if self.waiting.get(&data.key) != Some(&seq) => {
+            SeqState::Waiting if self.waiting.get(&data.key) != Some(seq) => {
                 return fail("it waits but is not in the queue");
             }
             SeqState::Waiting if data.parked != (hot.num_blocks > 0) => {

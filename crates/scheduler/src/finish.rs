@@ -67,18 +67,22 @@ impl Scheduler {
             SeqState::Follower => self.num_followers -= 1,
             SeqState::Waiting => {
                 let (_, data) = self.seqs.both_mut(seq);
-                self.waiting.remove(&data.key);
+                let key = data.key;
+                self.waiting.remove(&key);
+                let (_, data) = self.seqs.both_mut(seq);
                 self.num_parked -= u32::from(data.parked);
                 self.kv.release_table(&mut data.table);
             }
             SeqState::Running => self.leave_batch(seq),
         }
         let hot = self.seqs.hot(seq);
-        let (request, index, num_tokens) = (hot.request, hot.index, hot.num_tokens);
+        let (request, index, num_tokens, tenant) = (hot.request, hot.index, hot.num_tokens, hot.tenant);
         let Some(data) = self.seqs.remove(seq) else { return };
         let mut usage = data.usage;
         usage.finished = self.now;
         usage.generated_tokens = num_tokens - data.prompt_len();
+        let num_prompt_tokens = if data.started { data.prompt_len() - usage.cached_tokens } else { 0 };
+        self.fair.note_cost(tenant, num_prompt_tokens, usage.generated_tokens);
         if usage.generated_tokens == 0 {
             usage.first_token = self.now;
         }
@@ -113,6 +117,7 @@ impl Scheduler {
     /// Gives back blocks and slot of a running sequence. The caller sets its next state.
     pub(crate) fn leave_batch(&mut self, seq: SeqIndex) {
         let (hot, data) = self.seqs.both_mut(seq);
+        self.fair.left(hot.tenant, data.table.live().len() as u32);
         self.kv.release_table(&mut data.table);
         hot.num_blocks = 0;
         self.free_slots.push(Slot(hot.slot));

@@ -14,18 +14,20 @@ use crate::sequence::{SeqIndex, SeqState};
 const RESERVED_OUTPUT_TOKENS: usize = 1024;
 
 /// What one call of `schedule` has left to give.
-struct Pass {
+pub(crate) struct Pass {
     step: InFlightStep,
     /// The step's token budget.
     tokens: u32,
     /// Decodes not yet visited; prefills leave them a token each.
-    decodes_left: u32,
+    pub(crate) decodes_left: u32,
     /// Blocks that admitted prompts will still need.
     promised_blocks: u32,
+    /// Place in the batch after the sequence in turn; those from here on have no row yet.
+    pub(crate) next: usize,
     /// Somebody waits for blocks: those after it must not take any, and nobody is admitted.
-    starved: bool,
+    pub(crate) starved: bool,
     /// Somebody lost its blocks in this step: nobody is admitted.
-    preempted: bool,
+    pub(crate) preempted: bool,
     prefill_tokens: u32,
     decode_tokens: u32,
 }
@@ -52,14 +54,19 @@ impl Scheduler {
             tokens: self.config.limits.max_num_batched_tokens,
             decodes_left: self.num_running - self.num_prefilling,
             promised_blocks: 0,
+            next: 0,
             starved: false,
             preempted: false,
             prefill_tokens: 0,
             decode_tokens: 0,
         };
+        if std::mem::take(&mut self.must_yield) {
+            self.yield_places(&mut pass);
+        }
         self.schedule_running(&mut pass, out);
         if !pass.starved && !pass.preempted {
             self.admit_waiting(&mut pass, out, events);
+            self.waiting.end_step();
         }
         self.close_step(pass, out);
     }
@@ -94,6 +101,7 @@ impl Scheduler {
             }
             let Some(&seq) = self.running.get(at) else { return };
             at += 1;
+            pass.next = at;
             let hot = self.seqs.hot(seq);
             let (prefilling, start) = (hot.prefilling, hot.num_computed_tokens);
             let num_new_tokens = if prefilling {
@@ -165,12 +173,17 @@ impl Scheduler {
     ) -> bool {
         if self.kv.has_window() {
             let (hot, data) = self.seqs.both_mut(seq);
+            let first_live = data.table.first_live;
             self.kv.release_below_window(&mut data.table, hot.num_computed_tokens);
+            self.fair.gave_blocks(hot.tenant, data.table.first_live - first_live);
         }
         let num_blocks = self.seqs.hot(seq).num_blocks;
         let needed = self.kv.blocks_for(num_tokens).saturating_sub(num_blocks);
         if needed == 0 {
             return true;
+        }
+        if !pass.starved && !self.keep_share(seq, needed, pass) {
+            return false;
         }
         if !pass.starved && self.kv.pool().num_available() < needed {
             self.make_room(seq, needed, pass);
@@ -178,6 +191,7 @@ impl Scheduler {
         if pass.starved {
             return false;
         }
+        self.fair.took_blocks(self.seqs.hot(seq).tenant, needed);
         let slot = Slot(self.seqs.hot(seq).slot);
         for _ in 0..needed {
             let block = self.kv.allocate();
@@ -185,41 +199,6 @@ impl Scheduler {
             out.grown.push(GrownTable { slot, group: 0, block });
         }
         true
-    }
-
-    /// Takes blocks from parked sequences, then from the batch, last in order first. Blocks in quarantine count as
-    /// found, because they come back by themselves. A sequence without anybody after it waits; it keeps what it has.
-    fn make_room(&mut self, seq: SeqIndex, needed: u32, pass: &mut Pass) {
-        self.release_parked();
-        while self.kv.pool().num_available() + self.kv.pool().num_quarantined() < needed {
-            match self.running.last() {
-                Some(&victim) if victim != seq => self.preempt(victim, pass),
-                _ => break,
-            }
-        }
-        pass.starved = self.kv.pool().num_available() < needed;
-    }
-
-    /// Sends the last sequence of the batch back to the queue. Its tokens stay; their KV is computed anew.
-    fn preempt(&mut self, victim: SeqIndex, pass: &mut Pass) {
-        debug_assert_eq!(self.running.last(), Some(&victim));
-        self.running.pop();
-        if !self.seqs.hot(victim).prefilling {
-            pass.decodes_left -= 1;
-        }
-        self.leave_batch(victim);
-        self.seqs.flush_tail(victim);
-        let (hot, data) = self.seqs.both_mut(victim);
-        hot.state = SeqState::Waiting;
-        hot.num_computed_tokens = 0;
-        hot.epoch = hot.epoch.wrapping_add(1);
-        data.usage.num_preemptions += 1;
-        if self.config.enable_prefix_caching {
-            data.extend_hashes(&self.config.hasher, &mut self.block_tokens);
-        }
-        self.waiting.insert(data.key, victim);
-        self.stats.num_preemptions += 1;
-        pass.preempted = true;
     }
 
     /// Remembers the blocks that the rest of this prompt will take, so that no other prompt is admitted to them.
@@ -230,16 +209,25 @@ impl Scheduler {
     }
 
     fn admit_waiting(&mut self, pass: &mut Pass, out: &mut SchedulerOutput, events: &mut Vec<SeqEvent>) {
-        while pass.tokens > 0 && !self.free_slots.is_empty() {
-            let Some((_, &seq)) = self.waiting.first_key_value() else { return };
+        while pass.tokens > 0 {
+            let Some(seq) = self.waiting.first(self.now, &self.fair) else { return };
+            if self.free_slots.is_empty() {
+                return self.note_blocked(seq);
+            }
             // A preempted sequence whose last token is still on its way: it cannot be recomputed yet.
             if self.seqs.hot(seq).num_in_flight > 0 {
                 return;
             }
+            let hot = self.seqs.hot(seq);
+            let (tenant, whole) = (hot.tenant, self.kv.peak_blocks(hot.num_tokens));
+            if self.fair.is_over_share(tenant, whole, self.fair.num_running(tenant)) {
+                self.waiting.skip(tenant);
+                continue;
+            }
             if !self.place(seq, pass, out) {
                 // Parked sequences may hold all there is; with nobody running nothing else would free it.
                 if self.num_parked == 0 || self.num_running > 0 || self.kv.pool().num_quarantined() > 0 {
-                    return;
+                    return self.note_blocked(seq);
                 }
                 self.release_parked();
                 continue;
@@ -319,7 +307,7 @@ impl Scheduler {
         self.seqs.flush_tail(seq);
         let block_size = self.config.limits.block_size;
         let (hot, data) = self.seqs.both_mut(seq);
-        self.waiting.remove(&data.key);
+        self.waiting.serve(&data.key, &self.fair);
         hot.state = SeqState::Running;
         hot.slot = slot.0;
         hot.prefilling = true;
@@ -333,6 +321,7 @@ impl Scheduler {
         }
         self.seqs.note_table(seq, last_hash);
         let (hot, data) = self.seqs.both_mut(seq);
+        self.fair.entered(hot.tenant, data.table.live().len() as u32);
         out.new.push(NewSeq {
             slot,
             request: hot.request,
@@ -346,6 +335,7 @@ impl Scheduler {
         });
         if !data.started {
             data.started = true;
+            self.fair.charge_prompt(hot.tenant, data.prompt_len() - hot.num_computed_tokens);
             data.usage.first_scheduled = self.now;
             let output = (data.params.max_tokens as usize).min(RESERVED_OUTPUT_TOKENS);
             data.generated.reserve(output);

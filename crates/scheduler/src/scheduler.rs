@@ -5,14 +5,16 @@ use std::time::Duration;
 
 use quire_core::{
     BlockHash, BlockHasher, BlockId, ExecutorLimits, Micros, Request, RequestError, RequestId, Slot, StepId,
-    TokenId, Usage,
+    TenantShare, TokenId, Usage,
 };
 
 use crate::event::SeqEvent;
+use crate::fair::{FairShare, FairnessConfig};
 use crate::kv_cache::{BlockTable, KvCacheManager};
 use crate::policy::OrderKey;
 use crate::sequence::{SeqIndex, SeqState, SequenceData, SequenceTable};
 use crate::stats::SchedulerStats;
+use crate::waiting::WaitingQueue;
 
 /// The entry of [`RequestEntry::seqs`] of a continuation that ended.
 pub(crate) const ENDED: SeqIndex = SeqIndex::MAX;
@@ -30,6 +32,8 @@ pub struct SchedulerConfig {
     pub max_prefill_chunk: u32,
     /// Requests that may wait for their first place; more are refused.
     pub max_queued_requests: u32,
+    /// How service is shared between tenants.
+    pub fairness: FairnessConfig,
 }
 
 impl SchedulerConfig {
@@ -41,6 +45,7 @@ impl SchedulerConfig {
             enable_prefix_caching: true,
             max_prefill_chunk: u32::MAX,
             max_queued_requests: 1024,
+            fairness: FairnessConfig::default(),
         }
     }
 }
@@ -89,7 +94,10 @@ pub struct Scheduler {
     pub(crate) deadlines: BTreeSet<(Micros, RequestId)>,
     /// Requests that never entered the batch.
     pub(crate) num_queued: u32,
-    pub(crate) waiting: BTreeMap<OrderKey, SeqIndex>,
+    pub(crate) waiting: WaitingQueue,
+    pub(crate) fair: FairShare,
+    /// Somebody waits who was served far less than a tenant in the batch.
+    pub(crate) must_yield: bool,
     pub(crate) num_followers: u32,
     /// Waiting sequences that hold blocks of their leader.
     pub(crate) num_parked: u32,
@@ -142,7 +150,9 @@ impl Scheduler {
             by_id: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             num_queued: 0,
-            waiting: BTreeMap::new(),
+            waiting: WaitingQueue::default(),
+            must_yield: false,
+            fair: FairShare::new(config.fairness, limits.num_blocks),
             num_followers: 0,
             num_parked: 0,
             running: Vec::with_capacity(slots),
@@ -186,7 +196,7 @@ impl Scheduler {
             }
         };
         let seqs: Vec<SeqIndex> = (0..n).map(|index| self.insert_sequence(&request, entry, index)).collect();
-        self.waiting.insert(OrderKey::new(&request, 0), seqs[0]);
+        self.enqueue(seqs[0]);
         self.num_followers += n - 1;
         if let Some(deadline) = request.deadline {
             self.deadlines.insert((deadline, request.id));
@@ -195,6 +205,18 @@ impl Scheduler {
         self.requests[entry as usize] = Some(RequestEntry { request, seqs, num_live: n, started: false });
         self.num_queued += 1;
         Ok(())
+    }
+
+    /// Sets the shares of all tenants, from now on; what they were served so far stays on their account.
+    pub fn set_tenants(&mut self, shares: &[TenantShare]) {
+        self.fair.set_shares(shares);
+    }
+
+    /// Puts a sequence into the waiting queue.
+    pub(crate) fn enqueue(&mut self, seq: SeqIndex) {
+        let key = self.seqs.data(seq).key;
+        let fresh = self.seqs.data(seq).usage.num_preemptions == 0;
+        self.waiting.insert(key, seq, fresh, &mut self.fair);
     }
 
     /// Whether any request lives, any step is in flight, or any event waits for delivery.
@@ -263,9 +285,10 @@ impl Scheduler {
 
     fn insert_sequence(&mut self, request: &Request, entry: u32, index: u32) -> SeqIndex {
         let prompt_len = request.prompt.len() as u32;
+        let tenant = self.fair.register(request.tenant);
         let seq = self.seqs.insert(SequenceData {
             request: entry,
-            key: OrderKey::new(request, index),
+            key: OrderKey::new(request, index, tenant, request.arrival),
             prompt: request.prompt.clone(),
             prompt_hashes: request.block_hashes.clone(),
             salt: request.salt,
@@ -281,7 +304,7 @@ impl Scheduler {
         let hot = self.seqs.hot_mut(seq);
         hot.request = request.id;
         hot.index = index;
-        hot.tenant = request.tenant;
+        hot.tenant = tenant;
         hot.num_tokens = prompt_len;
         hot.max_total_tokens = prompt_len + request.params.max_tokens;
         hot.set_stops(&request.params, prompt_len);

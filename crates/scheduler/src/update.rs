@@ -67,6 +67,7 @@ impl Scheduler {
             }
             let Some(hot) = self.seqs.take_in_place(row, token) else { return at };
             assert_eq!(answer.slot, row.slot, "rows are answered in the order of `scheduled`");
+            self.fair.charge_output_token(hot.tenant);
             let kind = SeqEventKind::Tokens { row: first_out_row + at as u32, num_tokens: 1 };
             events.push(SeqEvent { request: hot.request, index: hot.index, kind });
         }
@@ -142,6 +143,7 @@ impl Scheduler {
         hot.num_in_flight -= 1;
         let full = hot.num_tokens >= hot.max_total_tokens;
         let first = !std::mem::replace(&mut hot.has_output, true);
+        self.fair.charge_output_token(hot.tenant);
         let kind = SeqEventKind::Tokens { row: out_row, num_tokens: 1 };
         events.push(SeqEvent { request: hot.request, index: hot.index, kind });
         if first {

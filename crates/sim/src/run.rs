@@ -115,9 +115,10 @@ impl Run {
         let workload = Workload::new(seed);
         let world = Arc::new(Mutex::new(World::default()));
         let limits = workload.config.limits.clone();
-        let checker = Checker::new(limits.vocab_size);
+        let checker = Checker::new(limits.vocab_size, &workload);
         let executor = SimExecutor::new(limits, workload.cost, Arc::clone(&world));
-        let core = EngineCore::new(workload.config.clone(), Box::new(executor));
+        let mut core = EngineCore::new(workload.config.clone(), Box::new(executor));
+        core.set_tenants(&workload.tenants);
         Self {
             seed,
             workload,

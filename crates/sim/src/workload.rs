@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use quire_core::{
     BlockHasher, CacheSalt, ExecutorLimits, FinishReason, Micros, Request, RequestId, SamplingParams,
-    TenantId, TokenId,
+    TenantId, TenantShare, TokenId,
 };
-use quire_scheduler::SchedulerConfig;
+use quire_scheduler::{FairnessConfig, SchedulerConfig};
 
 use crate::executor::CostModel;
-use crate::rng::Rng;
+use crate::rng::{Rng, mix};
 
 /// Something a client does.
 #[derive(Debug)]
@@ -26,6 +26,7 @@ pub(crate) enum Action {
 pub(crate) struct Workload {
     pub(crate) config: SchedulerConfig,
     pub(crate) cost: CostModel,
+    pub(crate) tenants: Vec<TenantShare>,
     /// Ascending in time.
     pub(crate) actions: VecDeque<(u64, Action)>,
     rng: Rng,
@@ -35,6 +36,8 @@ pub(crate) struct Workload {
     /// Beginnings that several prompts share.
     prefixes: Vec<Vec<TokenId>>,
     salts: Vec<CacheSalt>,
+    /// Whose request is next.
+    tenant_rng: Rng,
     features: Features,
 }
 
@@ -71,7 +74,11 @@ impl Workload {
     pub(crate) fn new(seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let max_request_tokens = rng.range(4, 120);
-        let config = random_config(&mut rng, max_request_tokens);
+        let mut config = random_config(&mut rng, max_request_tokens);
+        // A stream of its own, so that what older seeds mean did not change when tenants came.
+        let mut tenant_rng = Rng::new(mix(seed));
+        let tenants = random_tenants(&mut tenant_rng);
+        config.fairness = random_fairness(&mut tenant_rng);
         let cost = CostModel {
             fixed: 50,
             per_token: u64::from(rng.range(0, 20)),
@@ -85,12 +92,14 @@ impl Workload {
         let mut workload = Self {
             config,
             cost,
+            tenants,
             actions: VecDeque::new(),
             rng,
             next_id: 1,
             max_request_tokens,
             prefixes,
             salts,
+            tenant_rng,
             features,
         };
         workload.fill();
@@ -187,7 +196,7 @@ impl Workload {
             block_hashes: block_hashes.into(),
             salt,
             params: Arc::new(params),
-            tenant: TenantId(0),
+            tenant: TenantId(self.tenant_rng.range(0, self.tenants.len() as u32 - 1)),
             priority,
             arrival: Micros(at),
             deadline,
@@ -225,4 +234,22 @@ fn random_config(rng: &mut Rng, max_request_tokens: u32) -> SchedulerConfig {
     config.max_prefill_chunk = *rng.pick(&[1, 3, 8, 32, u32::MAX, u32::MAX]);
     config.max_queued_requests = *rng.pick(&[3, 10, 1000, 1000]);
     config
+}
+
+fn random_tenants(rng: &mut Rng) -> Vec<TenantShare> {
+    let num_tenants = if rng.one_in(2) { 1 } else { rng.range(2, 6) };
+    let capped = rng.one_in(2);
+    let share = |_| TenantShare {
+        weight: *rng.pick(&[0.25, 1.0, 1.0, 3.0]),
+        kv_blocks_share: if capped { *rng.pick(&[0.01, 0.3, 0.6, 1.0]) } else { 1.0 },
+    };
+    (0..num_tenants).map(share).collect()
+}
+
+fn random_fairness(rng: &mut Rng) -> FairnessConfig {
+    FairnessConfig {
+        quantum: *rng.pick(&[0.0, 20.0, 200.0, 4096.0]),
+        max_queue_age: *rng.pick(&[300, 5000, 30_000_000, 30_000_000]),
+        ..FairnessConfig::default()
+    }
 }
