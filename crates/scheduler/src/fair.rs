@@ -1,8 +1,8 @@
 //! What each tenant was served, and what it may hold.
 //!
 //! Virtual token counters (VTC; Sheng et al., arXiv 2401.00588): a tenant's counter grows by the tokens computed for it,
-//! weighted by kind and divided by its share; admission serves the smallest counter. Prompt tokens are charged when
-//! admitted, cached ones and those recomputed after a preemption are free; output tokens are charged as they come. A
+//! weighted by kind and divided by its share; admission serves the smallest counter. Cached prompt tokens, and those
+//! computed again after a preemption, are free. A
 //! tenant that had nothing waiting is lifted to the others' level, so that nobody saves up service.
 
 use std::cmp::Ordering;
@@ -13,6 +13,10 @@ use quire_core::{TenantId, TenantShare};
 const MAX_TENANTS: u32 = 1 << 16;
 /// Weights outside are clamped.
 const WEIGHTS: (f64, f64) = (1e-3, 1e6);
+
+/// A lead that costs nobody its place yet, in units of the dearest request. The bound on the gap is two of them, and
+/// what is in the batch adds to a lead before it can be corrected.
+const TOLERATED_LEAD: f64 = 0.5;
 
 /// What fairness means here.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -152,7 +156,19 @@ impl FairShare {
 
     /// Whether `ahead` was served so much more than `behind` that it has to give up a place.
     pub(crate) fn must_yield(&self, ahead: TenantId, behind: TenantId) -> bool {
-        self.counter(ahead).0 > self.counter(behind).0 + self.max_cost.max(self.config.quantum)
+        self.lead(ahead, behind) >= 1.0
+    }
+
+    /// How many places `ahead` should give up to `behind` at once: one for each request it is ahead, or a quarter of
+    /// what it has, because each of its sequences makes the lead larger.
+    pub(crate) fn places_owed(&self, ahead: TenantId, behind: TenantId) -> u32 {
+        (self.lead(ahead, behind) as u32).max(self.num_running(ahead) / 4)
+    }
+
+    /// In units of what is tolerated: half the dearest request, or the quantum.
+    fn lead(&self, ahead: TenantId, behind: TenantId) -> f64 {
+        let lead = self.counter(ahead).0 - self.counter(behind).0;
+        lead / (TOLERATED_LEAD * self.max_cost).max(self.config.quantum).max(1.0)
     }
 
     /// A tenant that comes back does not bring service it has not used.

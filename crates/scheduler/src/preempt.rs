@@ -5,10 +5,8 @@ use crate::schedule::Pass;
 use crate::scheduler::Scheduler;
 use crate::sequence::{SeqIndex, SeqState};
 
-/// Steps between two looks at whether the batch is unfair to those who wait.
-const YIELD_INTERVAL: u64 = 4;
 /// Sequences that give up their place in one step.
-const MAX_YIELDED: u32 = 8;
+const MAX_YIELDED: u32 = 16;
 
 impl Scheduler {
     /// Takes blocks from parked sequences, then from the batch, last in order first. Blocks in quarantine count as
@@ -53,23 +51,31 @@ impl Scheduler {
         let priority = self.seqs.data(waiting).key.priority();
         let from = self.running.partition_point(|&seq| self.seqs.data(seq).key.priority() > priority);
         let tenant = |at: usize| self.seqs.hot(self.running[at]).tenant;
-        let at = (from..self.running.len()).max_by_key(|&at| self.fair.counter(tenant(at)))?;
+        // A prompt that is being computed has cost something and brought nothing yet: it may go on.
+        let decodes = |&at: &usize| !self.seqs.hot(self.running[at]).prefilling;
+        let candidates = (from..self.running.len()).filter(decodes);
+        let at = candidates.max_by_key(|&at| self.fair.counter(tenant(at)))?;
         self.fair.must_yield(tenant(at), self.seqs.hot(waiting).tenant).then_some(at)
     }
 
-    /// There is no place for the first waiting sequence. If that is unfair, the next step makes one: in this one the
-    /// sequences of the batch have their rows.
+    /// There is no slot, block or token for the first waiting sequence. If that is unfair, the next step makes place: in
+    /// this one the sequences of the batch have their rows.
     pub(crate) fn note_blocked(&mut self, waiting: SeqIndex) {
-        self.must_yield = self.next_step.0.is_multiple_of(YIELD_INTERVAL) && self.unfair(waiting).is_some();
+        if self.fair.num_tenants() > 1
+            && let Some(at) = self.unfair(waiting)
+        {
+            let ahead = self.seqs.hot(self.running[at]).tenant;
+            self.num_owed_places = self.fair.places_owed(ahead, self.seqs.hot(waiting).tenant);
+        }
     }
 
-    /// Makes a place for the first waiting sequence, at the expense of tenants that are too far ahead.
-    pub(crate) fn yield_places(&mut self, pass: &mut Pass) {
+    /// Makes place for the first waiting sequence, at the expense of tenants that are too far ahead.
+    pub(crate) fn yield_places(&mut self, num_owed: u32, pass: &mut Pass) {
         let Some(waiting) = self.waiting.first(self.now, &self.fair) else { return };
         let needed = self.kv.peak_blocks(self.seqs.hot(waiting).num_tokens);
-        for _ in 0..MAX_YIELDED {
-            let pool = self.kv.pool();
-            if !self.free_slots.is_empty() && pool.num_available() + pool.num_quarantined() >= needed {
+        for num_yielded in 0..MAX_YIELDED {
+            let fits = self.kv.pool().num_available() + self.kv.pool().num_quarantined() >= needed;
+            if num_yielded >= num_owed && fits {
                 break;
             }
             let Some(at) = self.unfair(waiting) else { break };

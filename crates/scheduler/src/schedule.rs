@@ -60,8 +60,9 @@ impl Scheduler {
             prefill_tokens: 0,
             decode_tokens: 0,
         };
-        if std::mem::take(&mut self.must_yield) {
-            self.yield_places(&mut pass);
+        let num_owed = std::mem::take(&mut self.num_owed_places);
+        if num_owed > 0 {
+            self.yield_places(num_owed, &mut pass);
         }
         self.schedule_running(&mut pass, out);
         if !pass.starved && !pass.preempted {
@@ -234,6 +235,9 @@ impl Scheduler {
             }
             self.enter_batch(seq, pass, out, events);
         }
+        if let Some(seq) = self.waiting.first(self.now, &self.fair) {
+            self.note_blocked(seq);
+        }
     }
 
     /// Gives the first waiting sequence the blocks for its first row, if the whole of its tokens fits beside what was
@@ -335,7 +339,6 @@ impl Scheduler {
         });
         if !data.started {
             data.started = true;
-            self.fair.charge_prompt(hot.tenant, data.prompt_len() - hot.num_computed_tokens);
             data.usage.first_scheduled = self.now;
             let output = (data.params.max_tokens as usize).min(RESERVED_OUTPUT_TOKENS);
             data.generated.reserve(output);
@@ -370,8 +373,13 @@ impl Scheduler {
                 hot.prefilling = false;
                 self.num_prefilling -= 1;
             }
-            let index = hot.index;
-            let rows = self.seqs.data(seq).unreported_rows(index);
+            let (index, tenant) = (hot.index, hot.tenant);
+            let data = self.seqs.data_mut(seq);
+            // Not what was cached, nor what is computed again.
+            let fresh = data.num_charged_tokens.max(start)..end.min(data.prompt_len());
+            data.num_charged_tokens = fresh.end.max(data.num_charged_tokens);
+            self.fair.charge_prompt(tenant, fresh.len() as u32);
+            let rows = data.unreported_rows(index);
             if start < rows.end && rows.start < end && !rows.is_empty() {
                 logits = LogitRows::All;
             }

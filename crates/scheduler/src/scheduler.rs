@@ -96,8 +96,8 @@ pub struct Scheduler {
     pub(crate) num_queued: u32,
     pub(crate) waiting: WaitingQueue,
     pub(crate) fair: FairShare,
-    /// Somebody waits who was served far less than a tenant in the batch.
-    pub(crate) must_yield: bool,
+    /// Sequences that must leave the batch for somebody who was served far less.
+    pub(crate) num_owed_places: u32,
     pub(crate) num_followers: u32,
     /// Waiting sequences that hold blocks of their leader.
     pub(crate) num_parked: u32,
@@ -151,7 +151,7 @@ impl Scheduler {
             deadlines: BTreeSet::new(),
             num_queued: 0,
             waiting: WaitingQueue::default(),
-            must_yield: false,
+            num_owed_places: 0,
             fair: FairShare::new(config.fairness, limits.num_blocks),
             num_followers: 0,
             num_parked: 0,
@@ -298,6 +298,7 @@ impl Scheduler {
             table: BlockTable::default(),
             parked: false,
             num_reported_rows: 0,
+            num_charged_tokens: 0,
             usage: Usage { prompt_tokens: prompt_len, arrival: request.arrival, ..Usage::default() },
             started: false,
         });

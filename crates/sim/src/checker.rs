@@ -11,6 +11,9 @@ use crate::workload::Workload;
 /// Calls of `step` that a request may need beyond three for each token before it in the order.
 const STEP_ALLOWANCE: u64 = 30;
 
+/// How many times longer things may take among several tenants.
+const FAIRNESS_ALLOWANCE: u64 = 8;
+
 /// No run takes longer, in microseconds.
 const MAX_RUN_TIME: u64 = 20_000_000;
 
@@ -91,13 +94,17 @@ impl Checker {
             let partly_queued = client.continuations.iter().any(|c| !c.started && !c.finished);
             let many = client.continuations.len() > 1;
             if !fixed_order || precedes(&request, &client.request) || (many && partly_queued) {
-                client.bound += work;
+                client.bound += if self.num_tenants > 1 { FAIRNESS_ALLOWANCE * work } else { work };
             }
         }
         let continuations: Vec<_> = (0..request.params.n).map(|_| new()).collect();
         self.num_accepted += 1;
         self.num_live_continuations += request.params.n;
-        let bound = STEP_ALLOWANCE + work + before;
+        let mut bound = STEP_ALLOWANCE + work + before;
+        if self.num_tenants > 1 {
+            // Places change hands, and what loses its place computes its tokens anew.
+            bound *= FAIRNESS_ALLOWANCE;
+        }
         self.live.insert(request.id, Client { request, continuations, asked: Vec::new(), age: 0, bound });
     }
 
