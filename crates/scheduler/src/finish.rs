@@ -105,6 +105,10 @@ impl Scheduler {
             return;
         }
         let (id, deadline, started) = (entry.request.id, entry.request.deadline, entry.started);
+        let start_by = entry.start_by;
+        if let (Some(pacing), Some(start_by)) = (&mut self.pacing, start_by) {
+            pacing.dequeue(id, start_by);
+        }
         if let Some(deadline) = deadline {
             self.deadlines.remove(&(deadline, id));
         }
@@ -124,15 +128,22 @@ impl Scheduler {
         self.freed_slots.push(Slot(hot.slot));
         self.num_running -= 1;
         self.num_prefilling -= u32::from(hot.prefilling);
+        if !hot.prefilling {
+            self.decode_context -= u64::from(hot.num_computed_tokens);
+        }
         hot.prefilling = false;
     }
 
-    /// Ends the requests whose deadline has passed.
+    /// Ends the requests whose deadline has passed, and those that can no longer start in time.
     pub(crate) fn expire(&mut self, events: &mut Vec<SeqEvent>) {
         while let Some(&(deadline, id)) = self.deadlines.first()
             && deadline <= self.now
         {
             self.end_request(id, None, FinishReason::Deadline, events);
+        }
+        while let Some(id) = self.pacing.as_ref().and_then(|pacing| pacing.hopeless(self.now)) {
+            self.end_request(id, None, FinishReason::Rejected, events);
+            self.stats.num_rejected += 1;
         }
     }
 }

@@ -13,8 +13,8 @@
 //! * a sequence takes blocks only from those after it in the order, so the first one always advances;
 //! * of two tenants that always have something waiting, neither gets ahead by more than a request or two.
 //!
-//! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), then `policy` (the order), [`fair`] and
-//! `waiting` (who is next), `sequence` (the state), `block_pool`,
+//! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), then [`policy`] (the order), [`pacing`]
+//! (latency targets), [`fair`] and `waiting` (who is next), `sequence` (the state), `block_pool`,
 //! `prefix_cache`, `kv_cache` (the blocks), [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `preempt`,
 //! `fork` (continuations share a prompt), `update` (its results come back), `finish`, `check`.
 #![forbid(unsafe_code)]
@@ -27,7 +27,8 @@ pub mod fair;
 mod finish;
 mod fork;
 mod kv_cache;
-mod policy;
+pub mod pacing;
+pub mod policy;
 mod preempt;
 mod prefix_cache;
 mod schedule;
@@ -43,5 +44,7 @@ mod tests;
 pub use cost::{Calibration, CostModel, OnlineCostModel, StepShape};
 pub use event::{SeqEvent, SeqEventKind};
 pub use fair::FairnessConfig;
+pub use pacing::LatencyTargets;
+pub use policy::Policy;
 pub use scheduler::{Scheduler, SchedulerConfig};
 pub use stats::SchedulerStats;

@@ -9,6 +9,18 @@ use std::cmp::Reverse;
 
 use quire_core::{Micros, Request, RequestId, TenantId};
 
+use crate::pacing::LatencyTargets;
+
+/// In which order requests of one tenant and priority are served, and how their prompts are cut.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Policy {
+    /// By arrival; chunks as large as the step's budget allows.
+    #[default]
+    Fcfs,
+    /// By slack to latency targets; chunks as large as the targets allow; what cannot be done in time is refused.
+    DeadlineSlack(LatencyTargets),
+}
+
 /// Position in the order: smaller goes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct OrderKey {

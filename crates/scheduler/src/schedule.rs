@@ -6,6 +6,7 @@ use quire_core::{
     BlockCopy, GrownTable, LogitRows, Micros, NewSeq, Scheduled, SchedulerOutput, Slot, StepId, TokenId,
 };
 
+use crate::cost::StepShape;
 use crate::event::{SeqEvent, SeqEventKind};
 use crate::scheduler::{InFlightRow, InFlightStep, Scheduler};
 use crate::sequence::{SeqIndex, SeqState};
@@ -30,6 +31,10 @@ pub(crate) struct Pass {
     pub(crate) preempted: bool,
     prefill_tokens: u32,
     decode_tokens: u32,
+    /// All decodes, and the prompts that have their rows.
+    shape: StepShape,
+    /// How long prompts may make the step, in microseconds.
+    limit_us: f64,
 }
 
 impl Scheduler {
@@ -59,10 +64,16 @@ impl Scheduler {
             preempted: false,
             prefill_tokens: 0,
             decode_tokens: 0,
+            shape: StepShape::default(),
+            limit_us: f64::INFINITY,
         };
         let num_owed = std::mem::take(&mut self.num_owed_places);
         if num_owed > 0 {
             self.yield_places(num_owed, &mut pass);
+        }
+        pass.shape = self.decode_shape();
+        if let Some(pacing) = &self.pacing {
+            pass.limit_us = pacing.limit_us(&pass.shape);
         }
         self.schedule_running(&mut pass, out);
         if !pass.starved && !pass.preempted {
@@ -73,7 +84,8 @@ impl Scheduler {
     }
 
     fn close_step(&mut self, pass: Pass, out: &mut SchedulerOutput) {
-        let Pass { mut step, prefill_tokens, decode_tokens, .. } = pass;
+        let Pass { mut step, prefill_tokens, decode_tokens, shape, .. } = pass;
+        (step.shape, step.planned) = (shape, self.now);
         self.stats.prefill_tokens = prefill_tokens;
         self.stats.decode_tokens = decode_tokens;
         if out.scheduled.is_empty() {
@@ -108,7 +120,7 @@ impl Scheduler {
             let num_new_tokens = if prefilling {
                 // The first in order advances whatever the others need.
                 let room = pass.tokens.saturating_sub(pass.decodes_left).max(u32::from(at == 1));
-                hot.num_schedulable().min(room).min(self.config.max_prefill_chunk)
+                self.chunk(seq, room, pass)
             } else {
                 pass.decodes_left -= 1;
                 hot.num_schedulable()
@@ -157,6 +169,7 @@ impl Scheduler {
             });
             num_rows += 1;
         }
+        self.decode_context += u64::from(num_rows);
         pass.tokens -= num_rows;
         pass.decodes_left -= num_rows;
         pass.decode_tokens += num_rows;
@@ -225,6 +238,10 @@ impl Scheduler {
                 self.waiting.skip(tenant);
                 continue;
             }
+            // A chunk now, whatever part of the prompt will be found in the cache.
+            if self.chunk(seq, pass.tokens, pass) == 0 {
+                return;
+            }
             if !self.place(seq, pass, out) {
                 // Parked sequences may hold all there is; with nobody running nothing else would free it.
                 if self.num_parked == 0 || self.num_running > 0 || self.kv.pool().num_quarantined() > 0 {
@@ -287,7 +304,12 @@ impl Scheduler {
         let block_size = self.config.limits.block_size;
         hot.num_computed_tokens = hit.num_blocks * block_size;
         self.kv.take_hit(hit, &mut data.table);
-        let chunk = hot.num_schedulable().min(pass.tokens).min(self.config.max_prefill_chunk);
+        let max_chunk = hot.num_schedulable().min(pass.tokens).min(self.config.max_prefill_chunk);
+        let start = hot.num_computed_tokens;
+        let chunk = self
+            .pacing
+            .as_ref()
+            .map_or(max_chunk, |pacing| pacing.chunk(&pass.shape, pass.limit_us, start, max_chunk, true));
         for _ in hit.num_blocks..self.kv.blocks_for(hot.num_computed_tokens + chunk) {
             let block = self.kv.allocate();
             data.table.blocks.push(block);
@@ -347,18 +369,38 @@ impl Scheduler {
             let kind = SeqEventKind::Started { cached_tokens: data.usage.cached_tokens };
             events.push(SeqEvent { request: hot.request, index: hot.index, kind });
         }
-        let chunk = hot.num_schedulable().min(pass.tokens).min(self.config.max_prefill_chunk);
         let (key, entry) = (data.key, data.request);
+        let max_chunk = hot.num_schedulable().min(pass.tokens).min(self.config.max_prefill_chunk);
+        let start = hot.num_computed_tokens;
+        let chunk = self
+            .pacing
+            .as_ref()
+            .map_or(max_chunk, |pacing| pacing.chunk(&pass.shape, pass.limit_us, start, max_chunk, true));
         let at = self.running.partition_point(|&other| self.seqs.data(other).key < key);
         self.running.insert(at, seq);
         self.num_running += 1;
         self.num_prefilling += 1;
         let entry = self.entry_mut(entry);
         let first = !std::mem::replace(&mut entry.started, true);
+        let (id, start_by) = (entry.request.id, entry.start_by);
+        if let (Some(pacing), Some(start_by)) = (&mut self.pacing, start_by) {
+            pacing.dequeue(id, start_by);
+        }
         self.num_queued -= u32::from(first);
         self.push_row(seq, chunk, pass, out);
         pass.prefill_tokens += chunk;
         self.promise_blocks(seq, pass);
+    }
+
+    /// The longest row of a prompt for which there are tokens and time. 0: it waits.
+    fn chunk(&self, seq: SeqIndex, room: u32, pass: &Pass) -> u32 {
+        let hot = self.seqs.hot(seq);
+        let max_tokens = hot.num_schedulable().min(room).min(self.config.max_prefill_chunk);
+        let first = pass.prefill_tokens == 0;
+        let start = hot.num_computed_tokens;
+        self.pacing
+            .as_ref()
+            .map_or(max_tokens, |pacing| pacing.chunk(&pass.shape, pass.limit_us, start, max_tokens, first))
     }
 
     /// Adds the row, for which there are blocks, and moves the sequence past it.
@@ -369,9 +411,11 @@ impl Scheduler {
         let sample = end == hot.num_existing_tokens();
         let mut logits = if sample { LogitRows::Last } else { LogitRows::None };
         if hot.prefilling {
+            pass.shape.add_row(start, num_new_tokens);
             if sample {
                 hot.prefilling = false;
                 self.num_prefilling -= 1;
+                self.decode_context += u64::from(start);
             }
             let (index, tenant) = (hot.index, hot.tenant);
             let data = self.seqs.data_mut(seq);
@@ -386,6 +430,9 @@ impl Scheduler {
         }
         let hot = self.seqs.hot_mut(seq);
         let slot = Slot(hot.slot);
+        if !hot.prefilling {
+            self.decode_context += u64::from(num_new_tokens);
+        }
         hot.num_computed_tokens = end;
         hot.num_in_flight += u8::from(sample);
         pass.tokens -= num_new_tokens;

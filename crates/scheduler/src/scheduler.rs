@@ -8,10 +8,12 @@ use quire_core::{
     TenantShare, TokenId, Usage,
 };
 
+use crate::cost::StepShape;
 use crate::event::SeqEvent;
 use crate::fair::{FairShare, FairnessConfig};
 use crate::kv_cache::{BlockTable, KvCacheManager};
-use crate::policy::OrderKey;
+use crate::pacing::{Due, Pacing};
+use crate::policy::{OrderKey, Policy};
 use crate::sequence::{SeqIndex, SeqState, SequenceData, SequenceTable};
 use crate::stats::SchedulerStats;
 use crate::waiting::WaitingQueue;
@@ -34,6 +36,8 @@ pub struct SchedulerConfig {
     pub max_queued_requests: u32,
     /// How service is shared between tenants.
     pub fairness: FairnessConfig,
+    /// The order among requests of one tenant.
+    pub policy: Policy,
 }
 
 impl SchedulerConfig {
@@ -46,6 +50,7 @@ impl SchedulerConfig {
             max_prefill_chunk: u32::MAX,
             max_queued_requests: 1024,
             fairness: FairnessConfig::default(),
+            policy: Policy::Fcfs,
         }
     }
 }
@@ -59,6 +64,8 @@ pub(crate) struct RequestEntry {
     pub(crate) num_live: u32,
     /// Whether any continuation ever entered the batch.
     pub(crate) started: bool,
+    /// Latest start, where there are latency targets.
+    pub(crate) start_by: Option<Micros>,
 }
 
 /// One row of a step in flight.
@@ -78,6 +85,8 @@ pub(crate) struct InFlightRow {
 #[derive(Debug, Default)]
 pub(crate) struct InFlightStep {
     pub(crate) step: StepId,
+    pub(crate) planned: Micros,
+    pub(crate) shape: StepShape,
     pub(crate) rows: Vec<InFlightRow>,
 }
 
@@ -105,6 +114,9 @@ pub struct Scheduler {
     pub(crate) running: Vec<SeqIndex>,
     pub(crate) num_running: u32,
     pub(crate) num_prefilling: u32,
+    /// Tokens computed of all sequences that decode.
+    pub(crate) decode_context: u64,
+    pub(crate) pacing: Option<Pacing>,
     pub(crate) free_slots: Vec<Slot>,
     /// Slots that left the batch and that the executor has not been told about.
     pub(crate) freed_slots: Vec<Slot>,
@@ -158,11 +170,16 @@ impl Scheduler {
             running: Vec::with_capacity(slots),
             num_running: 0,
             num_prefilling: 0,
+            decode_context: 0,
+            pacing: match config.policy {
+                Policy::Fcfs => None,
+                Policy::DeadlineSlack(targets) => Some(Pacing::new(targets)),
+            },
             free_slots: (0..limits.max_num_seqs).rev().map(Slot).collect(),
             freed_slots: Vec::with_capacity(slots),
             in_flight: VecDeque::with_capacity(limits.max_steps_in_flight as usize),
             spare_steps: (0..limits.max_steps_in_flight)
-                .map(|_| InFlightStep { step: StepId(0), rows: Vec::with_capacity(slots) })
+                .map(|_| InFlightStep { rows: Vec::with_capacity(slots), ..InFlightStep::default() })
                 .collect(),
             next_step: StepId(1),
             copy_sources: Vec::new(),
@@ -187,6 +204,7 @@ impl Scheduler {
     /// [`RequestError::Invalid`] where `Request::validate` would have said so, or for an id already in use.
     pub fn add(&mut self, request: Request) -> Result<(), RequestError> {
         self.check_request(&request)?;
+        let due = self.check_latency(&request)?;
         let n = request.params.n;
         let entry = match self.vacant_requests.pop() {
             Some(entry) => entry,
@@ -195,14 +213,22 @@ impl Scheduler {
                 self.requests.len() as u32 - 1
             }
         };
-        let seqs: Vec<SeqIndex> = (0..n).map(|index| self.insert_sequence(&request, entry, index)).collect();
+        let seqs: Vec<SeqIndex> = {
+            let due = due.map_or(request.arrival, |due| due.start_by);
+            (0..n).map(|index| self.insert_sequence(&request, entry, index, due)).collect()
+        };
         self.enqueue(seqs[0]);
         self.num_followers += n - 1;
         if let Some(deadline) = request.deadline {
             self.deadlines.insert((deadline, request.id));
         }
+        if let (Some(pacing), Some(due)) = (&mut self.pacing, &due) {
+            pacing.enqueue(request.id, due);
+        }
         self.by_id.insert(request.id, entry);
-        self.requests[entry as usize] = Some(RequestEntry { request, seqs, num_live: n, started: false });
+        let start_by = due.map(|due| due.start_by);
+        self.requests[entry as usize] =
+            Some(RequestEntry { request, seqs, num_live: n, started: false, start_by });
         self.num_queued += 1;
         Ok(())
     }
@@ -237,6 +263,7 @@ impl Scheduler {
             kv_blocks_quarantined: pool.num_quarantined(),
             kv_usage: f64::from(pool.num_referenced()) / f64::from(pool.len()),
             num_evictions: self.kv.num_evictions(),
+            step_time_error_p90: self.pacing.as_ref().map_or(0.0, |pacing| pacing.model().error_p90()),
             ..self.stats
         }
     }
@@ -283,12 +310,43 @@ impl Scheduler {
         Ok(())
     }
 
-    fn insert_sequence(&mut self, request: &Request, entry: u32, index: u32) -> SeqIndex {
+    /// When the request is due. Under latency targets, one that cannot be served in time is refused.
+    fn check_latency(&self, request: &Request) -> Result<Option<Due>, RequestError> {
+        let Some(pacing) = &self.pacing else { return Ok(None) };
+        let due = pacing.due(request);
+        // The clock of the latest step; a request may have come in since.
+        let now = self.now.max(request.arrival);
+        if due.start_by < now {
+            return Err(RequestError::DeadlineExceeded);
+        }
+        let late = pacing.lateness(&due, now, &self.decode_shape());
+        if late > 0.0 {
+            return Err(RequestError::Overloaded {
+                queued: self.num_queued,
+                limit: self.config.max_queued_requests,
+                retry_after: Duration::from_secs_f64((late / 1e6).clamp(1.0, 60.0)),
+            });
+        }
+        Ok(Some(due))
+    }
+
+    /// What the decodes of the next step are.
+    pub(crate) fn decode_shape(&self) -> StepShape {
+        let num_decodes = self.num_running - self.num_prefilling;
+        StepShape {
+            num_rows: num_decodes,
+            num_tokens: num_decodes,
+            num_context_tokens: self.decode_context,
+            num_attended_pairs: 0.0,
+        }
+    }
+
+    fn insert_sequence(&mut self, request: &Request, entry: u32, index: u32, due: Micros) -> SeqIndex {
         let prompt_len = request.prompt.len() as u32;
         let tenant = self.fair.register(request.tenant);
         let seq = self.seqs.insert(SequenceData {
             request: entry,
-            key: OrderKey::new(request, index, tenant, request.arrival),
+            key: OrderKey::new(request, index, tenant, due),
             prompt: request.prompt.clone(),
             prompt_hashes: request.block_hashes.clone(),
             salt: request.salt,

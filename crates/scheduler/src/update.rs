@@ -17,6 +17,9 @@ impl Scheduler {
         assert_eq!(step.step, output.step, "steps are collected in order");
         self.now = now;
         self.kv.step_collected(step.step);
+        if let Some(pacing) = &mut self.pacing {
+            pacing.collected(&step.shape, step.planned, now);
+        }
         events.append(&mut self.ended);
         events.reserve(step.rows.len());
         if !output.prompt_logprobs.is_empty() {

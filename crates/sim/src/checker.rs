@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use quire_core::{FinishReason, ModelRunnerOutput, Request, RequestId, TokenId, Usage};
-use quire_scheduler::{SeqEvent, SeqEventKind};
+use quire_scheduler::{Policy, SeqEvent, SeqEventKind};
 
 use crate::oracle;
 use crate::workload::Workload;
@@ -56,6 +56,8 @@ pub(crate) struct Checker {
     num_tenants: usize,
     /// Who waited so long may overtake higher priorities.
     max_queue_age: u64,
+    /// With latency targets: nobody waits longer for the first place.
+    max_wait: Option<u64>,
     pub(crate) num_tokens: u64,
     pub(crate) num_accepted: u64,
     answers: Vec<Answer>,
@@ -69,6 +71,10 @@ impl Checker {
             vocab_size,
             num_tenants: workload.tenants.len(),
             max_queue_age: workload.config.fairness.max_queue_age,
+            max_wait: match workload.config.policy {
+                Policy::Fcfs => None,
+                Policy::DeadlineSlack(targets) => Some(targets.max_wait.0),
+            },
             ..Self::default()
         }
     }
@@ -89,7 +95,8 @@ impl Checker {
         // batch while continuations still wait for their leader.
         let before: u64 = self.live.values().map(|client| work_of(&client.request)).sum();
         // Between tenants, and among those who waited long, the order depends on what was served so far.
-        let fixed_order = self.num_tenants == 1 && self.max_queue_age > MAX_RUN_TIME;
+        let fixed_order =
+            self.num_tenants == 1 && self.max_queue_age > MAX_RUN_TIME && self.max_wait.is_none();
         for client in self.live.values_mut() {
             let partly_queued = client.continuations.iter().any(|c| !c.started && !c.finished);
             let many = client.continuations.len() > 1;
@@ -142,6 +149,10 @@ impl Checker {
             if client.request.deadline.is_some_and(|deadline| deadline.0 <= began) {
                 return Err(format!("request {id} outlives its deadline"));
             }
+            let waits = client.continuations.iter().all(|c| !c.started);
+            if self.max_wait.is_some_and(|max| waits && client.request.arrival.0 + max < began) {
+                return Err(format!("request {id} waits longer than promised"));
+            }
             if client.age > client.bound {
                 return Err(format!("request {id} starves: not done after {} steps", client.age));
             }
@@ -180,6 +191,9 @@ impl Checker {
                 Ok(())
             }
             SeqEventKind::Finished { reason, stop_token, usage } => {
+                if reason == FinishReason::Rejected && self.max_wait.is_none() {
+                    return Err("it was given up without latency targets".into());
+                }
                 check_reason(continuation, request, asked, event.index, reason, stop_token, now)?;
                 check_usage(continuation, request, &usage)?;
                 if event.index == 0 && reason != FinishReason::Error {
@@ -196,6 +210,9 @@ impl Checker {
     /// Whoever starts must precede all that never started; continuations wait for their leader, so they do not count.
     /// Between tenants only priorities count, and they only while no tenant may be held back by its share.
     fn check_nobody_was_overtaken(&self, began: u64, starter: &Request) -> Verdict {
+        if self.max_wait.is_some() {
+            return Ok(());
+        }
         let aged = began.saturating_sub(starter.arrival.0) >= self.max_queue_age;
         for client in self.live.values() {
             let request = &client.request;
@@ -297,6 +314,8 @@ fn check_reason(
             request.deadline.is_some_and(|deadline| deadline.0 <= now) && !continuation.stopped && !full
         }
         FinishReason::Error => false,
+        // Only what never started is given up for being late.
+        FinishReason::Rejected => !continuation.started,
     };
     if justified {
         return Ok(());

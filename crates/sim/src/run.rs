@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use quire_core::{Micros, Request, RequestError, RequestId};
 use quire_engine::EngineCore;
-use quire_scheduler::{SchedulerConfig, SchedulerStats};
+use quire_scheduler::{Policy, SchedulerConfig, SchedulerStats};
 
 use crate::checker::Checker;
 use crate::executor::{SharedWorld, SimExecutor, World, lock};
@@ -170,6 +170,11 @@ impl Run {
                 self.checker.accepted(request);
             }
             Err(RequestError::Overloaded { queued, limit, .. }) if queued >= limit => self.num_refused += 1,
+            Err(RequestError::Overloaded { .. } | RequestError::DeadlineExceeded)
+                if self.workload.config.policy != Policy::Fcfs =>
+            {
+                self.num_refused += 1;
+            }
             Err(error) => return Err(format!("request {} was refused: {error}", request.id)),
         }
         Ok(())

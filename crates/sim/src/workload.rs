@@ -7,7 +7,7 @@ use quire_core::{
     BlockHasher, CacheSalt, ExecutorLimits, FinishReason, Micros, Request, RequestId, SamplingParams,
     TenantId, TenantShare, TokenId,
 };
-use quire_scheduler::{FairnessConfig, SchedulerConfig};
+use quire_scheduler::{FairnessConfig, LatencyTargets, Policy, SchedulerConfig};
 
 use crate::executor::CostModel;
 use crate::rng::{Rng, mix};
@@ -78,12 +78,13 @@ impl Workload {
         // A stream of its own, so that what older seeds mean did not change when tenants came.
         let mut tenant_rng = Rng::new(mix(seed));
         let tenants = random_tenants(&mut tenant_rng);
-        config.fairness = random_fairness(&mut tenant_rng);
         let cost = CostModel {
             fixed: 50,
             per_token: u64::from(rng.range(0, 20)),
             per_seq: u64::from(rng.range(0, 10)),
         };
+        config.fairness = random_fairness(&mut tenant_rng);
+        config.policy = random_policy(&mut tenant_rng, cost);
         let vocab_size = config.limits.vocab_size;
         let prefixes =
             (0..rng.range(1, 3)).map(|_| random_tokens(&mut rng, max_request_tokens, vocab_size)).collect();
@@ -252,4 +253,26 @@ fn random_fairness(rng: &mut Rng) -> FairnessConfig {
         max_queue_age: *rng.pick(&[300, 5000, 30_000_000, 30_000_000]),
         ..FairnessConfig::default()
     }
+}
+
+/// Latency targets in a third of the runs; the scheduler's idea of what steps cost may be far off.
+fn random_policy(rng: &mut Rng, cost: CostModel) -> Policy {
+    if !rng.one_in(3) {
+        return Policy::Fcfs;
+    }
+    let wrong = *rng.pick(&[1.0, 1.0, 0.1, 10.0]);
+    let model = quire_scheduler::CostModel {
+        fixed: wrong * cost.fixed as f64,
+        per_row: wrong * cost.per_seq as f64,
+        weights: 0.0,
+        per_token: wrong * cost.per_token as f64,
+        per_context_token: 0.0,
+        per_attention: 0.0,
+    };
+    Policy::DeadlineSlack(LatencyTargets {
+        ttft: Micros(u64::from(rng.range(500, 20_000))),
+        itl: Micros(u64::from(rng.range(60, 1000))),
+        max_wait: Micros(u64::from(rng.range(2000, 100_000))),
+        ..LatencyTargets::new(model)
+    })
 }
