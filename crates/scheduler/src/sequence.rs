@@ -175,6 +175,8 @@ pub(crate) struct SequenceData {
     pub(crate) parked: bool,
     /// Rows of the prompt whose log-probabilities were reported.
     pub(crate) num_reported_rows: u32,
+    /// Prompt tokens that were computed once, or found; its tenant has paid for them.
+    pub(crate) num_charged_tokens: u32,
     pub(crate) usage: Usage,
     /// Whether it was ever in the batch.
     pub(crate) started: bool,

@@ -18,6 +18,9 @@ impl Scheduler {
         self.now = now;
         self.kv.advance(now);
         self.kv.step_collected(step.step);
+        if let Some(pacing) = &mut self.pacing {
+            pacing.collected(&step.shape, step.planned, now);
+        }
         events.append(&mut self.ended);
         events.reserve(step.rows.len());
         if !output.prompt_logprobs.is_empty() {
@@ -68,6 +71,7 @@ impl Scheduler {
             }
             let Some(hot) = self.seqs.take_in_place(row, token) else { return at };
             assert_eq!(answer.slot, row.slot, "rows are answered in the order of `scheduled`");
+            self.fair.charge_output_token(hot.tenant);
             let kind = SeqEventKind::Tokens { row: first_out_row + at as u32, num_tokens: 1 };
             events.push(SeqEvent { request: hot.request, index: hot.index, kind });
         }
@@ -143,6 +147,7 @@ impl Scheduler {
         hot.num_in_flight -= 1;
         let full = hot.num_tokens >= hot.max_total_tokens;
         let first = !std::mem::replace(&mut hot.has_output, true);
+        self.fair.charge_output_token(hot.tenant);
         let kind = SeqEventKind::Tokens { row: out_row, num_tokens: 1 };
         events.push(SeqEvent { request: hot.request, index: hot.index, kind });
         if first {

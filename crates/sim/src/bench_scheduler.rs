@@ -69,6 +69,12 @@ pub fn run(config: &BenchConfig) -> Vec<BenchRow> {
             target: 2.0,
         });
     }
+    rows.push(BenchRow {
+        name: "fair_decision_us/10000".into(),
+        value: fair_decision(config.num_prompts),
+        unit: "us",
+        target: 1.0,
+    });
     for (name, len, targets) in
         [("16k", 16_384, [150.0, 60.0, 5.0, 10.0]), ("131k", 131_072, [1350.0, 540.0, 45.0, 90.0])]
     {
@@ -157,6 +163,13 @@ impl Rig {
         }
     }
 
+    /// The same scheduler, empty, with a longer queue.
+    fn with_queue(&self, max_queued_requests: u32) -> Scheduler {
+        let mut config = SchedulerConfig::new(self.scheduler.limits().clone(), self.hasher);
+        config.max_queued_requests = max_queued_requests;
+        Scheduler::new(config)
+    }
+
     /// A batch of `num_seqs` sequences that decode, with room for `num_steps` steps more.
     pub fn steady(num_seqs: u32, num_steps: u32) -> Self {
         let warm_up = 2 * BLOCK_SIZE;
@@ -232,6 +245,30 @@ fn steady_steps(num_seqs: u32, num_steps: u32) -> Vec<f64> {
     (0..num_steps).map(step).collect()
 }
 
+/// Microseconds that an admission takes longer with 10,000 waiting tenants than with one.
+fn fair_decision(num_steps: u32) -> f64 {
+    const NUM_TENANTS: u32 = 10_000;
+    const NUM_PLACES: u32 = 64;
+    let clock = CpuClock::new();
+    let [one, many] = [1, NUM_TENANTS].map(|num_tenants| {
+        let mut rig = Rig::new(NUM_PLACES, 32);
+        rig.scheduler = rig.with_queue(NUM_TENANTS + NUM_PLACES * num_steps);
+        for at in 0..NUM_TENANTS + NUM_PLACES * num_steps {
+            let mut request = rig.request((0..8).collect(), 1);
+            request.tenant = TenantId(at % num_tenants);
+            rig.scheduler.add(request).expect("the queue has room for it");
+        }
+        let step = |_| {
+            let cost = clock.time(|| rig.schedule());
+            rig.answer();
+            rig.update();
+            cost / f64::from(NUM_PLACES)
+        };
+        quantile(&mut (0..num_steps).map(step).collect::<Vec<_>>(), 0.5)
+    });
+    many - one
+}
+
 /// Microseconds of: hashing a prompt, admitting it to an empty cache (its first and only chunk, and making its blocks
 /// known), admitting it again when all is cached, and freeing it.
 fn prompt_costs(len: u32, num_prompts: u32) -> [Vec<f64>; 4] {
@@ -269,7 +306,7 @@ mod tests {
     fn every_row_of_the_table_is_there_once_and_positive() {
         let config = BenchConfig { num_steps: 40, num_prompts: 2, batches: &[(32, 1.0), (256, 5.0)] };
         let rows = run(&config);
-        assert_eq!(rows.len(), 2 * 2 + 2 * 4);
+        assert_eq!(rows.len(), 2 * 2 + 1 + 2 * 4);
         let mut names: Vec<_> = rows.iter().map(|row| row.name.as_str()).collect();
         assert!(names.contains(&"step_us/256") && names.contains(&"prompt_16k_hash_us"));
         names.sort_unstable();
@@ -277,7 +314,7 @@ mod tests {
         assert_eq!(names.len(), rows.len());
         for row in &rows {
             println!("{:24} {:10.2} {} (target {})", row.name, row.value, row.unit, row.target);
-            assert!(row.value.is_finite() && row.value >= 0.0);
+            assert!(row.value.is_finite() && (row.value >= 0.0 || row.name.starts_with("fair")));
         }
     }
 }
