@@ -111,6 +111,7 @@ impl BlockPool {
         block.place = Place::Referenced;
         block.cached = false;
         block.uses = 1;
+        block.class = 0;
         Some((id, evicted))
     }
 
@@ -132,6 +133,11 @@ impl BlockPool {
     /// Requests that used the content of `block`, at most 255.
     pub(crate) fn uses(&self, block: BlockId) -> u8 {
         self.blocks[block.0 as usize].uses
+    }
+
+    /// The class of the latest release of `block`; 0 before the first.
+    pub(crate) fn class(&self, block: BlockId) -> u8 {
+        self.blocks[block.0 as usize].class
     }
 
     /// Whether `block` is in one table only and its content is cached: the next release makes it idle.

@@ -3,7 +3,7 @@
 //! There is one KV group today. With a sliding window of `w` tokens, the row at position `p` sees positions
 //! `p - w + 1 ..= p`; blocks wholly below are given back and their table entries turn stale.
 
-use quire_core::{BlockHash, BlockId, Micros, StepId};
+use quire_core::{BlockCopy, BlockHash, BlockId, Micros, StepId};
 
 use crate::block_pool::BlockPool;
 use crate::duel::Duel;
@@ -211,6 +211,23 @@ impl KvCacheManager {
         }
     }
 
+    /// Appends a copy of the cached block with this address, for writing; the caller has checked that two blocks are
+    /// available. The copy's source is referenced until the caller releases it. `None`: it is not cached.
+    pub(crate) fn copy_cached(
+        &mut self,
+        hash: Option<BlockHash>,
+        table: &mut BlockTable,
+    ) -> Option<BlockCopy> {
+        if !self.caching || self.has_window() {
+            return None;
+        }
+        let src = self.cache.get(hash?)?;
+        self.pool.acquire(src);
+        let dst = self.allocate();
+        table.blocks.push(dst);
+        Some(BlockCopy { group: 0, src, dst })
+    }
+
     /// Shares the first `num_blocks` blocks of `from`, of which those from `first_live` on must be live there.
     pub(crate) fn share(&mut self, from: &[BlockId], first_live: u32, table: &mut BlockTable) {
         debug_assert!(table.blocks.is_empty());
@@ -236,9 +253,9 @@ impl KvCacheManager {
         block
     }
 
-    /// One table fewer holds `block`, for which no request was admitted.
+    /// One reference fewer to `block`, for another reason than the end of its request: nothing is learned.
     pub(crate) fn release(&mut self, block: BlockId) {
-        self.release_after(block, Visit::default(), 0, 0, Deeper::default());
+        self.pool.release(block, self.pool.class(block), self.now);
     }
 
     /// Gives back all blocks after a prompt of `prompt_tokens` and an answer of `output_tokens`; last first, because the

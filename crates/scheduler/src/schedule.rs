@@ -268,7 +268,7 @@ impl Scheduler {
         if self.seqs.data(seq).parked {
             self.place_fork(seq, room, out)
         } else {
-            self.place_prompt(seq, room, pass)
+            self.place_prompt(seq, room, pass, out)
         }
     }
 
@@ -291,7 +291,7 @@ impl Scheduler {
         true
     }
 
-    fn place_prompt(&mut self, seq: SeqIndex, room: u32, pass: &Pass) -> bool {
+    fn place_prompt(&mut self, seq: SeqIndex, room: u32, pass: &Pass, out: &mut SchedulerOutput) -> bool {
         let (hot, data) = self.seqs.both_mut(seq);
         // The last known token is always computed, since its row gives the next one; so is every row whose
         // log-probabilities are wanted.
@@ -299,20 +299,31 @@ impl Scheduler {
         let limit = if unreported.is_empty() { hot.num_tokens - 1 } else { unreported.start };
         let hit = self.kv.lookup(data.hashes(), limit);
         let whole = self.kv.peak_blocks(hot.num_tokens);
-        if (whole + hit.num_idle).saturating_sub(hit.num_blocks - hit.first_live) > room {
+        let needed = (whole + hit.num_idle).saturating_sub(hit.num_blocks - hit.first_live);
+        if needed > room {
             return false;
         }
         let block_size = self.config.limits.block_size;
         hot.num_computed_tokens = hit.num_blocks * block_size;
         self.kv.take_hit(hit, &mut data.table);
         data.table.visit = self.kv.visit(data.hashes(), hot.num_tokens, hit);
+        // All is cached but for the rule that the last token is computed: it is, into a copy of the last block.
+        if hot.num_computed_tokens + block_size == hot.num_tokens
+            && limit + 1 == hot.num_tokens
+            && needed < room
+            && let Some(copy) = self.kv.copy_cached(data.hash(hit.num_blocks as usize), &mut data.table)
+        {
+            out.block_copies.push(copy);
+            self.copy_sources.push(copy.src);
+            hot.num_computed_tokens = limit;
+        }
         let max_chunk = hot.num_schedulable().min(pass.tokens).min(self.config.max_prefill_chunk);
         let start = hot.num_computed_tokens;
         let chunk = self
             .pacing
             .as_ref()
             .map_or(max_chunk, |pacing| pacing.chunk(&pass.shape, pass.limit_us, start, max_chunk, true));
-        for _ in hit.num_blocks..self.kv.blocks_for(hot.num_computed_tokens + chunk) {
+        for _ in data.table.blocks.len() as u32..self.kv.blocks_for(hot.num_computed_tokens + chunk) {
             let block = self.kv.allocate();
             data.table.blocks.push(block);
         }
