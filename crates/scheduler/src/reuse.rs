@@ -31,6 +31,8 @@ const SHAPE_PRIOR: f64 = 1000.0;
 const BASELINE_PRIOR: f64 = 50.0;
 /// Observations between two recomputations of one class's indices.
 const REFRESH_INTERVAL: u32 = 128;
+/// Reuses after which what was seen counts half, so that traffic may change.
+const MEMORY: f64 = 200_000.0;
 /// How much longer than its last edge the last age is taken to be, in seconds.
 const LAST_WIDTH: f64 = 1000.0;
 
@@ -85,6 +87,13 @@ struct Tally {
     expected: f64,
 }
 
+impl Tally {
+    fn halve(&mut self) {
+        self.seen *= 0.5;
+        self.expected *= 0.5;
+    }
+}
+
 /// See the page above.
 #[derive(Debug)]
 pub(crate) struct ReuseModel {
@@ -104,6 +113,8 @@ pub(crate) struct ReuseModel {
     /// The product of factors that each class stands for.
     class_factor: [f64; NUM_CLASSES],
     indices: Box<[[f64; NUM_AGES]; NUM_CLASSES]>,
+    /// Reuses in the tallies.
+    num_reuses: f64,
     until_refresh: u32,
     next_refresh: usize,
 }
@@ -146,6 +157,7 @@ impl ReuseModel {
             class_edges,
             class_factor,
             indices: Box::default(),
+            num_reuses: 0.0,
             until_refresh: REFRESH_INTERVAL,
             next_refresh: 0,
         };
@@ -217,6 +229,13 @@ impl ReuseModel {
             }
             self.baseline[age].seen += seen;
             self.baseline[age].expected += seconds * product;
+        }
+        self.num_reuses += seen;
+        if self.num_reuses >= MEMORY {
+            self.num_reuses *= 0.5;
+            self.factors.as_flattened_mut().iter_mut().for_each(Tally::halve);
+            self.baseline.iter_mut().for_each(Tally::halve);
+            self.classes.as_flattened_mut().iter_mut().for_each(Tally::halve);
         }
         self.until_refresh -= 1;
         if self.until_refresh == 0 {
@@ -313,6 +332,24 @@ mod tests {
         assert!(model.index(good, back) > 1.2 * model.index(good, 0), "closer is better");
         assert!(model.index(good, back) > 5.0 * model.index(good, back + 2), "late is too late");
         assert!(model.index(good, 0) > 5.0 * model.index(bad, 0));
+    }
+
+    #[test]
+    fn old_traffic_is_forgotten() {
+        let mut model = ReuseModel::new();
+        let levels = Levels::default();
+        let index = |model: &ReuseModel| model.index(model.class(levels, 1), 0);
+        let before = index(&model);
+        for _ in 0..400_000 {
+            model.reused(levels, model.class(levels, 1), 0, 1_000_000);
+        }
+        let busy = index(&model);
+        assert!(busy > 2.0 * before, "{before} and {busy}");
+        assert!(model.num_reuses < MEMORY);
+        for _ in 0..400_000 {
+            model.stayed(levels, model.class(levels, 1), 0);
+        }
+        assert!(index(&model) < 0.5 * busy);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use quire_scheduler::{
     StepShape,
 };
 
-use crate::rng::mix;
+use crate::replay::address;
 use crate::serve_report::{ServeReport, Served};
 use crate::trace::{TRACE_BLOCK_SIZE, TraceRequest};
 
@@ -212,11 +212,8 @@ fn addresses(request: &TraceRequest) -> Arc<[BlockHash]> {
         return Arc::from([]);
     }
     let num_full = request.input_tokens / BLOCK_SIZE;
-    let address = |at: u64| {
-        let part = request.blocks[(at / PARTS) as usize].wrapping_mul(PARTS) + at % PARTS;
-        BlockHash(u128::from(mix(part)) << 64 | u128::from(mix(!part)))
-    };
-    (0..u64::from(num_full)).map(address).collect()
+    let part = |at: u64| request.blocks[(at / PARTS) as usize].wrapping_mul(PARTS) + at % PARTS;
+    (0..u64::from(num_full)).map(|at| address(part(at))).collect()
 }
 
 /// Computes nothing, in the time that the cost model says.
