@@ -121,11 +121,12 @@ pub struct ServerArgs {
     /// with a password better in QUIRE_QUOTA_STORE
     #[arg(long, value_name = "STORE", default_value = "memory", help_heading = "Server")]
     pub quota_store: String,
-    /// Goal for the time to the first token.
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, hide = true)]
+    /// Goal for the time to the first token, such as 2s: requests go by what is due first, and what cannot be in time
+    /// is refused with 429 at once [with --itl-target; default: by arrival]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, help_heading = "Batching")]
     pub ttft_target: Option<Duration>,
-    /// Goal for the time between tokens.
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, hide = true)]
+    /// Goal for the time between tokens, such as 50ms: prompts are computed in pieces that keep to it
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, help_heading = "Batching")]
     pub itl_target: Option<Duration>,
     /// Certificate chain (PEM).
     #[arg(long, value_name = "FILE", hide = true)]

@@ -25,6 +25,7 @@ mod run;
 mod serve;
 mod signals;
 mod sim_cmd;
+mod targets;
 mod tenants;
 pub mod units;
 

@@ -22,6 +22,7 @@ use crate::loading::{self, Loaded};
 use crate::metrics::{self, MetricsPage};
 use crate::model::ModelSource;
 use crate::signals::Signals;
+use crate::targets::Targets;
 use crate::tenants;
 use crate::{Failure, Result, machine};
 
@@ -44,6 +45,7 @@ const MAX_GRPC_STREAMS: u32 = 1024;
 pub(crate) fn serve(args: &ServeArgs, out: &mut impl Write) -> Result<()> {
     let start = Instant::now();
     check_server(&args.server)?;
+    Targets::of(&args.server)?;
     let source = ModelSource::resolve(args.engine.model.as_deref())?;
     let name = args.server.served_model_name.clone().unwrap_or_else(|| source.default_name());
     let page = metrics::install(args.server.metrics_compat)?;
@@ -79,7 +81,8 @@ impl Server<'_> {
     async fn run(mut self, source: ModelSource, out: &mut impl Write) -> Result<()> {
         tracing::info!(http = %self.fronts.http_address, grpc = %self.fronts.grpc_address, model = self.name, "loading");
         let (args, name) = (self.args.engine.clone(), self.name.clone());
-        let load = move || loading::load(&args, source, &name, &Handle::current());
+        let targets = Targets::of(&self.args.server)?;
+        let load = move || loading::load(&args, targets, source, &name, &Handle::current());
         let mut load = tokio::task::spawn_blocking(load);
         let loaded = tokio::select! {
             loaded = &mut load => loaded.map_err(|panic| Failure(format!("loading failed: {panic}")))??,

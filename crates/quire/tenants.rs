@@ -52,6 +52,7 @@ pub(crate) async fn follow_shares(tenancy: Tenancy, engine: EngineClient) {
 }
 
 /// The one place where weights and shares of the KV pool reach the engine.
-fn set_tenants(_engine: &EngineClient, shares: &[TenantShare]) {
+fn set_tenants(engine: &EngineClient, shares: &[TenantShare]) {
     tracing::debug!(tenants = shares.len(), "shares of the engine");
+    engine.set_tenants(shares);
 }
