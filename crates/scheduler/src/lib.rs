@@ -15,10 +15,11 @@
 //!
 //! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), then [`policy`] (the order), [`pacing`]
 //! (latency targets), [`fair`] and `waiting` (who is next), `sequence` (the state), `block_pool`,
-//! `prefix_cache`, `kv_cache` (the blocks), [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `preempt`,
+//! `prefix_cache`, `kv_cache` (the blocks), [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `admit`, `preempt`,
 //! `fork` (continuations share a prompt), `update` (its results come back), `finish`, `check`.
 #![forbid(unsafe_code)]
 
+mod admit;
 mod block_pool;
 mod check;
 pub mod cost;

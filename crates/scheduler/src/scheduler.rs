@@ -125,6 +125,8 @@ pub struct Scheduler {
     pub(crate) next_step: StepId,
     /// Sources of this step's block copies, released once the step counts as in flight.
     pub(crate) copy_sources: Vec<BlockId>,
+    /// Sequences of the batch whose prompts this step has put off until the decodes have their rows.
+    pub(crate) prompts: Vec<SeqIndex>,
     /// Events of `finish`, delivered by the next `schedule` or `update`.
     pub(crate) ended: Vec<SeqEvent>,
     pub(crate) now: Micros,
@@ -183,6 +185,7 @@ impl Scheduler {
                 .collect(),
             next_step: StepId(1),
             copy_sources: Vec::new(),
+            prompts: Vec::new(),
             ended: Vec::new(),
             now: Micros(0),
             stats: SchedulerStats::default(),
