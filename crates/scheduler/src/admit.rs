@@ -232,9 +232,9 @@ impl Scheduler {
         self.num_prefilling += 1;
         let entry = self.entry_mut(entry);
         let first = !std::mem::replace(&mut entry.started, true);
-        let (id, start_by) = (entry.request.id, entry.start_by);
-        if let (Some(pacing), Some(start_by)) = (&mut self.pacing, start_by) {
-            pacing.dequeue(id, start_by);
+        let (id, due) = (entry.request.id, entry.due);
+        if let (Some(pacing), Some(due)) = (&mut self.pacing, &due) {
+            pacing.dequeue(id, due);
         }
         self.num_queued -= u32::from(first);
         self.push_row(seq, chunk, pass, out);

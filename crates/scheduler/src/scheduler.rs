@@ -64,8 +64,8 @@ pub(crate) struct RequestEntry {
     pub(crate) num_live: u32,
     /// Whether any continuation ever entered the batch.
     pub(crate) started: bool,
-    /// Latest start, where there are latency targets.
-    pub(crate) start_by: Option<Micros>,
+    /// When its first token is due, where there are latency targets.
+    pub(crate) due: Option<Due>,
 }
 
 /// One row of a step in flight.
@@ -217,7 +217,7 @@ impl Scheduler {
             }
         };
         let seqs: Vec<SeqIndex> = {
-            let due = due.map_or(request.arrival, |due| due.start_by);
+            let due = due.map_or(request.arrival, |due| due.first_token);
             (0..n).map(|index| self.insert_sequence(&request, entry, index, due)).collect()
         };
         self.enqueue(seqs[0]);
@@ -229,9 +229,8 @@ impl Scheduler {
             pacing.enqueue(request.id, due);
         }
         self.by_id.insert(request.id, entry);
-        let start_by = due.map(|due| due.start_by);
         self.requests[entry as usize] =
-            Some(RequestEntry { request, seqs, num_live: n, started: false, start_by });
+            Some(RequestEntry { request, seqs, num_live: n, started: false, due });
         self.num_queued += 1;
         Ok(())
     }
@@ -314,15 +313,17 @@ impl Scheduler {
     }
 
     /// When the request is due. Under latency targets, one that cannot be served in time is refused.
-    fn check_latency(&self, request: &Request) -> Result<Option<Due>, RequestError> {
-        let Some(pacing) = &self.pacing else { return Ok(None) };
+    fn check_latency(&mut self, request: &Request) -> Result<Option<Due>, RequestError> {
+        let decodes = self.decode_shape();
+        let Some(pacing) = &mut self.pacing else { return Ok(None) };
         let due = pacing.due(request);
+        pacing.arrived(&due);
         // The clock of the latest step; a request may have come in since.
         let now = self.now.max(request.arrival);
         if due.start_by < now {
             return Err(RequestError::DeadlineExceeded);
         }
-        let late = pacing.lateness(&due, now, &self.decode_shape());
+        let late = pacing.lateness(&due, now, &decodes);
         if late > 0.0 {
             return Err(RequestError::Overloaded {
                 queued: self.num_queued,
