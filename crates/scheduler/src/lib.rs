@@ -13,10 +13,11 @@
 //! * a sequence takes blocks only from those after it in the order, so the first one always advances;
 //! * of two tenants that always have something waiting, neither gets ahead by more than a request or two.
 //!
-//! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), then [`policy`] (the order), [`pacing`]
-//! (latency targets), [`fair`] and `waiting` (who is next), `sequence` (the state), `block_pool`,
-//! `prefix_cache`, `kv_cache` (the blocks), [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `admit`, `preempt`,
-//! `fork` (continuations share a prompt), `update` (its results come back), `finish`, `check`.
+//! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), [`policy`] (the order), [`pacing`] (latency
+//! targets), [`fair`] and `waiting` (who is next), `sequence` and `sequence_table` (the state), `block_pool`,
+//! `prefix_cache`, `kv_cache` (the blocks), [`scheduler`] (the parts and the way in), `schedule` (a step goes out),
+//! `admit` (prompts in it), `preempt` (who makes room), `fork` (continuations share a prompt), `update` (its results
+//! come back), `finish`, `check`.
 #![forbid(unsafe_code)]
 
 mod admit;
@@ -35,10 +36,13 @@ mod prefix_cache;
 mod schedule;
 pub mod scheduler;
 mod sequence;
+mod sequence_table;
 pub mod stats;
 mod update;
 mod waiting;
 
+#[cfg(test)]
+mod policy_tests;
 #[cfg(test)]
 mod tests;
 

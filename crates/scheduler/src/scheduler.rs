@@ -14,7 +14,8 @@ use crate::fair::{FairShare, FairnessConfig};
 use crate::kv_cache::{BlockTable, KvCacheManager};
 use crate::pacing::{Due, Pacing};
 use crate::policy::{OrderKey, Policy};
-use crate::sequence::{SeqIndex, SeqState, SequenceData, SequenceTable};
+use crate::sequence::{SeqIndex, SeqState, SequenceData};
+use crate::sequence_table::SequenceTable;
 use crate::stats::SchedulerStats;
 use crate::waiting::WaitingQueue;
 
