@@ -265,6 +265,10 @@ families! {
     REQUEST_NUM_PREEMPTIONS = family(
         "quire_request_num_preemptions", Histogram(PREEMPTIONS), "Times a sequence lost its KV blocks.",
     ).aliases(alias!("vllm:request_num_preemptions", PREEMPTIONS));
+    STEP_TIME_ERROR = family(
+        "quire_step_time_error_ratio", Gauge,
+        "Relative error of predicted step times that nine in ten steps stay below; 0 without latency targets.",
+    );
     STEP_TOKENS_COMPUTED = family(
         "quire_step_tokens", Histogram(STEP_TOKENS), "Tokens computed in one engine step.",
     ).aliases(alias!("vllm:iteration_tokens_total", STEP_TOKENS));

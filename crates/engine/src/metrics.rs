@@ -401,6 +401,7 @@ struct StepMetrics {
     prefill: Histogram,
     decode: Histogram,
     mixed: Histogram,
+    time_error: Gauge,
 }
 
 impl StepMetrics {
@@ -411,6 +412,7 @@ impl StepMetrics {
             prefill: duration("prefill"),
             decode: duration("decode"),
             mixed: duration("mixed"),
+            time_error: labels.gauge(names::STEP_TIME_ERROR, &[]),
         }
     }
 
@@ -426,6 +428,7 @@ impl StepMetrics {
             _ => &self.decode,
         };
         duration.record(stats.duration_us as f64 / 1e6);
+        self.time_error.set(stats.scheduler.step_time_error_p90);
     }
 }
 

@@ -105,9 +105,9 @@ impl Scheduler {
             return;
         }
         let (id, deadline, started) = (entry.request.id, entry.request.deadline, entry.started);
-        let start_by = entry.start_by;
-        if let (Some(pacing), Some(start_by)) = (&mut self.pacing, start_by) {
-            pacing.dequeue(id, start_by);
+        let due = entry.due;
+        if let (Some(pacing), Some(due)) = (&mut self.pacing, &due) {
+            pacing.dequeue(id, due);
         }
         if let Some(deadline) = deadline {
             self.deadlines.remove(&(deadline, id));

@@ -13,13 +13,15 @@
 //! * a sequence takes blocks only from those after it in the order, so the first one always advances;
 //! * of two tenants that always have something waiting, neither gets ahead by more than a request or two.
 //!
-//! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), then [`policy`] (the order), [`pacing`]
-//! (latency targets), [`fair`] and `waiting` (who is next), `sequence` (the state), `block_pool`, `prefix_cache`,
-//! `kv_cache` (the blocks), `reuse`, `history`, `duel`, `eviction` (which of them to keep), [`cache_replay`],
-//! [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `preempt`, `fork` (continuations share a
-//! prompt), `update` (its results come back), `finish`, `check`.
+//! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), [`policy`] (the order), [`pacing`] (latency
+//! targets), [`fair`] and `waiting` (who is next), `sequence` and `sequence_table` (the state), `block_pool`,
+//! `prefix_cache`, `kv_cache` (the blocks), `reuse`, `history`, `duel`, `eviction` (which of them to keep),
+//! [`cache_replay`], [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `admit` (prompts in it),
+//! `preempt` (who makes room), `fork` (continuations share a prompt), `update` (its results come back), `finish`,
+//! `check`.
 #![forbid(unsafe_code)]
 
+mod admit;
 mod block_pool;
 pub mod cache_replay;
 mod check;
@@ -40,10 +42,13 @@ mod reuse;
 mod schedule;
 pub mod scheduler;
 mod sequence;
+mod sequence_table;
 pub mod stats;
 mod update;
 mod waiting;
 
+#[cfg(test)]
+mod policy_tests;
 #[cfg(test)]
 mod tests;
 

@@ -14,21 +14,29 @@ impl Scheduler {
     pub(crate) fn make_room(&mut self, seq: SeqIndex, needed: u32, pass: &mut Pass) {
         self.release_parked();
         while self.kv.pool().num_available() + self.kv.pool().num_quarantined() < needed {
-            match self.victim(pass.next) {
+            match self.victim(pass) {
                 Some(at) => self.preempt(at, pass),
                 None => break,
             }
         }
         debug_assert_eq!(self.running[pass.next - 1], seq);
-        pass.starved = self.kv.pool().num_available() < needed;
+        pass.starved = (self.kv.pool().num_available() < needed).then_some(seq);
     }
 
     /// Among the sequences from place `from` on: of the lowest priority, of the tenant that was served most, the last.
-    fn victim(&self, from: usize) -> Option<usize> {
+    fn victim(&self, pass: &Pass) -> Option<usize> {
+        let from = pass.next;
         let lowest = self.seqs.data(*self.running.get(from..)?.last()?).key.priority();
         let of_lowest = self.running.partition_point(|&seq| self.seqs.data(seq).key.priority() > lowest);
         let counter = |&at: &usize| self.fair.counter(self.seqs.hot(self.running[at]).tenant);
-        (of_lowest.max(from)..self.running.len()).max_by_key(counter)
+        let candidates = (of_lowest.max(from)..self.running.len()).filter(|&at| self.may_lose(at, pass));
+        candidates.max_by_key(counter)
+    }
+
+    /// Whether the sequence at this place, after the one in turn, has no row in this step yet.
+    fn may_lose(&self, at: usize, pass: &Pass) -> bool {
+        let seq = self.running[at];
+        !pass.prompts || self.seqs.hot(seq).prefilling || pass.step.rows.iter().all(|row| row.seq != seq)
     }
 
     /// Keeps a tenant within its share of the blocks, at the expense of its own sequences after this one. False: it has
@@ -36,9 +44,10 @@ impl Scheduler {
     pub(crate) fn keep_share(&mut self, seq: SeqIndex, needed: u32, pass: &mut Pass) -> bool {
         let tenant = self.seqs.hot(seq).tenant;
         while self.fair.is_over_share(tenant, needed, self.fair.num_running(tenant) - 1) {
-            let after = &self.running[pass.next..];
-            match after.iter().rposition(|&other| self.seqs.hot(other).tenant == tenant) {
-                Some(at) => self.preempt(pass.next + at, pass),
+            let own =
+                |&at: &usize| self.seqs.hot(self.running[at]).tenant == tenant && self.may_lose(at, pass);
+            match (pass.next..self.running.len()).rfind(own) {
+                Some(at) => self.preempt(at, pass),
                 None => return false,
             }
         }
@@ -90,7 +99,7 @@ impl Scheduler {
     fn preempt(&mut self, at: usize, pass: &mut Pass) {
         debug_assert!(at >= pass.next, "it may have a row in this step");
         let victim = self.running.remove(at);
-        if !self.seqs.hot(victim).prefilling {
+        if !self.seqs.hot(victim).prefilling && !pass.prompts {
             pass.decodes_left -= 1;
         }
         self.leave_batch(victim);

@@ -1,40 +1,35 @@
 //! One step out: sequences in the batch first, then those that wait, under one token budget.
 
-use std::sync::Arc;
-
-use quire_core::{
-    BlockCopy, GrownTable, LogitRows, Micros, NewSeq, Scheduled, SchedulerOutput, Slot, StepId, TokenId,
-};
+use quire_core::{GrownTable, LogitRows, Micros, Scheduled, SchedulerOutput, Slot, StepId};
 
 use crate::cost::StepShape;
-use crate::event::{SeqEvent, SeqEventKind};
+use crate::event::SeqEvent;
 use crate::scheduler::{InFlightRow, InFlightStep, Scheduler};
 use crate::sequence::{SeqIndex, SeqState};
 
-/// Tokens of output for which room is made at admission; longer outputs grow by doubling.
-const RESERVED_OUTPUT_TOKENS: usize = 1024;
-
 /// What one call of `schedule` has left to give.
 pub(crate) struct Pass {
-    step: InFlightStep,
+    pub(crate) step: InFlightStep,
     /// The step's token budget.
-    tokens: u32,
+    pub(crate) tokens: u32,
     /// Decodes not yet visited; prefills leave them a token each.
     pub(crate) decodes_left: u32,
     /// Blocks that admitted prompts will still need.
-    promised_blocks: u32,
+    pub(crate) promised_blocks: u32,
     /// Place in the batch after the sequence in turn; those from here on have no row yet.
     pub(crate) next: usize,
+    /// The decodes have their rows, and prompts are in turn.
+    pub(crate) prompts: bool,
     /// Somebody waits for blocks: those after it must not take any, and nobody is admitted.
-    pub(crate) starved: bool,
+    pub(crate) starved: Option<SeqIndex>,
     /// Somebody lost its blocks in this step: nobody is admitted.
     pub(crate) preempted: bool,
-    prefill_tokens: u32,
+    pub(crate) prefill_tokens: u32,
     decode_tokens: u32,
     /// All decodes, and the prompts that have their rows.
-    shape: StepShape,
+    pub(crate) shape: StepShape,
     /// How long prompts may make the step, in microseconds.
-    limit_us: f64,
+    pub(crate) limit_us: f64,
 }
 
 impl Scheduler {
@@ -61,7 +56,8 @@ impl Scheduler {
             decodes_left: self.num_running - self.num_prefilling,
             promised_blocks: 0,
             next: 0,
-            starved: false,
+            prompts: false,
+            starved: None,
             preempted: false,
             prefill_tokens: 0,
             decode_tokens: 0,
@@ -77,10 +73,9 @@ impl Scheduler {
             pass.limit_us = pacing.limit_us(&pass.shape);
         }
         self.schedule_running(&mut pass, out);
-        if !pass.starved && !pass.preempted {
-            self.admit_waiting(&mut pass, out, events);
-            self.waiting.end_step();
-        }
+        self.schedule_prompts(&mut pass, out, events);
+        self.admit_waiting(None, &mut pass, out, events);
+        self.waiting.end_step();
         self.close_step(pass, out);
     }
 
@@ -118,6 +113,11 @@ impl Scheduler {
             pass.next = at;
             let hot = self.seqs.hot(seq);
             let (prefilling, start) = (hot.prefilling, hot.num_computed_tokens);
+            if prefilling && self.pacing.is_some() {
+                // Who waits may be in more of a hurry.
+                self.prompts.push(seq);
+                continue;
+            }
             let num_new_tokens = if prefilling {
                 // The first in order advances whatever the others need.
                 let room = pass.tokens.saturating_sub(pass.decodes_left).max(u32::from(at == 1));
@@ -179,7 +179,7 @@ impl Scheduler {
 
     /// Grows the table of a running sequence to hold `num_tokens` tokens, at the expense of those after it. False: it
     /// must wait.
-    fn reserve_blocks(
+    pub(crate) fn reserve_blocks(
         &mut self,
         seq: SeqIndex,
         num_tokens: u32,
@@ -197,13 +197,13 @@ impl Scheduler {
         if needed == 0 {
             return true;
         }
-        if !pass.starved && !self.keep_share(seq, needed, pass) {
+        if pass.starved.is_none() && !self.keep_share(seq, needed, pass) {
             return false;
         }
-        if !pass.starved && self.kv.pool().num_available() < needed {
+        if pass.starved.is_none() && self.kv.pool().num_available() < needed {
             self.make_room(seq, needed, pass);
         }
-        if pass.starved {
+        if pass.starved.is_some() {
             return false;
         }
         self.fair.took_blocks(self.seqs.hot(seq).tenant, needed);
@@ -217,207 +217,20 @@ impl Scheduler {
     }
 
     /// Remembers the blocks that the rest of this prompt will take, so that no other prompt is admitted to them.
-    fn promise_blocks(&self, seq: SeqIndex, pass: &mut Pass) {
+    pub(crate) fn promise_blocks(&self, seq: SeqIndex, pass: &mut Pass) {
         let hot = self.seqs.hot(seq);
         let held = self.seqs.data(seq).table.live().len() as u32;
         pass.promised_blocks += self.kv.peak_blocks(hot.num_tokens).saturating_sub(held);
     }
 
-    fn admit_waiting(&mut self, pass: &mut Pass, out: &mut SchedulerOutput, events: &mut Vec<SeqEvent>) {
-        while pass.tokens > 0 {
-            let Some(seq) = self.waiting.first(self.now, &self.fair) else { return };
-            if self.free_slots.is_empty() {
-                return self.note_blocked(seq);
-            }
-            // A preempted sequence whose last token is still on its way: it cannot be recomputed yet.
-            if self.seqs.hot(seq).num_in_flight > 0 {
-                return;
-            }
-            let hot = self.seqs.hot(seq);
-            let (tenant, whole) = (hot.tenant, self.kv.peak_blocks(hot.num_tokens));
-            if self.fair.is_over_share(tenant, whole, self.fair.num_running(tenant)) {
-                self.waiting.skip(tenant);
-                continue;
-            }
-            // A chunk now, whatever part of the prompt will be found in the cache.
-            if self.chunk(seq, pass.tokens, pass) == 0 {
-                return;
-            }
-            if !self.place(seq, pass, out) {
-                // Parked sequences may hold all there is; with nobody running nothing else would free it.
-                if self.num_parked == 0 || self.num_running > 0 || self.kv.pool().num_quarantined() > 0 {
-                    return self.note_blocked(seq);
-                }
-                self.release_parked();
-                continue;
-            }
-            self.enter_batch(seq, pass, out, events);
-        }
-        if let Some(seq) = self.waiting.first(self.now, &self.fair) {
-            self.note_blocked(seq);
-        }
-    }
-
-    /// Gives the first waiting sequence the blocks for its first row, if the whole of its tokens fits beside what was
-    /// promised to others.
-    fn place(&mut self, seq: SeqIndex, pass: &Pass, out: &mut SchedulerOutput) -> bool {
-        // A little room to grow, so that admission does not cause preemption at once.
-        let spare = if self.num_running == 0 { 0 } else { self.config.limits.num_blocks / 100 };
-        let available = self.kv.pool().num_available();
-        let room = available.saturating_sub(spare).saturating_sub(pass.promised_blocks);
-        if self.seqs.data(seq).parked {
-            self.place_fork(seq, room, out)
-        } else {
-            self.place_prompt(seq, room, pass, out)
-        }
-    }
-
-    fn place_fork(&mut self, seq: SeqIndex, room: u32, out: &mut SchedulerOutput) -> bool {
-        if room == 0 {
-            return false;
-        }
-        let (hot, data) = self.seqs.both_mut(seq);
-        let dst = self.kv.allocate();
-        hot.num_computed_tokens = data.prompt_len() - 1;
-        // Whole blocks stay shared; the one that the last prompt token falls into becomes a copy.
-        if !hot.num_computed_tokens.is_multiple_of(self.config.limits.block_size) {
-            let src = data.table.blocks.pop().expect("a parked table holds the prompt");
-            out.block_copies.push(BlockCopy { group: 0, src, dst });
-            self.copy_sources.push(src);
-        }
-        data.table.blocks.push(dst);
-        data.parked = false;
-        self.num_parked -= 1;
-        true
-    }
-
-    fn place_prompt(&mut self, seq: SeqIndex, room: u32, pass: &Pass, out: &mut SchedulerOutput) -> bool {
-        let (hot, data) = self.seqs.both_mut(seq);
-        // The last known token is always computed, since its row gives the next one; so is every row whose
-        // log-probabilities are wanted.
-        let unreported = data.unreported_rows(hot.index);
-        let limit = if unreported.is_empty() { hot.num_tokens - 1 } else { unreported.start };
-        let hit = self.kv.lookup(data.hashes(), limit);
-        let whole = self.kv.peak_blocks(hot.num_tokens);
-        let needed = (whole + hit.num_idle).saturating_sub(hit.num_blocks - hit.first_live);
-        if needed > room {
-            return false;
-        }
-        let block_size = self.config.limits.block_size;
-        hot.num_computed_tokens = hit.num_blocks * block_size;
-        self.kv.take_hit(hit, &mut data.table);
-        data.table.visit = self.kv.visit(data.hashes(), hot.num_tokens, hit);
-        // All is cached but for the rule that the last token is computed: it is, into a copy of the last block.
-        if hot.num_computed_tokens + block_size == hot.num_tokens
-            && limit + 1 == hot.num_tokens
-            && needed < room
-            && let Some(copy) = self.kv.copy_cached(data.hash(hit.num_blocks as usize), &mut data.table)
-        {
-            out.block_copies.push(copy);
-            self.copy_sources.push(copy.src);
-            hot.num_computed_tokens = limit;
-        }
-        let max_chunk = hot.num_schedulable().min(pass.tokens).min(self.config.max_prefill_chunk);
-        let start = hot.num_computed_tokens;
-        let chunk = self
-            .pacing
-            .as_ref()
-            .map_or(max_chunk, |pacing| pacing.chunk(&pass.shape, pass.limit_us, start, max_chunk, true));
-        for _ in data.table.blocks.len() as u32..self.kv.blocks_for(hot.num_computed_tokens + chunk) {
-            let block = self.kv.allocate();
-            data.table.blocks.push(block);
-        }
-        if !data.started && !data.prompt_hashes.is_empty() {
-            data.usage.cached_tokens = hot.num_computed_tokens;
-            self.stats.prefix_cache_queries += u64::from(data.prompt_len());
-            self.stats.prefix_cache_hits += u64::from(hot.num_computed_tokens);
-        }
-        true
-    }
-
-    fn enter_batch(
+    /// Adds the row, for which there are blocks, and moves the sequence past it.
+    pub(crate) fn push_row(
         &mut self,
         seq: SeqIndex,
+        num_new_tokens: u32,
         pass: &mut Pass,
         out: &mut SchedulerOutput,
-        events: &mut Vec<SeqEvent>,
     ) {
-        let slot = self.free_slots.pop().expect("admission checked that a slot is free");
-        self.seqs.flush_tail(seq);
-        let block_size = self.config.limits.block_size;
-        let (hot, data) = self.seqs.both_mut(seq);
-        self.waiting.serve(&data.key, &self.fair);
-        hot.state = SeqState::Running;
-        hot.slot = slot.0;
-        hot.prefilling = true;
-        hot.publish_at = u32::MAX;
-        let mut last_hash = self.config.hasher.root(data.salt);
-        if self.config.enable_prefix_caching && !data.prompt_hashes.is_empty() {
-            let at = (hot.num_computed_tokens / block_size) as usize;
-            hot.publish_at = (at as u32 + 1) * block_size;
-            let before = at.checked_sub(1).and_then(|before| data.hash(before));
-            last_hash = before.unwrap_or(last_hash);
-        }
-        self.seqs.note_table(seq, last_hash);
-        let (hot, data) = self.seqs.both_mut(seq);
-        self.fair.entered(hot.tenant, data.table.live().len() as u32);
-        out.new.push(NewSeq {
-            slot,
-            request: hot.request,
-            index: hot.index,
-            tokens: known_tokens(&data.prompt, &data.generated),
-            prompt_len: data.prompt_len(),
-            params: data.params.clone(),
-            seed: data.params.seed_of(hot.index),
-            block_tables: vec![data.table.blocks.clone()],
-            num_computed_tokens: hot.num_computed_tokens,
-        });
-        if !data.started {
-            data.started = true;
-            data.usage.first_scheduled = self.now;
-            let output = (data.params.max_tokens as usize).min(RESERVED_OUTPUT_TOKENS);
-            data.generated.reserve(output);
-            let blocks = output / block_size as usize + 1;
-            data.table.blocks.reserve(blocks);
-            let kind = SeqEventKind::Started { cached_tokens: data.usage.cached_tokens };
-            events.push(SeqEvent { request: hot.request, index: hot.index, kind });
-        }
-        let (key, entry) = (data.key, data.request);
-        let max_chunk = hot.num_schedulable().min(pass.tokens).min(self.config.max_prefill_chunk);
-        let start = hot.num_computed_tokens;
-        let chunk = self
-            .pacing
-            .as_ref()
-            .map_or(max_chunk, |pacing| pacing.chunk(&pass.shape, pass.limit_us, start, max_chunk, true));
-        let at = self.running.partition_point(|&other| self.seqs.data(other).key < key);
-        self.running.insert(at, seq);
-        self.num_running += 1;
-        self.num_prefilling += 1;
-        let entry = self.entry_mut(entry);
-        let first = !std::mem::replace(&mut entry.started, true);
-        let (id, start_by) = (entry.request.id, entry.start_by);
-        if let (Some(pacing), Some(start_by)) = (&mut self.pacing, start_by) {
-            pacing.dequeue(id, start_by);
-        }
-        self.num_queued -= u32::from(first);
-        self.push_row(seq, chunk, pass, out);
-        pass.prefill_tokens += chunk;
-        self.promise_blocks(seq, pass);
-    }
-
-    /// The longest row of a prompt for which there are tokens and time. 0: it waits.
-    fn chunk(&self, seq: SeqIndex, room: u32, pass: &Pass) -> u32 {
-        let hot = self.seqs.hot(seq);
-        let max_tokens = hot.num_schedulable().min(room).min(self.config.max_prefill_chunk);
-        let first = pass.prefill_tokens == 0;
-        let start = hot.num_computed_tokens;
-        self.pacing
-            .as_ref()
-            .map_or(max_tokens, |pacing| pacing.chunk(&pass.shape, pass.limit_us, start, max_tokens, first))
-    }
-
-    /// Adds the row, for which there are blocks, and moves the sequence past it.
-    fn push_row(&mut self, seq: SeqIndex, num_new_tokens: u32, pass: &mut Pass, out: &mut SchedulerOutput) {
         let hot = self.seqs.hot_mut(seq);
         let start = hot.num_computed_tokens;
         let end = start + num_new_tokens;
@@ -460,11 +273,4 @@ impl Scheduler {
         });
         out.scheduled.push(Scheduled { slot, num_computed_tokens: start, num_new_tokens, logits, sample });
     }
-}
-
-fn known_tokens(prompt: &Arc<[TokenId]>, generated: &[TokenId]) -> Arc<[TokenId]> {
-    if generated.is_empty() {
-        return prompt.clone();
-    }
-    prompt.iter().chain(generated).copied().collect()
 }

@@ -15,7 +15,8 @@ use crate::fair::{FairShare, FairnessConfig};
 use crate::kv_cache::{BlockTable, KvCacheManager};
 use crate::pacing::{Due, Pacing};
 use crate::policy::{OrderKey, Policy};
-use crate::sequence::{SeqIndex, SeqState, SequenceData, SequenceTable};
+use crate::sequence::{SeqIndex, SeqState, SequenceData};
+use crate::sequence_table::SequenceTable;
 use crate::stats::SchedulerStats;
 use crate::waiting::WaitingQueue;
 
@@ -68,8 +69,8 @@ pub(crate) struct RequestEntry {
     pub(crate) num_live: u32,
     /// Whether any continuation ever entered the batch.
     pub(crate) started: bool,
-    /// Latest start, where there are latency targets.
-    pub(crate) start_by: Option<Micros>,
+    /// When its first token is due, where there are latency targets.
+    pub(crate) due: Option<Due>,
 }
 
 /// One row of a step in flight.
@@ -129,6 +130,8 @@ pub struct Scheduler {
     pub(crate) next_step: StepId,
     /// Sources of this step's block copies, released once the step counts as in flight.
     pub(crate) copy_sources: Vec<BlockId>,
+    /// Sequences of the batch whose prompts this step has put off until the decodes have their rows.
+    pub(crate) prompts: Vec<SeqIndex>,
     /// Events of `finish`, delivered by the next `schedule` or `update`.
     pub(crate) ended: Vec<SeqEvent>,
     pub(crate) now: Micros,
@@ -187,6 +190,7 @@ impl Scheduler {
                 .collect(),
             next_step: StepId(1),
             copy_sources: Vec::new(),
+            prompts: Vec::new(),
             ended: Vec::new(),
             now: Micros(0),
             stats: SchedulerStats::default(),
@@ -218,7 +222,7 @@ impl Scheduler {
             }
         };
         let seqs: Vec<SeqIndex> = {
-            let due = due.map_or(request.arrival, |due| due.start_by);
+            let due = due.map_or(request.arrival, |due| due.first_token);
             (0..n).map(|index| self.insert_sequence(&request, entry, index, due)).collect()
         };
         self.enqueue(seqs[0]);
@@ -230,9 +234,8 @@ impl Scheduler {
             pacing.enqueue(request.id, due);
         }
         self.by_id.insert(request.id, entry);
-        let start_by = due.map(|due| due.start_by);
         self.requests[entry as usize] =
-            Some(RequestEntry { request, seqs, num_live: n, started: false, start_by });
+            Some(RequestEntry { request, seqs, num_live: n, started: false, due });
         self.num_queued += 1;
         Ok(())
     }
@@ -315,15 +318,17 @@ impl Scheduler {
     }
 
     /// When the request is due. Under latency targets, one that cannot be served in time is refused.
-    fn check_latency(&self, request: &Request) -> Result<Option<Due>, RequestError> {
-        let Some(pacing) = &self.pacing else { return Ok(None) };
+    fn check_latency(&mut self, request: &Request) -> Result<Option<Due>, RequestError> {
+        let decodes = self.decode_shape();
+        let Some(pacing) = &mut self.pacing else { return Ok(None) };
         let due = pacing.due(request);
+        pacing.arrived(&due);
         // The clock of the latest step; a request may have come in since.
         let now = self.now.max(request.arrival);
         if due.start_by < now {
             return Err(RequestError::DeadlineExceeded);
         }
-        let late = pacing.lateness(&due, now, &self.decode_shape());
+        let late = pacing.lateness(&due, now, &decodes);
         if late > 0.0 {
             return Err(RequestError::Overloaded {
                 queued: self.num_queued,

@@ -1,8 +1,9 @@
 //! What the scheduler knows of each sequence, split by how often it is touched.
 //!
 //! A decode step reads and writes one cache line per sequence ([`Sequence`]) and writes its token into another
-//! ([`TokenTail`]); everything else sits in [`SequenceData`] and is touched on admission, at block boundaries, every
-//! sixteenth token and at the end. All three live in slabs under the same index.
+//! ([`TokenTail`]); a [`Boundary`] is touched when a block is full. Everything else sits in [`SequenceData`]: for
+//! admission, a new block, every sixty-fourth token and the end. All live in slabs under the same index
+//! (`sequence_table`).
 
 use std::sync::Arc;
 
@@ -12,7 +13,6 @@ use quire_core::{
 
 use crate::kv_cache::BlockTable;
 use crate::policy::OrderKey;
-use crate::scheduler::InFlightRow;
 
 /// Index of a sequence in the slabs; reused after its end.
 pub(crate) type SeqIndex = u32;
@@ -57,9 +57,9 @@ pub(crate) struct Sequence {
     pub(crate) tenant: TenantId,
     /// Tells users of one slab entry apart.
     pub(crate) identity: u32,
-    stop_ids: [TokenId; NUM_INLINE_STOPS],
+    pub(crate) stop_ids: [TokenId; NUM_INLINE_STOPS],
     /// It has more stop ids than fit here.
-    more_stops: bool,
+    pub(crate) more_stops: bool,
     /// Tells block tables of one sequence apart (a preemption ends one).
     pub(crate) epoch: u8,
     /// Sampled tokens on their way.
@@ -80,20 +80,20 @@ pub(crate) const TAIL_LEN: u32 = 64;
 /// among them. These never span more than one aligned window, because they are moved before a window begins.
 #[derive(Clone, Debug)]
 #[repr(align(64))]
-pub(crate) struct TokenTail([TokenId; TAIL_LEN as usize]);
+pub(crate) struct TokenTail(pub(crate) [TokenId; TAIL_LEN as usize]);
 
 /// What a full block needs to be published without a look at [`SequenceData`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Boundary {
     /// Address of the block before the next one to be published; the root before the first.
     pub(crate) last_hash: BlockHash,
-    prompt_len: u32,
+    pub(crate) prompt_len: u32,
     /// The last two entries of the block table, latest first.
-    last_blocks: [BlockId; 2],
+    pub(crate) last_blocks: [BlockId; 2],
 }
 
 impl Sequence {
-    fn vacant(identity: u32) -> Self {
+    pub(crate) fn vacant(identity: u32) -> Self {
         Self {
             request: RequestId(0),
             num_computed_tokens: 0,
@@ -146,7 +146,7 @@ impl Sequence {
 
     /// Whether this line and the tail alone take in `token`: it is neither the first
     /// nor the last one, and nobody waits for it.
-    fn takes_in_place(&self, token: TokenId) -> bool {
+    pub(crate) fn takes_in_place(&self, token: TokenId) -> bool {
         let usual = self.has_output & !self.leads & !self.more_stops;
         let stops = self.stop_ids.iter().fold(false, |stops, &stop| stops | (stop == token));
         usual
@@ -252,180 +252,6 @@ impl SequenceData {
             let start = start + in_prompt.len() - self.prompt.len();
             out.extend_from_slice(&self.generated[start..start + len - in_prompt.len()]);
         }
-    }
-}
-
-/// The two slabs.
-#[derive(Debug)]
-pub(crate) struct SequenceTable {
-    hot: Vec<Sequence>,
-    tails: Vec<TokenTail>,
-    boundaries: Vec<Boundary>,
-    data: Vec<Option<SequenceData>>,
-    vacant: Vec<SeqIndex>,
-}
-
-impl SequenceTable {
-    pub(crate) fn with_capacity(capacity: usize) -> Self {
-        Self {
-            hot: Vec::with_capacity(capacity),
-            tails: Vec::with_capacity(capacity),
-            boundaries: Vec::with_capacity(capacity),
-            data: Vec::with_capacity(capacity),
-            vacant: Vec::with_capacity(capacity),
-        }
-    }
-
-    /// Number of live sequences.
-    pub(crate) fn len(&self) -> usize {
-        self.hot.len() - self.vacant.len()
-    }
-
-    /// Takes an entry; the caller fills the hot line.
-    pub(crate) fn insert(&mut self, data: SequenceData) -> SeqIndex {
-        let boundary = Boundary {
-            last_hash: BlockHash(0),
-            prompt_len: data.prompt_len(),
-            last_blocks: [BlockId::default(); 2],
-        };
-        if let Some(seq) = self.vacant.pop() {
-            self.data[seq as usize] = Some(data);
-            self.boundaries[seq as usize] = boundary;
-            return seq;
-        }
-        self.hot.push(Sequence::vacant(0));
-        self.tails.push(TokenTail([0; TAIL_LEN as usize]));
-        self.boundaries.push(boundary);
-        self.data.push(Some(data));
-        self.hot.len() as SeqIndex - 1
-    }
-
-    pub(crate) fn remove(&mut self, seq: SeqIndex) -> Option<SequenceData> {
-        let hot = &mut self.hot[seq as usize];
-        *hot = Sequence::vacant(hot.identity.wrapping_add(1));
-        self.vacant.push(seq);
-        self.data[seq as usize].take()
-    }
-
-    pub(crate) fn hot(&self, seq: SeqIndex) -> &Sequence {
-        &self.hot[seq as usize]
-    }
-
-    pub(crate) fn hot_mut(&mut self, seq: SeqIndex) -> &mut Sequence {
-        &mut self.hot[seq as usize]
-    }
-
-    pub(crate) fn data(&self, seq: SeqIndex) -> &SequenceData {
-        self.data[seq as usize].as_ref().expect("a live sequence has data")
-    }
-
-    pub(crate) fn data_mut(&mut self, seq: SeqIndex) -> &mut SequenceData {
-        self.data[seq as usize].as_mut().expect("a live sequence has data")
-    }
-
-    /// Both parts at once.
-    pub(crate) fn both_mut(&mut self, seq: SeqIndex) -> (&mut Sequence, &mut SequenceData) {
-        let data = self.data[seq as usize].as_mut().expect("a live sequence has data");
-        (&mut self.hot[seq as usize], data)
-    }
-
-    /// Whether `token`, at the position after the known ones, ends the sequence.
-    pub(crate) fn is_stop(&self, seq: SeqIndex, token: TokenId) -> bool {
-        let hot = self.hot(seq);
-        let listed = if hot.more_stops {
-            self.data(seq).params.stop_token_ids.contains(&token)
-        } else {
-            hot.stop_ids.contains(&token)
-        };
-        listed && hot.num_tokens >= hot.stop_from
-    }
-
-    /// Appends a block to the table of a running sequence.
-    pub(crate) fn push_block(&mut self, seq: SeqIndex, block: BlockId) {
-        self.data_mut(seq).table.blocks.push(block);
-        self.hot_mut(seq).num_blocks += 1;
-        let last = &mut self.boundaries[seq as usize].last_blocks;
-        *last = [block, last[0]];
-    }
-
-    /// Takes note of the table with which a sequence enters the batch, and of the address of its last full block.
-    pub(crate) fn note_table(&mut self, seq: SeqIndex, last_hash: BlockHash) {
-        let (hot, data) = self.both_mut(seq);
-        let blocks = &data.table.blocks;
-        hot.num_blocks = blocks.len() as u32;
-        let mut last = blocks.iter().rev().copied();
-        let last_blocks = [last.next().unwrap_or_default(), last.next().unwrap_or_default()];
-        let boundary = &mut self.boundaries[seq as usize];
-        *boundary = Boundary { last_hash, last_blocks, ..*boundary };
-    }
-
-    /// Address and place of the next block to be published, if it holds nothing but tokens of the tail and is one of the
-    /// last two of the table.
-    #[inline]
-    pub(crate) fn block_of_tail(&self, seq: SeqIndex, hasher: &BlockHasher) -> Option<(BlockHash, BlockId)> {
-        let (hot, boundary) = (&self.hot[seq as usize], &self.boundaries[seq as usize]);
-        let size = hasher.block_size();
-        let (start, window) = (hot.publish_at - size, (hot.num_tokens - 1) / TAIL_LEN * TAIL_LEN);
-        if start < boundary.prompt_len.max(window) {
-            return None;
-        }
-        let tokens = &self.tails[seq as usize].0[(start - window) as usize..][..size as usize];
-        let behind = (hot.num_blocks * size - hot.publish_at) / size;
-        let block = *boundary.last_blocks.get(behind as usize)?;
-        Some((hasher.next(boundary.last_hash, tokens), block))
-    }
-
-    /// Whether `row` completed exactly one block, of a sequence that still holds it.
-    #[inline]
-    pub(crate) fn ends_block(&self, row: &InFlightRow) -> bool {
-        let hot = &self.hot[row.seq as usize];
-        row.end == hot.publish_at && hot.identity == row.identity && hot.epoch == row.epoch
-    }
-
-    /// The address of the block before the next one to be published.
-    pub(crate) fn last_hash_mut(&mut self, seq: SeqIndex) -> &mut BlockHash {
-        &mut self.boundaries[seq as usize].last_hash
-    }
-
-    /// Takes in the usual token, if it is one ([`Sequence::takes_in_place`]); returns the line it changed.
-    #[inline]
-    pub(crate) fn take_in_place(&mut self, row: &InFlightRow, token: TokenId) -> Option<&Sequence> {
-        let hot = &mut self.hot[row.seq as usize];
-        let same = hot.identity == row.identity && hot.epoch == row.epoch;
-        if !same || row.end >= hot.publish_at || !hot.takes_in_place(token) {
-            return None;
-        }
-        self.tails[row.seq as usize].0[(hot.num_tokens % TAIL_LEN) as usize] = token;
-        hot.num_tokens += 1;
-        hot.num_in_flight -= 1;
-        Some(hot)
-    }
-
-    /// Appends an accepted token.
-    pub(crate) fn push_token(&mut self, seq: SeqIndex, token: TokenId) {
-        let position = self.hot(seq).num_tokens;
-        if position.is_multiple_of(TAIL_LEN) {
-            self.flush_tail(seq);
-        }
-        self.tails[seq as usize].0[(position % TAIL_LEN) as usize] = token;
-        self.hot_mut(seq).num_tokens = position + 1;
-    }
-
-    /// Moves the tail to [`SequenceData::generated`], before that is read.
-    pub(crate) fn flush_tail(&mut self, seq: SeqIndex) {
-        let num_tokens = self.hot[seq as usize].num_tokens;
-        let data = self.data[seq as usize].as_mut().expect("a live sequence has data");
-        let num_known = data.prompt_len() + data.generated.len() as u32;
-        debug_assert!(num_tokens - num_known <= TAIL_LEN);
-        let start = (num_known % TAIL_LEN) as usize;
-        let len = (num_tokens - num_known) as usize;
-        data.generated.extend_from_slice(&self.tails[seq as usize].0[start..start + len]);
-    }
-
-    /// All live sequences, by index.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (SeqIndex, &Sequence, &SequenceData)> {
-        let both = self.hot.iter().zip(&self.data).zip(0..);
-        both.filter_map(|((hot, data), seq)| data.as_ref().map(|data| (seq, hot, data)))
     }
 }
 

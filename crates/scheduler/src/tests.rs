@@ -10,7 +10,7 @@ use quire_core::{
 use crate::event::SeqEventKind;
 use crate::{Scheduler, SchedulerConfig, SeqEvent};
 
-fn limits() -> ExecutorLimits {
+pub(crate) fn limits() -> ExecutorLimits {
     ExecutorLimits {
         block_size: 4,
         num_blocks: 64,
@@ -23,12 +23,12 @@ fn limits() -> ExecutorLimits {
     }
 }
 
-struct Rig {
-    scheduler: Scheduler,
+pub(crate) struct Rig {
+    pub(crate) scheduler: Scheduler,
     hasher: BlockHasher,
-    now: u64,
+    pub(crate) now: u64,
     out: SchedulerOutput,
-    events: Vec<SeqEvent>,
+    pub(crate) events: Vec<SeqEvent>,
     next_token: TokenId,
 }
 
@@ -37,7 +37,7 @@ impl Rig {
         Self::with(limits, |_| {})
     }
 
-    fn with(limits: ExecutorLimits, change: impl Fn(&mut SchedulerConfig)) -> Self {
+    pub(crate) fn with(limits: ExecutorLimits, change: impl Fn(&mut SchedulerConfig)) -> Self {
         let hasher = BlockHasher::new((1, 2), limits.block_size);
         let mut config = SchedulerConfig::new(limits, hasher);
         change(&mut config);
@@ -45,7 +45,12 @@ impl Rig {
         Self { scheduler: Scheduler::new(config), hasher, now: 0, out, events: Vec::new(), next_token: 500 }
     }
 
-    fn request(&self, id: u64, prompt: impl IntoIterator<Item = TokenId>, params: SamplingParams) -> Request {
+    pub(crate) fn request(
+        &self,
+        id: u64,
+        prompt: impl IntoIterator<Item = TokenId>,
+        params: SamplingParams,
+    ) -> Request {
         let prompt: Vec<TokenId> = prompt.into_iter().collect();
         let salt = self.hasher.salt(b"");
         Request {
@@ -97,7 +102,7 @@ impl Rig {
         self.scheduler.check_invariants().unwrap();
     }
 
-    fn step(&mut self) -> Vec<(u32, u32, bool)> {
+    pub(crate) fn step(&mut self) -> Vec<(u32, u32, bool)> {
         let rows = self.schedule();
         if !rows.is_empty() {
             let output = self.answer();
@@ -106,7 +111,7 @@ impl Rig {
         rows
     }
 
-    fn run(&mut self) {
+    pub(crate) fn run(&mut self) {
         for _ in 0..10_000 {
             if !self.scheduler.has_work() {
                 return;
@@ -116,7 +121,7 @@ impl Rig {
         panic!("the scheduler does not come to an end: {:?}", self.scheduler.stats());
     }
 
-    fn finished(&self) -> Vec<(u64, u32, FinishReason, u32)> {
+    pub(crate) fn finished(&self) -> Vec<(u64, u32, FinishReason, u32)> {
         let finished = self.events.iter().filter_map(|event| match &event.kind {
             SeqEventKind::Finished { reason, usage, .. } => {
                 Some((event.request.0, event.index, *reason, usage.generated_tokens))

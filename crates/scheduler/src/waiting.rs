@@ -2,9 +2,9 @@
 //! first in order. Except that every other place goes to whoever has waited too long, if that is below the highest
 //! priority: priorities delay, they do not starve.
 //!
-//! One queue per priority and tenant, and one ordered set of those queues by the counter of their tenant. Counters only
-//! grow, so an entry of that set may lie behind the truth but never ahead of it: it is brought up to date when it comes
-//! to the front. A decision therefore costs a few look-ups in ordered maps, whatever the number of tenants.
+//! Within a priority there is one queue per tenant, and one ordered set of the tenants by counter. Counters only grow, so
+//! an entry of that set may lie behind the truth but never ahead of it: it is brought up to date when it comes to the
+//! front. A decision therefore costs a few look-ups, whatever the number of tenants.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -15,26 +15,57 @@ use crate::fair::{Counter, FairShare};
 use crate::policy::OrderKey;
 use crate::sequence::SeqIndex;
 
-/// A priority and a tenant: the name of a queue.
-type QueueName = (Reverse<i8>, TenantId);
+type Priority = Reverse<i8>;
 
 #[derive(Debug, Default)]
 struct TenantQueue {
     seqs: BTreeMap<OrderKey, SeqIndex>,
-    /// The counter under which it stands in `ready`.
+    /// The counter under which the tenant is listed as ready, unless the queue is empty.
     listed: Counter,
+}
+
+/// All queues of a priority.
+#[derive(Debug, Default)]
+struct Class {
+    /// By tenant.
+    queues: Vec<TenantQueue>,
+    /// Tenants whose queue is not empty.
+    ready: BTreeSet<(Counter, TenantId)>,
+}
+
+impl Class {
+    fn queue(&self, tenant: TenantId) -> Option<&TenantQueue> {
+        self.queues.get(tenant.0 as usize)
+    }
+
+    fn first_of(&self, tenant: TenantId) -> Option<SeqIndex> {
+        self.queue(tenant)?.seqs.first_key_value().map(|(_, &seq)| seq)
+    }
+
+    /// The smallest counter, and whose it is; brings entries up to date on the way.
+    fn front(&mut self, skipped: &BTreeSet<TenantId>, fair: &FairShare) -> Option<(TenantId, Counter)> {
+        loop {
+            let &(listed, tenant) = self.ready.iter().find(|entry| !skipped.contains(&entry.1))?;
+            let counter = fair.counter(tenant);
+            if counter == listed {
+                return Some((tenant, counter));
+            }
+            self.ready.remove(&(listed, tenant));
+            self.ready.insert((counter, tenant));
+            self.queues[tenant.0 as usize].listed = counter;
+        }
+    }
 }
 
 /// All sequences that wait for a place in the batch.
 #[derive(Debug, Default)]
 pub(crate) struct WaitingQueue {
-    queues: BTreeMap<QueueName, TenantQueue>,
-    ready: BTreeSet<(Reverse<i8>, Counter, TenantId)>,
-    /// Arrivals, ascending; entries of sequences that no longer wait are dropped when they come to the front.
+    classes: BTreeMap<Priority, Class>,
+    /// By arrival; entries of sequences that no longer wait are dropped when they come to the front.
     by_age: VecDeque<OrderKey>,
     len: usize,
-    /// The queue that was served last, and the counter of its tenant then.
-    last: Option<QueueName>,
+    /// Whose queue was served last, and the counter of that tenant then.
+    last: Option<(Priority, TenantId)>,
     level: Counter,
     /// The last place went to somebody who had waited too long.
     served_aged: bool,
@@ -49,43 +80,43 @@ impl WaitingQueue {
 
     /// Sequences in an order that is fixed but means nothing.
     pub(crate) fn seqs(&self) -> impl Iterator<Item = SeqIndex> + '_ {
-        self.queues.values().flat_map(|queue| queue.seqs.values().copied())
+        let queues = self.classes.values().flat_map(|class| &class.queues);
+        queues.flat_map(|queue| queue.seqs.values().copied())
     }
 
     pub(crate) fn get(&self, key: &OrderKey) -> Option<SeqIndex> {
-        self.queues.get(&key.queue())?.seqs.get(key).copied()
+        let (priority, tenant) = key.queue();
+        self.classes.get(&priority)?.queue(tenant)?.seqs.get(key).copied()
     }
 
     /// `fresh`: it never waited before, so that its tenant may come back from idleness.
     pub(crate) fn insert(&mut self, key: OrderKey, seq: SeqIndex, fresh: bool, fair: &mut FairShare) {
-        let name = key.queue();
-        if !self.queues.contains_key(&name) {
-            self.open_queue(name, fresh, fair);
+        let (priority, tenant) = key.queue();
+        let class = self.classes.entry(priority).or_default();
+        if class.queues.len() <= tenant.0 as usize {
+            class.queues.resize_with(tenant.0 as usize + 1, TenantQueue::default);
         }
-        let queue = self.queues.entry(name).or_default();
-        queue.seqs.insert(key, seq);
+        if class.queues[tenant.0 as usize].seqs.is_empty() {
+            if fresh {
+                // It starts at the level of those who have something waiting.
+                let level = class.front(&self.skipped, fair).map_or(self.level, |(_, counter)| counter);
+                fair.lift(tenant, level);
+            }
+            let listed = fair.counter(tenant);
+            class.ready.insert((listed, tenant));
+            class.queues[tenant.0 as usize].listed = listed;
+        }
+        class.queues[tenant.0 as usize].seqs.insert(key, seq);
         self.len += 1;
         self.note_age(key);
-    }
-
-    /// The tenant had nothing waiting here: it starts at the level of those who have.
-    fn open_queue(&mut self, name: QueueName, fresh: bool, fair: &mut FairShare) {
-        let (priority, tenant) = name;
-        if fresh {
-            let level = self.front(priority, fair).map_or(self.level, |(_, counter)| counter);
-            fair.lift(tenant, level);
-        }
-        let listed = fair.counter(tenant);
-        self.ready.insert((priority, listed, tenant));
-        self.queues.insert(name, TenantQueue { seqs: BTreeMap::new(), listed });
     }
 
     fn note_age(&mut self, key: OrderKey) {
         // Stale entries are at most as many as waiting ones.
         if self.by_age.len() > 2 * self.len + 64 {
-            let queues = &self.queues;
-            let waits = |key: &OrderKey| queues.get(&key.queue()).is_some_and(|q| q.seqs.contains_key(key));
-            self.by_age.retain(waits);
+            let mut by_age = std::mem::take(&mut self.by_age);
+            by_age.retain(|key| self.get(key).is_some());
+            self.by_age = by_age;
         }
         let at = match self.by_age.back() {
             Some(last) if last.arrival() > key.arrival() => {
@@ -97,72 +128,42 @@ impl WaitingQueue {
     }
 
     pub(crate) fn remove(&mut self, key: &OrderKey) {
-        let name = key.queue();
-        let Some(queue) = self.queues.get_mut(&name) else { return };
+        let (priority, tenant) = key.queue();
+        let Some(class) = self.classes.get_mut(&priority) else { return };
+        let Some(queue) = class.queues.get_mut(tenant.0 as usize) else { return };
         if queue.seqs.remove(key).is_none() {
             return;
         }
         self.len -= 1;
         if queue.seqs.is_empty() {
-            let (priority, tenant) = name;
-            self.ready.remove(&(priority, queue.listed, tenant));
-            self.queues.remove(&name);
-        }
-    }
-
-    /// The smallest counter in a priority, and whose it is; brings entries up to date on the way.
-    fn front(&mut self, priority: Reverse<i8>, fair: &FairShare) -> Option<(TenantId, Counter)> {
-        loop {
-            let from = (priority, Counter(0.0), TenantId(0));
-            let mut entries = self.ready.range(from..).take_while(|entry| entry.0 == priority);
-            let &(_, listed, tenant) = entries.find(|entry| !self.skipped.contains(&entry.2))?;
-            let counter = fair.counter(tenant);
-            if counter == listed {
-                return Some((tenant, counter));
-            }
-            self.ready.remove(&(priority, listed, tenant));
-            self.ready.insert((priority, counter, tenant));
-            if let Some(queue) = self.queues.get_mut(&(priority, tenant)) {
-                queue.listed = counter;
-            }
+            class.ready.remove(&(queue.listed, tenant));
         }
     }
 
     /// Who is next, if anybody waits whose tenant is not skipped. Does not remove it.
     pub(crate) fn first(&mut self, now: Micros, fair: &FairShare) -> Option<SeqIndex> {
+        if self.len == 0 {
+            return None;
+        }
         if let Some(key) = self.aged(now, fair.config().max_queue_age) {
             // The oldest stands for its queue, whose order is the tenant's own.
-            return self.queues.get(&key.queue())?.seqs.first_key_value().map(|(_, &seq)| seq);
+            let (priority, tenant) = key.queue();
+            return self.classes.get(&priority)?.first_of(tenant);
         }
-        let mut from = None;
-        loop {
-            let priority = self.next_priority(from)?;
-            if let Some(tenant) = self.next_tenant(priority, fair) {
-                let queue = self.queues.get(&(priority, tenant))?;
-                return queue.seqs.first_key_value().map(|(_, &seq)| seq);
+        for (&priority, class) in &mut self.classes {
+            let Some((tenant, counter)) = class.front(&self.skipped, fair) else { continue };
+            // The one served last, while it is not too far ahead.
+            if let Some((of, last)) = self.last
+                && of == priority
+                && !self.skipped.contains(&last)
+                && fair.counter(last).0 <= counter.0 + fair.config().quantum
+                && let Some(seq) = class.first_of(last)
+            {
+                return Some(seq);
             }
-            from = Some(priority);
+            return class.first_of(tenant);
         }
-    }
-
-    fn next_priority(&self, after: Option<Reverse<i8>>) -> Option<Reverse<i8>> {
-        let Some(after) = after else { return self.ready.first().map(|entry| entry.0) };
-        let below = Reverse(after.0.checked_sub(1)?);
-        self.ready.range((below, Counter(0.0), TenantId(0))..).next().map(|entry| entry.0)
-    }
-
-    /// The tenant with the smallest counter, or the one served last while it is not too far ahead.
-    fn next_tenant(&mut self, priority: Reverse<i8>, fair: &FairShare) -> Option<TenantId> {
-        let (tenant, counter) = self.front(priority, fair)?;
-        if let Some(last) = self.last
-            && last.0 == priority
-            && self.queues.contains_key(&last)
-            && !self.skipped.contains(&last.1)
-            && fair.counter(last.1).0 <= counter.0 + fair.config().quantum
-        {
-            return Some(last.1);
-        }
-        Some(tenant)
+        None
     }
 
     /// The longest waiting sequence, if it has waited too long, priority keeps it waiting, and it is its turn.
@@ -173,20 +174,24 @@ impl WaitingQueue {
                 continue;
             }
             let (priority, tenant) = key.queue();
-            let held_back = self.ready.first().is_some_and(|entry| entry.0 < priority);
             let aged = now.since(key.arrival()).0 >= max_queue_age;
             let usable = !self.served_aged && !self.skipped.contains(&tenant);
-            return (held_back && aged && usable).then_some(key);
+            return (aged && usable && self.is_held_back(priority)).then_some(key);
         }
         None
     }
 
+    /// Whether a higher priority has something waiting.
+    fn is_held_back(&self, priority: Priority) -> bool {
+        self.classes.range(..priority).any(|(_, class)| !class.ready.is_empty())
+    }
+
     /// The sequence with this key is served: it leaves the queue, and its tenant is in turn.
     pub(crate) fn serve(&mut self, key: &OrderKey, fair: &FairShare) {
-        let name = key.queue();
-        self.served_aged = self.ready.first().is_some_and(|entry| entry.0 < name.0);
-        self.last = Some(name);
-        self.level = fair.counter(name.1);
+        let (priority, tenant) = key.queue();
+        self.served_aged = self.is_held_back(priority);
+        self.last = Some((priority, tenant));
+        self.level = fair.counter(tenant);
         self.remove(key);
     }
 
@@ -204,22 +209,28 @@ impl WaitingQueue {
     /// Recounts.
     pub(crate) fn check(&self) -> Result<(), String> {
         let mut len = 0;
-        for (name, queue) in &self.queues {
-            len += queue.seqs.len();
-            if queue.seqs.is_empty() || queue.seqs.keys().any(|key| key.queue() != *name) {
-                return Err(format!("queue {name:?} is empty or holds a stranger"));
+        for (&priority, class) in &self.classes {
+            let mut num_ready = 0;
+            for (queue, tenant) in class.queues.iter().zip(0..) {
+                let name = (priority, TenantId(tenant));
+                len += queue.seqs.len();
+                num_ready += usize::from(!queue.seqs.is_empty());
+                if queue.seqs.keys().any(|key| key.queue() != name) {
+                    return Err(format!("queue {name:?} holds a stranger"));
+                }
+                if !queue.seqs.is_empty() && !class.ready.contains(&(queue.listed, name.1)) {
+                    return Err(format!("queue {name:?} is not listed under {:?}", queue.listed));
+                }
             }
-            if !self.ready.contains(&(name.0, queue.listed, name.1)) {
-                return Err(format!("queue {name:?} is not listed under {:?}", queue.listed));
+            if num_ready != class.ready.len() {
+                return Err(format!(
+                    "{num_ready} tenants wait in {priority:?}, listed {}",
+                    class.ready.len()
+                ));
             }
         }
-        if len != self.len || self.ready.len() != self.queues.len() {
-            return Err(format!(
-                "{len} wait in {} queues, counted {} and {}",
-                self.queues.len(),
-                self.len,
-                self.ready.len()
-            ));
+        if len != self.len {
+            return Err(format!("{len} sequences wait, counted {}", self.len));
         }
         if self.by_age.len() < len || !self.by_age.iter().map(OrderKey::arrival).is_sorted() {
             return Err("the list by age is incomplete or out of order".into());

@@ -124,7 +124,7 @@ impl Mix {
                     arrival: Micros(self.now),
                     deadline: None,
                 };
-                self.scheduler.add(request).unwrap();
+                self.scheduler.add(request).expect("the queue is long enough");
             }
         }
     }
@@ -141,7 +141,8 @@ impl Mix {
         }
         for row in &plan.scheduled {
             let id = self.in_slot[&row.slot];
-            let (tenant, (computed, prompt_len)) = (self.owner[&id], self.computed.get_mut(&id).unwrap());
+            let (tenant, (computed, prompt_len)) =
+                (self.owner[&id], self.computed.get_mut(&id).expect("it is live"));
             let end = (row.num_computed_tokens + row.num_new_tokens).min(*prompt_len);
             let fresh = end.saturating_sub(*computed);
             *computed = end.max(*computed);
