@@ -17,7 +17,8 @@
 //! targets), [`fair`] and `waiting` (who is next), `sequence` and `sequence_table` (the state), `block_pool`,
 //! `prefix_cache`, `kv_cache` (the blocks), `reuse`, `history`, `duel`, `eviction` (which of them to keep),
 //! [`cache_replay`], [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `admit` (prompts in it),
-//! `preempt` (who makes room), `fork` (continuations share a prompt), `update` (its results come back), `finish`, `check`.
+//! `preempt` (who makes room), `fork` (continuations share a prompt), `update` (its results come back), `finish`,
+//! `check`.
 #![forbid(unsafe_code)]
 
 mod admit;
