@@ -9,7 +9,9 @@ from cases import REPEATS, Case, Job, Setting
 NAME = "quire"
 TITLE = "Quire"
 REQUIREMENTS: tuple[str, ...] = ()
-SETTINGS = {precision: (Setting("default"),) for precision in ("bf16", "int8", "int4")}
+CACHES = (Setting("default"), Setting("int8 cache", {"kv_cache_dtype": "int8"}))
+"""The KV cache in bf16, and in 8 bits as OpenVINO's is by default."""
+SETTINGS = {precision: CACHES for precision in ("bf16", "int8", "int4")}
 LACKS: dict[str, str] = {}
 HEALTH = "/health"
 EXTRA_FIELDS: dict = {}
@@ -27,7 +29,8 @@ def prepare(job: Job) -> Path:
 
 def _options(job: Job) -> list[str]:
     precision = [] if job.precision == "bf16" else ["--quantize", job.precision]
-    return ["--threads", str(job.threads), *precision, *job.quire_args]
+    cache = [f"--{name.replace('_', '-')}={value}" for name, value in job.setting.options.items()]
+    return ["--threads", str(job.threads), *precision, *cache, *job.quire_args]
 
 
 def serve(job: Job, port: int) -> list[str]:

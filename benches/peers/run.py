@@ -82,7 +82,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=positive, default=2, metavar="N", help="threads, and cores to use [2]")
     binary = ROOT / "target/release/quire"
     add("--quire", type=Path, default=binary, metavar="PATH", help="the binary [target/release/quire]")
-    add("--quire-args", default="", metavar="ARGS", help="more flags for Quire, such as '--kv-cache-dtype int8'")
+    add("--quire-args", default="", metavar="ARGS", help="more flags for Quire, such as '--no-prefix-cache'")
     work = ROOT / "target/peers"
     add("--work", type=Path, default=work, metavar="DIR", help="environments, models, logs [target/peers]")
     add("--no-install", action="store_true", help="skip what is not installed instead of installing it")

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use quire_core::TenantShare;
 use quire_engine::EngineClient;
 use quire_tenancy::{Keys, SharedStore, Tenancy, TenantsFile, Watch};
 
@@ -44,14 +43,9 @@ pub(crate) async fn open(args: &ServerArgs) -> Result<Tenancy> {
 pub(crate) async fn follow_shares(tenancy: Tenancy, engine: EngineClient) {
     let mut changes = tenancy.subscribe();
     loop {
-        set_tenants(&engine, &tenancy.shares());
+        engine.set_tenants(&tenancy.shares());
         if changes.changed().await.is_err() {
             return;
         }
     }
-}
-
-/// The one place where weights and shares of the KV pool reach the engine.
-fn set_tenants(_engine: &EngineClient, shares: &[TenantShare]) {
-    tracing::debug!(tenants = shares.len(), "shares of the engine");
 }

@@ -1,12 +1,12 @@
 //! What the kernels reach on this machine, at the shapes of a Qwen3-0.6B: `cargo run --release -p quire-cpu --example
-//! throughput -- [threads]`.
+//! throughput -- [threads [row]]`, where a row is `qkv`, `down`, `attention` or the like.
 #![allow(clippy::print_stdout)]
 
 use std::time::Instant;
 
 use quire_backend::{
     Attention, AttnShape, Backend, BackendError, KvLayerShape, KvLayout, Linear, LinearPart, LinearSource,
-    RopeAndCache, StepInput,
+    RopeAndCache, RopeTable, StepInput,
 };
 use quire_core::{DType, QuantFormat, Shard, Slot, StepId, TensorView};
 use quire_cpu::{CpuBackend, CpuConfig, Precision};
@@ -14,6 +14,9 @@ use quire_cpu::{CpuBackend, CpuConfig, Precision};
 /// Linear layers of one block: outputs, inputs.
 const SHAPES: [(&str, usize, usize); 4] =
     [("qkv", 4096, 1024), ("output", 1024, 2048), ("gate+up", 6144, 1024), ("down", 1024, 3072)];
+
+/// Layers of a cache, in turn, so that keys come from memory.
+const LAYERS: usize = 6;
 
 /// Forms of the weights, in turn, so that all meet the same load.
 const FORMS: [(&str, QuantFormat); 3] =
@@ -25,20 +28,29 @@ fn main() -> Result<(), BackendError> {
         config.threads = threads;
     }
     let mut backend = CpuBackend::new(config)?;
-    println!("{} threads, {:?}; fastest single calls", config.threads, backend.isa());
+    println!(
+        "{} threads, {:?}; fastest single calls of layers, medians of attention",
+        config.threads,
+        backend.isa()
+    );
     println!(
         "{:>8} {:>4} {}",
         "layer",
         "rows",
         FORMS.map(|(form, _)| format!("{form:>9} GB/s  Gop/s")).join("")
     );
-    for (name, n, k) in SHAPES {
+    let only = std::env::args().nth(2);
+    let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
+    for (name, n, k) in SHAPES.into_iter().filter(|(name, ..)| wanted(name)) {
         for rows in [1, 4, 32, 512] {
             linear(&mut backend, name, (n, k), rows)?;
         }
     }
-    for (rows, context) in [(1, 4096), (1, 65_536), (512, 512)] {
-        attention(&mut backend, rows, context)?;
+    let attentions = [(1, 1, 16_384), (8, 1, 512), (32, 1, 512), (1, 512, 512)];
+    for (seqs, rows, context) in attentions.into_iter().filter(|_| wanted("attention")) {
+        for dtype in [DType::BF16, DType::I8] {
+            attention(&mut backend, seqs, rows, context, dtype)?;
+        }
     }
     barrier(config.threads)
 }
@@ -62,7 +74,7 @@ fn linear(
         weights.push(layers);
     }
     let (x, mut out) = (backend.alloc(rows as usize, k)?, backend.alloc(rows as usize, n)?);
-    prepare(backend, rows, 0)?;
+    prepare(backend, 1, rows, rows)?;
     let mut fastest = [f64::INFINITY; FORMS.len()];
     for _ in 0..if rows > 100 { 4 } else { 12 } {
         for (weights, fastest) in weights.iter().zip(&mut fastest) {
@@ -81,47 +93,80 @@ fn linear(
     Ok(())
 }
 
-/// `rows` new rows at the end of one sequence of `context` tokens.
-fn attention(backend: &mut CpuBackend, rows: u32, context: u32) -> Result<(), BackendError> {
+/// `rows` new rows at the end of each of `seqs` sequences of `context` tokens.
+fn attention(
+    backend: &mut CpuBackend,
+    seqs: u32,
+    rows: u32,
+    context: u32,
+    dtype: DType,
+) -> Result<(), BackendError> {
     let shape = AttnShape { num_heads: 16, num_kv_heads: 8, head_dim: 128 };
     let layout = KvLayout {
-        num_blocks: context / 16,
+        num_blocks: seqs * context / 16,
         block_size: 16,
-        layers: vec![KvLayerShape { num_kv_heads: 8, head_dim: 128 }],
-        dtype: DType::BF16,
+        layers: vec![KvLayerShape { num_kv_heads: 8, head_dim: 128 }; LAYERS],
+        dtype,
     };
     let mut kv = backend.alloc_kv(&layout)?;
-    let mut qkv = backend.alloc(context as usize, shape.qkv_size())?;
-    let mut out = backend.alloc(context as usize, shape.q_size())?;
-    prepare(backend, context, 0)?;
-    backend.rope_and_cache(RopeAndCache {
-        qkv: &mut qkv,
-        shape,
-        qk_norm: None,
-        eps: 1e-6,
-        rope: None,
-        kv: &mut kv,
-        layer: 0,
+    let tokens = (seqs * context) as usize;
+    let (mut qkv, mut out) =
+        (backend.alloc(tokens, shape.qkv_size())?, backend.alloc(tokens, shape.q_size())?);
+    let angles = RopeTable { inv_freq: vec![0.1; 64], max_positions: context, attention_factor: 1.0 };
+    let ones = TensorView { dtype: DType::F32, shape: &[128], data: &1f32.to_le_bytes().repeat(128) };
+    let (norm, rope) = (backend.load_norm("norm", ones)?, backend.load_rope(&angles)?);
+    prepare(backend, seqs, context, context)?;
+    let mut turn = 0;
+    let mut rope_and_cache = |backend: &mut CpuBackend| {
+        turn += 1;
+        let (qk_norm, rope) = (Some((&norm, &norm)), Some(&rope));
+        backend.rope_and_cache(RopeAndCache {
+            qkv: &mut qkv,
+            shape,
+            qk_norm,
+            eps: 1e-6,
+            rope,
+            kv: &mut kv,
+            layer: turn % LAYERS,
+        })
+    };
+    (0..LAYERS).try_for_each(|_| rope_and_cache(backend))?;
+    prepare(backend, seqs, rows, context)?;
+    let rope_seconds = best(|| rope_and_cache(backend))?;
+    let seconds = median(|| {
+        turn += 1;
+        let (layer, out) = (turn % LAYERS, &mut out);
+        backend.attention(Attention { qkv: &qkv, shape, scale: 0.1, window: None, kv: &kv, layer, out })
     })?;
-    prepare(backend, rows, context - rows)?;
-    let seconds = best(|| {
-        let out = &mut out;
-        backend.attention(Attention { qkv: &qkv, shape, scale: 0.1, window: None, kv: &kv, layer: 0, out })
-    })?;
-    let keys: u64 = (context - rows..context).map(|p| u64::from(p) + 1).sum();
+    let keys: u64 = u64::from(seqs) * (context - rows..context).map(|p| u64::from(p) + 1).sum::<u64>();
     let flops = 4.0 * keys as f64 * shape.q_size() as f64;
+    let bytes = layout.block_bytes() * layout.num_blocks as usize / LAYERS;
     println!(
-        "attention bf16 {rows} rows, context {context}: {:.1} us, {:.1} GFLOP/s",
+        "attention {dtype:?} {seqs} x {rows} rows, context {context}: {:.1} us, {:.1} GFLOP/s, {:.1} GB/s; rope {:.1} us",
         seconds * 1e6,
-        flops / seconds / 1e9
+        flops / seconds / 1e9,
+        bytes as f64 / seconds / 1e9,
+        rope_seconds * 1e6
     );
     Ok(())
+}
+
+/// The median of a second's runs.
+fn median(mut run: impl FnMut() -> Result<(), BackendError>) -> Result<f64, BackendError> {
+    let (begin, mut all) = (Instant::now(), Vec::new());
+    while begin.elapsed().as_secs_f64() < 1.0 {
+        let start = Instant::now();
+        run()?;
+        all.push(start.elapsed().as_secs_f64());
+    }
+    all.sort_by(f64::total_cmp);
+    Ok(all[all.len() / 2])
 }
 
 /// One hand-over to the team and back.
 fn barrier(threads: usize) -> Result<(), BackendError> {
     let mut pool = quire_cpu::pool::Pool::new(threads)?;
-    let seconds = best(|| {
+    let seconds = median(|| {
         (0..1000).try_for_each(|_| pool.run(&|_| {}))?;
         Ok(())
     })?;
@@ -129,20 +174,21 @@ fn barrier(threads: usize) -> Result<(), BackendError> {
     Ok(())
 }
 
-/// One sequence with `rows` rows from position `first` on.
-fn prepare(backend: &mut CpuBackend, rows: u32, first: u32) -> Result<(), BackendError> {
-    let positions: Vec<u32> = (first..first + rows).collect();
-    let blocks: Vec<u32> = (0..(first + rows).div_ceil(16)).collect();
+/// `rows` rows at the end of each of `seqs` sequences of `context` tokens.
+fn prepare(backend: &mut CpuBackend, seqs: u32, rows: u32, context: u32) -> Result<(), BackendError> {
+    let positions: Vec<u32> = (0..seqs).flat_map(|_| context - rows..context).collect();
+    let slots: Vec<u32> = (0..seqs).flat_map(|s| s * context + context - rows..(s + 1) * context).collect();
+    let max_blocks_per_seq = context.div_ceil(16);
     backend.prepare(&StepInput {
         step: StepId(0),
-        token_ids: &vec![0; rows as usize],
+        token_ids: &vec![0; positions.len()],
         positions: &positions,
-        slot_mapping: &positions,
-        cu_seqlens_q: &[0, rows],
-        seq_lens: &[first + rows],
-        seq_slots: &[Slot(0)],
-        block_tables: &blocks,
-        max_blocks_per_seq: blocks.len() as u32,
+        slot_mapping: &slots,
+        cu_seqlens_q: &(0..=seqs).map(|s| s * rows).collect::<Vec<_>>(),
+        seq_lens: &vec![context; seqs as usize],
+        seq_slots: &(0..seqs).map(Slot).collect::<Vec<_>>(),
+        block_tables: &(0..seqs * max_blocks_per_seq).collect::<Vec<_>>(),
+        max_blocks_per_seq,
         logit_rows: &[],
         block_copies: &[],
         seqs: &[],

@@ -24,6 +24,7 @@ use crate::ops::{MIN_WORK, grain};
 use crate::pool::{Pool, default_threads};
 use crate::prepacked::Prepacked;
 use crate::simd::dispatch;
+use crate::simd::pairs::PANEL;
 use crate::weights::CpuWeight;
 
 /// How products of bf16 weights are computed. Weights of other types are not affected.
@@ -253,7 +254,11 @@ impl Backend for CpuBackend {
         let qk_norm = qk_norm.map(|(q, k)| (&q[..], &k[..]));
         let cache = SharedLayer::new(&mut kv.layers[layer]);
         let (qkv, stride) = (qkv.shared(), shape.qkv_size());
-        let grain = self.row_grain(4 * stride);
+        // Of a long prompt, whole panels of keys stay together.
+        let grain = match self.row_grain(4 * stride) {
+            few if few < PANEL => few,
+            many => many.next_multiple_of(PANEL),
+        };
         self.pool.split(step.num_tokens(), grain, |_, rows| {
             // SAFETY: `isa` was detected; these rows and their cache slots belong to this piece alone.
             unsafe {

@@ -13,8 +13,8 @@
 //! * a panic in a kernel becomes a [`quire_core::ExecError`], never a hang; indices from a step are checked before a
 //!   pointer is made of them.
 //!
-//! Reading order: [`pool`]; [`simd`] (what an instruction set must offer), [`element`], [`buffer`]; [`weights`] with
-//! `packed`, `quantized` and [`prepacked`]; [`kv`] with `pages`; [`ops`], in it `tiles`, `gemm`, `int_gemm`, `paged` for
+//! Reading order: [`pool`] with `spread`; [`simd`] (what an instruction set must offer), [`element`], [`buffer`]; [`weights`] with
+//! `packed`, `quantized` and [`prepacked`]; [`kv`] with `pages` and `store`; [`ops`], in it `tiles`, `gemm`, `int_gemm`, `paged` for
 //! what runs fast; [`backend`] ties them to the trait; `peak` is what all of it is held against. A new instruction set is
 //! one more file in `simd` and one more arm in [`simd::dispatch`] and [`simd::pairs::dispatch_pairs`].
 // Register tiles are small matrices; `acc[r][m] += w[r] * x[m]` reads best with its indices.
@@ -32,6 +32,8 @@ pub mod pool;
 pub mod prepacked;
 mod quantized;
 pub mod simd;
+mod spread;
+mod store;
 pub mod weights;
 
 pub use backend::{CpuBackend, CpuConfig, Precision};

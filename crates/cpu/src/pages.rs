@@ -1,19 +1,17 @@
-//! Pages whose keys and values are ready for pair products: what [`crate::ops::paged`] reads.
+//! Pages whose keys and values are ready for pair products: what `store` writes and [`crate::ops::paged`] reads.
 //!
 //! A block of `B` tokens holds, per head, its keys as panels `[head_dim / 2][lane][2]` of up to [`PANEL`] tokens a lane,
 //! and its values as `[pair of tokens][head_dim][2]`. Odd ends are filled up: `head_dim` to whole panels, and a block of
 //! one token to a pair. Elements are bf16, or bytes with one scale per key and one per value, of a token and head. Stored
 //! numbers are finite, so that a weight of zero leaves nothing of them.
 
-use quire_backend::quant::TINY;
 use quire_backend::{BackendError, KvLayerShape, KvLayout};
 
 use quire_core::DType;
 
-use crate::buffer::{Aligned, Shared};
+use crate::buffer::Aligned;
 use crate::element::Plain;
-use crate::simd::bytes::ByteDot;
-use crate::simd::pairs::{PANEL, PairKernel};
+use crate::simd::pairs::PANEL;
 
 /// Where things lie in [`PackedPages`].
 #[derive(Clone, Copy)]
@@ -67,6 +65,7 @@ impl PackedShape {
 pub(crate) struct PackedPages {
     pub pairs: Pairs,
     pub shape: PackedShape,
+    num_blocks: usize,
 }
 
 /// The elements.
@@ -103,7 +102,34 @@ impl PackedPages {
         } else {
             Pairs::Bf16 { k: Aligned::zeroed(k, what)?, v: Aligned::zeroed(v, what)? }
         };
-        Ok(Self { pairs, shape })
+        Ok(Self { pairs, shape, num_blocks: layout.num_blocks as usize })
+    }
+
+    /// Whether elements are bytes with scales.
+    #[inline(always)]
+    pub(crate) const fn is_bytes(&self) -> bool {
+        matches!(self.pairs, Pairs::Int8 { .. })
+    }
+
+    /// Panics if a block lies outside the cache.
+    #[inline(always)]
+    pub(crate) fn check(&self, block: usize) {
+        assert!(block < self.num_blocks, "block {block} of {}", self.num_blocks);
+    }
+
+    /// Where the panel of keys and the row of values with `offset` of `head` begin.
+    #[inline(always)]
+    pub(crate) fn address(&self, block: usize, head: usize, offset: usize) -> (*const u8, *const u8) {
+        let (key, value) =
+            (self.shape.key_panel(block, head, offset), self.shape.value_row(block, head, offset));
+        match &self.pairs {
+            Pairs::Bf16 { k, v } => {
+                (k.as_ptr().wrapping_add(key).cast(), v.as_ptr().wrapping_add(value).cast())
+            }
+            Pairs::Int8 { k, v, .. } => {
+                (k.as_ptr().wrapping_add(key).cast(), v.as_ptr().wrapping_add(value).cast())
+            }
+        }
     }
 
     pub(crate) fn copy_block(&mut self, src: usize, dst: usize) {
@@ -124,137 +150,4 @@ impl PackedPages {
             }
         }
     }
-}
-
-/// [`PackedPages`], written by several threads, each its own slots. Of values single halves are shared, since the tokens
-/// of a pair may be written by two threads.
-#[derive(Clone, Copy)]
-pub(crate) struct SharedPackedPages<'a> {
-    pairs: SharedPairs<'a>,
-    shape: PackedShape,
-}
-
-#[derive(Clone, Copy)]
-enum SharedPairs<'a> {
-    Bf16 { k: Shared<'a, u32>, v: Shared<'a, u16> },
-    Int8 { k: Shared<'a, u16>, v: Shared<'a, i8>, scales: Shared<'a, f32> },
-}
-
-impl<'a> SharedPackedPages<'a> {
-    pub(crate) fn new(pages: &'a mut PackedPages) -> Self {
-        let shape = pages.shape;
-        let pairs = match &mut pages.pairs {
-            Pairs::Bf16 { k, v } => SharedPairs::Bf16 { k: Shared::new(k), v: Shared::new(v.halves_mut()) },
-            Pairs::Int8 { k, v, scales } => SharedPairs::Int8 {
-                k: Shared::new(k),
-                v: Shared::new(v.bytes_mut()),
-                scales: Shared::new(scales),
-            },
-        };
-        Self { pairs, shape }
-    }
-}
-
-/// Stores keys and values of several rows; they are made finite. No other thread may write these slots.
-pub(crate) struct StoreRows<'a> {
-    pub pages: SharedPackedPages<'a>,
-    /// `[rows]`
-    pub slots: &'a [u32],
-    /// `[rows, stride]`, of which the last columns are keys and then values.
-    pub qkv: &'a [f32],
-    pub stride: usize,
-}
-
-impl PairKernel for StoreRows<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<D: ByteDot>(self) {
-        let PackedShape { num_kv_heads, head_dim, .. } = self.pages.shape;
-        let values = self.stride - num_kv_heads * head_dim;
-        let keys = values - num_kv_heads * head_dim;
-        // Head by head, as the tokens of one share the cache lines of its panels.
-        for head in 0..num_kv_heads {
-            for (slot, row) in self.slots.iter().zip(self.qkv.chunks_exact(self.stride)) {
-                let key = &row[keys + head * head_dim..][..head_dim];
-                let value = &row[values + head * head_dim..][..head_dim];
-                // SAFETY: the caller's.
-                unsafe { self.pages.store::<D>(*slot, head, key, value) };
-            }
-        }
-    }
-}
-
-impl SharedPackedPages<'_> {
-    /// One head's key and value at `slot`, which is the caller's alone.
-    #[inline(always)]
-    unsafe fn store<D: ByteDot>(&self, slot: u32, head: usize, key: &[f32], value: &[f32]) {
-        let shape = self.shape;
-        let (block, offset) = (slot as usize / shape.block_size, slot as usize % shape.block_size);
-        let key_at = shape.key_panel(block, head, offset) + offset % shape.lanes();
-        let value_at = 2 * shape.value_row(block, head, offset) + offset % 2;
-        let (lanes, pairs) = (shape.lanes(), shape.key_pairs());
-        // SAFETY: in bounds as `strided` has checked; slots are disjoint, and this one is ours by contract.
-        unsafe {
-            match self.pairs {
-                SharedPairs::Bf16 { k, v } => {
-                    let (k, v) = (k.strided(key_at, lanes, pairs), v.strided(value_at, 2, value.len()));
-                    each_pair::<D>(key, |i, pair| *k.add(i * lanes) = pair);
-                    each_pair::<D>(value, |i, pair| {
-                        *v.add(4 * i) = pair as u16;
-                        if 2 * i + 1 < value.len() {
-                            *v.add(4 * i + 2) = (pair >> 16) as u16;
-                        }
-                    });
-                }
-                SharedPairs::Int8 { k, v, scales } => {
-                    let at = (block * shape.num_kv_heads + head) * 2 * shape.block_size + offset;
-                    let scales = scales.strided(at, shape.block_size, 2);
-                    let (k, v) = (k.strided(key_at, lanes, pairs), v.strided(value_at, 2, value.len()));
-                    *scales = each_byte(key, |i, byte| *k.cast::<i8>().add(i / 2 * lanes * 2 + i % 2) = byte);
-                    *scales.add(shape.block_size) = each_byte(value, |i, byte| *v.add(2 * i) = byte);
-                }
-            }
-        }
-    }
-}
-
-/// What bf16 can hold.
-const MAX: f32 = 3.389_531_4e38;
-
-/// Makes numbers finite, rounds them, and hands out the pairs with their number.
-#[inline(always)]
-unsafe fn each_pair<D: ByteDot>(values: &[f32], mut to: impl FnMut(usize, u32)) {
-    const CHUNK: usize = 2 * PANEL;
-    for (chunk, values) in values.chunks(CHUNK).enumerate() {
-        let (mut padded, mut pairs) = ([0.0; CHUNK], [0; PANEL]);
-        padded[..values.len()].copy_from_slice(values);
-        // SAFETY: both arrays hold two panels; the rest is the caller's.
-        unsafe {
-            let finite = |from: &[f32]| {
-                let x = D::max(D::load_sums(from.as_ptr()), D::splat(-MAX)); // NaN, too
-                D::min(x, D::splat(MAX))
-            };
-            D::store_pairs(pairs.as_mut_ptr(), finite(&padded), finite(&padded[PANEL..]));
-        }
-        let number = values.len().div_ceil(2);
-        pairs[..number].iter().enumerate().for_each(|(i, pair)| to(chunk * PANEL + i, *pair));
-    }
-}
-
-/// Rounds to bytes, whose largest becomes 127, and hands them out with their number. Returns the scale, which is positive.
-#[inline(always)]
-fn each_byte(values: &[f32], mut to: impl FnMut(usize, i8)) -> f32 {
-    let max = values.iter().fold(TINY, |max, x| max.max(finite(*x).abs()));
-    let inverse = 127.0 / max;
-    let codes = values.iter().map(|x| (finite(*x) * inverse).round_ties_even() as i8);
-    codes.enumerate().for_each(|(i, code)| to(i, code));
-    max / 127.0
-}
-
-/// In the range of bf16; NaN becomes the lowest number.
-#[inline(always)]
-fn finite(x: f32) -> f32 {
-    let x = if x > -MAX { x } else { -MAX };
-    if x < MAX { x } else { MAX }
 }

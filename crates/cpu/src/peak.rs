@@ -121,7 +121,7 @@ impl PairKernel for Bytes {
         // SAFETY: as above.
         unsafe {
             let words = black_box([0x0101_0101u32; PANEL]);
-            let (weights, mut sums) = (D::load_words(words.as_ptr()), [D::splat_int(0); SUMS]);
+            let (weights, mut sums) = (D::load(words.as_ptr()), [D::splat_int(0); SUMS]);
             for _ in 0..ROUNDS {
                 for sum in &mut sums {
                     *sum = D::dot_bytes(*sum, weights, words.as_ptr());

@@ -2,7 +2,7 @@
 //!
 //! The caller is worker 0. A job is announced by one increment of `generation`; every worker runs it once and counts
 //! down `running`. Both sides spin for about 50 µs, since within a step the next job follows at once, then park, so that
-//! an idle server costs nothing.
+//! an idle server costs nothing; `spread` keeps two of them from waiting for each other on one CPU.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use quire_core::ExecError;
+
+use crate::spread::Spread;
 
 /// How long to spin before parking.
 const SPIN: Duration = Duration::from_micros(50);
@@ -40,6 +42,7 @@ struct Shared {
     shutdown: AtomicBool,
     /// The first panic of the current job.
     panic: Mutex<Option<String>>,
+    spread: Spread,
     start: Gate,
     done: Gate,
 }
@@ -103,6 +106,7 @@ impl Pool {
             running: AtomicUsize::new(0),
             shutdown: AtomicBool::new(false),
             panic: Mutex::new(None),
+            spread: Spread::new(threads),
             start: Gate::default(),
             done: Gate::default(),
         });
@@ -136,6 +140,7 @@ impl Pool {
             let job = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(job) };
             // SAFETY: `running` is 0 (the previous `run` waited for it), so no worker reads the cell.
             unsafe { *shared.job.get() = Some(job) };
+            shared.spread.arrive(0);
             shared.running.store(self.threads.len(), Ordering::SeqCst);
             shared.generation.fetch_add(1, Ordering::SeqCst);
             shared.start.open();
@@ -192,6 +197,7 @@ impl Shared {
             // SAFETY: the caller wrote the job before it changed `generation`, and waits in `run` until `running` is 0,
             // so the cell is not written and the closure is alive until the countdown below.
             let job = unsafe { (*self.job.get()).map(|job| &*job) };
+            self.spread.arrive(worker);
             if let Some(job) = job {
                 self.guarded(job, worker);
             }

@@ -361,7 +361,7 @@ impl PairKernel for QuantizeRow<'_> {
                 padded[..quads.len()].copy_from_slice(quads);
                 // SAFETY: as above, and both are one vector.
                 unsafe {
-                    let quads = D::load_words(padded.as_ptr());
+                    let quads = D::load(padded.as_ptr());
                     D::store_words(by_quad.as_mut_ptr(), D::sum_bytes(quads));
                 }
                 for (sum, by_quad) in sums.iter_mut().zip(by_quad.as_chunks::<INT4_QUADS>().0) {

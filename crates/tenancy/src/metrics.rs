@@ -47,6 +47,7 @@ impl Outcome {
             FinishReason::Abort => Self::Cancelled,
             FinishReason::Deadline => Self::Deadline,
             FinishReason::Error => Self::Error,
+            FinishReason::Rejected => Self::Rejected,
         }
     }
 }

@@ -11,7 +11,7 @@ use quire_backend::Activation;
 use quire_core::ExecError;
 
 use super::mlp::activate_lanes;
-use super::tiles::{Tiled, Turn, WIDE, ahead, each_panel, pieces};
+use super::tiles::{Ahead, Tiled, Turn, WIDE, each_panel, pieces};
 use crate::buffer::SharedRows;
 use crate::packed::{Packed, Rounded, RoundedRows};
 use crate::pool::Pool;
@@ -225,14 +225,14 @@ impl<F: Fn(usize) -> usize, T: Sink> PairKernel for Product<'_, F, T> {
 }
 
 impl<F: Fn(usize) -> usize, T: Sink> Product<'_, F, T> {
-    /// What memory works ahead on while the last tile of `panels` computes.
+    /// What memory works ahead on while a tile of `panels` computes.
     #[inline(always)]
-    fn ahead<const P: usize>(&self, p: usize, panels: [*const u32; P]) -> [*const u32; P] {
+    fn ahead<const P: usize>(&self, p: usize, panels: [*const u32; P], turn: Turn) -> Ahead<P> {
         let next = |i: usize| {
             let next = p + P + i;
             (next < self.panels.end).then(|| self.gemm.weight.panel((self.place)(next)))
         };
-        ahead(panels, self.gemm.weight.k2(), next)
+        Ahead::of(panels, self.gemm.weight.k2(), turn, next)
     }
 }
 
@@ -247,13 +247,13 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
         // SAFETY: `panels` hold k2 vectors each, `x` M rows of `stride`; prefetches may leave them.
         unsafe {
             let rows: [*const u32; M] = std::array::from_fn(|i| x.as_ptr().add(i * stride));
-            let ahead = if turn.index + 1 == turn.of { self.ahead(p, panels) } else { panels };
+            let ahead = self.ahead(p, panels, turn);
             let mut sums = [[D::zero(); P]; M];
             for k in 0..k2 {
                 let mut weights = [D::load(panels[0]); P];
                 for i in 0..P {
                     weights[i] = D::load(panels[i].add(k * PANEL));
-                    D::prefetch(ahead[i].wrapping_add(k * PANEL));
+                    ahead.fetch::<D>(i, k);
                 }
                 for r in 0..M {
                     for i in 0..P {

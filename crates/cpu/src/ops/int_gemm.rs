@@ -9,7 +9,7 @@ use std::ops::Range;
 use quire_core::ExecError;
 
 use super::gemm::Sink;
-use super::tiles::{Tiled, Turn, WIDE, ahead, each_panel, pieces};
+use super::tiles::{Ahead, Tiled, Turn, WIDE, each_panel, pieces};
 use crate::buffer::Shared;
 use crate::pool::Pool;
 use crate::quantized::{ACT_QUADS, ByteRows, Bytes, Codes, INT4_QUADS, INT4_VECTORS, Quantized};
@@ -118,14 +118,14 @@ impl<F: Fn(usize) -> usize, T: Sink> Piece<'_, F, T> {
         }
     }
 
-    /// What memory works ahead on while the last tile of `panels` computes.
+    /// What memory works ahead on while a tile of `panels` computes.
     #[inline(always)]
-    fn ahead<const P: usize>(&self, p: usize, panels: [*const u32; P]) -> [*const u32; P] {
+    fn ahead<const P: usize>(&self, p: usize, panels: [*const u32; P], turn: Turn) -> Ahead<P> {
         let next = |i: usize| {
             let next = p + P + i;
             (next < self.panels.end).then(|| self.gemm.weight.panel((self.place)(next)))
         };
-        ahead(panels, self.gemm.weight.quads(), next)
+        Ahead::of(panels, self.gemm.weight.quads(), turn, next)
     }
 
     /// Scales the sums of row `m` by those of the weights.
@@ -155,7 +155,7 @@ unsafe fn expand<D: ByteDot>(panel: &[u32], steps_at: usize, to: &mut [u32]) {
             let [step, zero] = D::steps_and_zeros(steps.as_ptr().cast());
             let expander = D::expander(step, zero);
             for v in 0..INT4_VECTORS {
-                let [low, high] = D::nibbles(D::load_words(codes.as_ptr().add(v * PANEL)));
+                let [low, high] = D::nibbles(D::load(codes.as_ptr().add(v * PANEL)));
                 D::store_words(to.as_mut_ptr().add(v * PANEL), D::expand(low, expander));
                 let high = D::expand(high, expander);
                 D::store_words(to.as_mut_ptr().add((v + INT4_VECTORS) * PANEL), high);
@@ -179,7 +179,7 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Piece<'_, F, T> {
             for i in 0..P {
                 panels[i] = self.bytes::<D>(p, i, turn);
             }
-            let ahead = if turn.index + 1 == turn.of { self.ahead(p, panels) } else { panels };
+            let ahead = self.ahead(p, panels, turn);
             let mut sums = [[D::zero(); P]; M];
             for (g, first) in (0..quads).step_by(ACT_QUADS).enumerate() {
                 let mut dots = [[D::splat_int(0); P]; M];
@@ -187,10 +187,10 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Piece<'_, F, T> {
                     dots[r] = [D::splat_int(*x.offsets.add(r * x.groups + g)); P];
                 }
                 for k in first..(first + ACT_QUADS).min(quads) {
-                    let mut weights = [D::load_words(panels[0]); P];
+                    let mut weights = [D::load(panels[0]); P];
                     for i in 0..P {
-                        weights[i] = D::load_words(panels[i].add(k * PANEL));
-                        D::prefetch(ahead[i].wrapping_add(k * PANEL));
+                        weights[i] = D::load(panels[i].add(k * PANEL));
+                        ahead.fetch::<D>(i, k);
                     }
                     for r in 0..M {
                         for i in 0..P {
@@ -220,7 +220,7 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
     const SHARE: (usize, usize) = (1, 3);
 
     #[inline(always)]
-    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, _: Turn) {
+    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
         let weight = self.0.gemm.weight;
         let (quads, steps_at) = (weight.quads(), weight.steps_at());
         // SAFETY: panels hold `steps_at` words of codes and then the steps, rows `quads` quads; prefetches may leave them.
@@ -228,7 +228,7 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
             let x = self.0.gemm.x.rows(m, M, quads);
             let panels: [*const u32; P] =
                 std::array::from_fn(|i| weight.panel((self.0.place)(p + i)).as_ptr());
-            let ahead = self.0.ahead(p, panels);
+            let ahead = self.0.ahead(p, panels, turn);
             let mut sums = [[D::zero(); P]; M];
             for (g, first) in (0..quads).step_by(ACT_QUADS).enumerate() {
                 let mut totals = [[D::splat_int(0); P]; M];
@@ -252,9 +252,9 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
 /// Adds `step * Σ (code - zero) * x` over one group of inputs.
 #[inline(always)]
 unsafe fn add_group<D: ByteDot, const M: usize, const P: usize>(
-    totals: &mut [[D::I; P]; M],
+    totals: &mut [[D::W; P]; M],
     panels: [*const u32; P],
-    ahead: [*const u32; P],
+    ahead: Ahead<P>,
     steps_at: usize,
     group: usize,
     x: ByteRows,
@@ -266,8 +266,8 @@ unsafe fn add_group<D: ByteDot, const M: usize, const P: usize>(
             let at = (group * INT4_VECTORS + v) * PANEL;
             let quads = x.quads.add(group * INT4_QUADS + v);
             for i in 0..P {
-                let [low, high] = D::nibbles(D::load_words(panels[i].add(at)));
-                D::prefetch(ahead[i].wrapping_add(at));
+                let [low, high] = D::nibbles(D::load(panels[i].add(at)));
+                ahead.fetch::<D>(i, group * INT4_VECTORS + v);
                 for r in 0..M {
                     let quads = quads.add(r * x.stride);
                     dots[r][i] = D::dot_bytes(dots[r][i], low, quads);

@@ -7,12 +7,13 @@
 //! folded in order (arXiv 2311.01282), whether one thread has computed them or several. So a row's bits depend on its
 //! position alone. Weights are rounded to bf16 for the product with the values, while their sum keeps f32.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use quire_backend::{Attention, AttnShape, StepBuffer};
 use quire_core::ExecError;
 
-use super::tiles::{Tiled, Turn, each_panel};
+use super::tiles::{NARROW, Tiled, Turn, each_panel};
 use crate::CpuBackend;
 use crate::buffer::{CpuBuf, Shared, SharedRows};
 use crate::packed::round_row;
@@ -175,17 +176,23 @@ pub(crate) fn paged_attention(
         step,
         out: out.shared(),
     };
-    // Later blocks see more keys: they go first, so that no long one is left at the end.
-    let item = |i: usize| Item { block: blocks[blocks.len() - 1 - i / kv_heads], kv_head: i % kv_heads };
     let items = blocks.len() * kv_heads;
+    // Later blocks see more keys: they go first, so that no long one is left at the end.
+    let item = |i: usize| {
+        let i = i.min(items - 1);
+        Item { block: blocks[blocks.len() - 1 - i / kv_heads], kv_head: i % kv_heads }
+    };
     let splits = blocks.iter().map(|&block| work.splits(block).end).max().unwrap_or(0);
     if splits < 2 || items >= 4 * pool.num_threads() {
-        return pool.split(items, 1, |worker, range| {
+        // Neighbours share a block of tokens, and each asks for what the next one reads first.
+        let grain = (items / (8 * pool.num_threads())).clamp(1, kv_heads);
+        return pool.split(items, grain, |worker, range| {
             for i in range {
                 // SAFETY: `isa` was detected; scratch `worker` is this thread's, the item's columns of `out` its own.
                 unsafe {
                     let scratch = &mut scratch.slice(worker, 1)[0];
-                    dispatch_pairs(isa, Run { work: &work, item: item(i), scratch, task: Task::Whole });
+                    let items = (item(i), item(i + 1));
+                    dispatch_pairs(isa, Run { work: &work, items, scratch, task: Task::Whole });
                 }
             }
         });
@@ -200,7 +207,8 @@ pub(crate) fn paged_attention(
             // SAFETY: as above, and the partial result is this piece's own.
             unsafe {
                 let (scratch, part) = (&mut scratch.slice(worker, 1)[0], partial.slice(i * len, len));
-                dispatch_pairs(isa, Run { work: &work, item, scratch, task: Task::Split(split, part) });
+                let (items, task) = ((item, item), Task::Split(split, part));
+                dispatch_pairs(isa, Run { work: &work, items, scratch, task });
             }
         }
     })?;
@@ -210,10 +218,8 @@ pub(crate) fn paged_attention(
             unsafe {
                 let scratch = &mut scratch.slice(worker, 1)[0];
                 let parts = partial.slice(i * splits * len, splits * len);
-                dispatch_pairs(
-                    isa,
-                    Run { work: &work, item: item(i), scratch, task: Task::Fold(parts, len) },
-                );
+                let (items, task) = ((item(i), item(i)), Task::Fold(parts, len));
+                dispatch_pairs(isa, Run { work: &work, items, scratch, task });
             }
         }
     })
@@ -285,20 +291,32 @@ impl Work<'_> {
 
     /// Brings one split of an item into `state`.
     #[inline(always)]
-    unsafe fn split<D: ByteDot>(&self, item: Item, split: usize, s: &mut Buffers<'_>, state: &mut State<'_>) {
+    unsafe fn split<D: ByteDot>(
+        &self,
+        items: (Item, Item),
+        split: usize,
+        s: &mut Buffers<'_>,
+        state: &mut State<'_>,
+    ) {
         state.clear();
-        let seen = self.all_seen(item.block);
+        let seen = self.all_seen(items.0.block);
         let (from, to) = (seen.start.max(split * SPLIT), seen.end.min((split + 1) * SPLIT));
         for tile in from / TILE..to.div_ceil(TILE) {
             // SAFETY: the caller's.
-            unsafe { self.tile::<D>(item, tile * TILE, s, state) };
+            unsafe { self.tile::<D>(items, tile * TILE, s, state) };
         }
     }
 
     /// The keys of one tile, for the rows that see any of them.
     #[inline(always)]
-    unsafe fn tile<D: ByteDot>(&self, item: Item, start: usize, s: &mut Buffers<'_>, state: &mut State<'_>) {
-        let Item { block, kv_head } = item;
+    unsafe fn tile<D: ByteDot>(
+        &self,
+        items: (Item, Item),
+        start: usize,
+        s: &mut Buffers<'_>,
+        state: &mut State<'_>,
+    ) {
+        let Item { block, kv_head } = items.0;
         // Positions grow from token to token, so those that see part of the tile are neighbours.
         let sees = |t: usize| {
             let seen = self.seen(block, t);
@@ -313,22 +331,56 @@ impl Work<'_> {
             ..self.seen(block, end - 1).end.min(start + TILE) - start;
         let panels = keys.start / PANEL..keys.end.div_ceil(PANEL);
         let rows = first * self.group..end * self.group;
-        let pairs = self.pages.shape.key_pairs();
-        let columns = self.pages.shape.columns();
         let block_table = self.step.block_table(block.seq);
-        // SAFETY: the caller's.
-        let tile = unsafe {
-            let wanted = Wanted { block_table, head: kv_head, start, keys: keys.clone() };
-            Tile::find::<D>(self.pages, &wanted, &mut s.tile)
-        };
-        let scales = matches!(self.pages.pairs, Pairs::Int8 { .. }).then_some(&*s.tile.scales);
-        let scores = Scores { q: s.q, pairs, tile, out: Shared::new(s.scores) };
+        let wanted = Wanted { block_table, head: kv_head, start, keys };
+        let pages = self.pages;
+        let shown = Shown { block, start, keys: wanted.keys.clone(), panels, rows };
+        // SAFETY: the caller's; bytes are read as bytes.
+        unsafe {
+            let next = self.next_tile::<D>(items, start);
+            if pages.is_bytes() {
+                find_scales(pages, &wanted, s.tile.scales);
+            }
+            match Tile::in_place(pages, &wanted) {
+                Some(tile) if !pages.is_bytes() => self.attend::<D, Wide>(&shown, tile, next, s, state),
+                // Few rows are one tile, which reads everything once.
+                Some(tile) if shown.rows.len() <= D::TILE_SUMS / NARROW => {
+                    self.attend::<D, Bytes>(&shown, tile, next, s, state);
+                }
+                Some(bytes) => {
+                    let tile = bytes.widen::<D>(pages, &shown.panels, &next, &mut s.tile);
+                    self.attend::<D, Wide>(&shown, tile, tile, s, state);
+                }
+                None => {
+                    let tile = gather(pages, &wanted, &mut s.tile);
+                    self.attend::<D, Wide>(&shown, tile, tile, s, state);
+                }
+            }
+        }
+    }
+
+    /// Scores, weights, and the weighted values of a tile, while memory works on the next one.
+    #[inline(always)]
+    unsafe fn attend<D: ByteDot, F: Form>(
+        &self,
+        shown: &Shown,
+        tile: Tile,
+        next: Tile,
+        s: &mut Buffers<'_>,
+        state: &mut State<'_>,
+    ) {
+        let Shown { block, start, keys, panels, rows } = shown;
+        let (pairs, columns) = (self.pages.shape.key_pairs(), self.pages.shape.columns());
+        let scales = self.pages.is_bytes().then_some(&*s.tile.scales);
+        let form = PhantomData::<F>;
+        let scores =
+            Scores { q: s.q, pairs, keys: tile.keys, next: next.keys, out: Shared::new(s.scores), form };
         // SAFETY: the tile was found, and the buffers have been made for its shape.
         unsafe {
             each_panel::<D, _>(&scores, rows.clone(), panels.clone());
             for r in rows.clone() {
-                let seen = self.seen(block, r / self.group);
-                let seen = seen.start.max(start) - start..seen.end.min(start + TILE) - start;
+                let seen = self.seen(*block, r / self.group);
+                let seen = seen.start.max(*start) - start..seen.end.min(start + TILE) - start;
                 let scores = &mut s.scores[r * TILE..(r + 1) * TILE];
                 if seen.len() < PANEL * panels.len() {
                     scores[panels.start * PANEL..seen.start].fill(f32::NEG_INFINITY);
@@ -339,41 +391,47 @@ impl Work<'_> {
             }
             let values = Values {
                 weights: s.weights,
-                tile,
+                values: tile.values,
+                next: next.values,
                 pairs: panels.start * PANEL_PAIRS..keys.end.div_ceil(2),
                 columns,
                 out: Shared::new(state.out),
-                ahead: self.next_keys(item, start + TILE, tile.keys),
+                form,
             };
-            each_panel::<D, _>(&values, rows, 0..columns / PANEL);
+            each_panel::<D, _>(&values, rows.clone(), 0..columns / PANEL);
         }
     }
 
-    /// Where the keys of the tile from `start` on begin; of those that the item does not see, those of the next head, as
-    /// the next item is likely to be about it.
+    /// The tile that follows the one at `start`: after the last one that the item sees, the first one of the next item.
+    /// Memory works on its scales from here on.
     #[inline(always)]
-    fn next_keys(&self, item: Item, start: usize, keys: [*const u32; PANELS]) -> [*const u32; PANELS] {
+    unsafe fn next_tile<D: ByteDot>(&self, (item, after): (Item, Item), start: usize) -> Tile {
         let shape = self.pages.shape;
-        let block_table = self.step.block_table(item.block.seq);
-        let seen = self.all_seen(item.block);
-        let (start, head) = if start < seen.end {
-            (start, item.kv_head)
-        } else {
-            (seen.start / TILE * TILE, (item.kv_head + 1) % shape.num_kv_heads)
-        };
-        let mut next = keys;
-        for (panel, next) in next.iter_mut().enumerate() {
+        let more = start + TILE < self.all_seen(item.block).end;
+        let Item { block, kv_head } = if more { item } else { after };
+        let (seen, block_table) = (self.all_seen(block), self.step.block_table(block.seq));
+        let start = if more { start + TILE } else { seen.start / TILE * TILE };
+        let mut last = seen.start.max(start);
+        let (mut keys, mut values) = ([std::ptr::null(); PANELS], [std::ptr::null(); PANELS]);
+        for panel in 0..PANELS {
             let position = start + panel * PANEL;
+            // What is not to be seen is not asked for: once more the one before instead.
             if position < seen.end && position + PANEL > seen.start {
-                let block = block_table[position / shape.block_size] as usize;
-                let at = shape.key_panel(block, head, position % shape.block_size);
-                *next = match &self.pages.pairs {
-                    Pairs::Bf16 { k, .. } => k.as_ptr().wrapping_add(at),
-                    Pairs::Int8 { k, .. } => k.as_ptr().wrapping_add(at).cast(),
-                };
+                last = position;
+            }
+            let (block, offset) = (block_table[last / shape.block_size] as usize, last % shape.block_size);
+            (keys[panel], values[panel]) = self.pages.address(block, kv_head, offset);
+            if let Pairs::Int8 { scales, .. } = &self.pages.pairs {
+                let at = (block * shape.num_kv_heads + kv_head) * 2 * shape.block_size + offset;
+                let key = scales.as_ptr().wrapping_add(at);
+                // SAFETY: any address may be prefetched; the rest is the caller's.
+                unsafe {
+                    D::prefetch(key.cast());
+                    D::prefetch(key.wrapping_add(shape.block_size).cast());
+                }
             }
         }
-        next
+        Tile { keys, values }
     }
 
     /// Divides by the sums and writes the rows of an item.
@@ -434,7 +492,8 @@ enum Task<'a> {
 /// A task. One kernel for all of them, as what it calls is compiled into it.
 struct Run<'a> {
     work: &'a Work<'a>,
-    item: Item,
+    /// The item, and the one that the thread is likely to do next.
+    items: (Item, Item),
     scratch: &'a mut Scratch,
     task: Task<'a>,
 }
@@ -444,7 +503,8 @@ impl PairKernel for Run<'_> {
 
     #[inline(always)]
     unsafe fn run<D: ByteDot>(self) {
-        let Self { work, item, scratch, mut task } = self;
+        let Self { work, items, scratch, mut task } = self;
+        let item = items.0;
         let (mut buffers, mut part, mut total) = scratch.parts();
         let (rows, columns) = (item.block.tokens * work.group, work.pages.shape.columns());
         let splits = work.splits(item.block);
@@ -468,7 +528,7 @@ impl PairKernel for Run<'_> {
                 };
                 let mut state = State::of(memory, rows, columns);
                 if computes {
-                    work.split::<D>(item, split, &mut buffers, &mut state);
+                    work.split::<D>(items, split, &mut buffers, &mut state);
                 }
                 if folds && !single {
                     State::of(total, rows, columns).fold::<D>(&mut state);
@@ -484,12 +544,64 @@ impl PairKernel for Run<'_> {
     }
 }
 
+/// How operands lie in memory, in vectors of a panel's pairs.
+trait Form: Copy {
+    /// Bytes of a vector.
+    const SIZE: usize;
+
+    /// Vector `i` from `at` on.
+    ///
+    /// # Safety
+    /// It can be read; the rest as for [`PairDot`].
+    unsafe fn load<D: ByteDot>(at: *const u8, i: usize) -> D::W;
+}
+
+/// As pairs of bf16.
+#[derive(Clone, Copy)]
+struct Wide;
+
+/// As pairs of bytes.
+#[derive(Clone, Copy)]
+struct Bytes;
+
+impl Form for Wide {
+    const SIZE: usize = PANEL * size_of::<u32>();
+
+    #[inline(always)]
+    unsafe fn load<D: ByteDot>(at: *const u8, i: usize) -> D::W {
+        // SAFETY: the caller's.
+        unsafe { D::load(at.add(i * Self::SIZE).cast()) }
+    }
+}
+
+impl Form for Bytes {
+    const SIZE: usize = PANEL * size_of::<u16>();
+
+    #[inline(always)]
+    unsafe fn load<D: ByteDot>(at: *const u8, i: usize) -> D::W {
+        // SAFETY: the caller's.
+        unsafe { D::widen_pairs(at.add(i * Self::SIZE).cast()) }
+    }
+}
+
 /// Where the keys and values of a tile lie: panels of 16 keys, `[key_pairs][PANEL]`, and the values of the same keys,
-/// `[PANEL_PAIRS][columns]`. Panels without a visible key are null.
+/// `[PANEL_PAIRS][columns]`. Panels without a visible key are null, or in a tile to come like their neighbours.
 #[derive(Clone, Copy)]
 struct Tile {
-    keys: [*const u32; PANELS],
-    values: [*const u32; PANELS],
+    keys: [*const u8; PANELS],
+    values: [*const u8; PANELS],
+}
+
+/// Who sees what of a tile.
+struct Shown {
+    block: Block,
+    /// Position of the tile.
+    start: usize,
+    /// Within the tile: those that any row sees, and the panels that hold them.
+    keys: Range<usize>,
+    panels: Range<usize>,
+    /// Rows of the block's that see any of them.
+    rows: Range<usize>,
 }
 
 /// The keys of a tile that are to be found.
@@ -512,45 +624,46 @@ impl Wanted<'_> {
 }
 
 impl Tile {
-    /// The tile with the wanted keys; in `room` unless it lies ready. Panics if a block lies outside the cache.
-    ///
-    /// # Safety
-    /// As for [`PairDot`].
+    /// The tile with the wanted keys as it lies in the cache, unless its panels are in pieces. Panics if a block lies
+    /// outside the cache.
     #[inline(always)]
-    unsafe fn find<D: ByteDot>(pages: &PackedPages, wanted: &Wanted<'_>, room: &mut TileRoom<'_>) -> Self {
+    fn in_place(pages: &PackedPages, wanted: &Wanted<'_>) -> Option<Self> {
         let shape = pages.shape;
-        let (pairs, columns) = (shape.key_pairs(), shape.columns());
-        if let Pairs::Int8 { scales, .. } = &pages.pairs {
-            for key in wanted.keys.clone() {
-                let (block, offset) = wanted.at(key, shape.block_size);
-                let at = (block * shape.num_kv_heads + wanted.head) * 2 * shape.block_size + offset;
-                (room.scales[key], room.scales[TILE + key]) = (scales[at], scales[at + shape.block_size]);
-            }
-        }
-        if shape.block_size < PANEL {
-            gather(pages, wanted, room);
-        }
         let mut tile = Self { keys: [std::ptr::null(); PANELS], values: [std::ptr::null(); PANELS] };
+        if shape.block_size < PANEL {
+            return None;
+        }
         for panel in wanted.keys.start / PANEL..wanted.keys.end.div_ceil(PANEL) {
             let (block, offset) = wanted.at(panel * PANEL, shape.block_size);
-            let key = shape.key_panel(block, wanted.head, offset);
-            let value = shape.value_row(block, wanted.head, offset);
-            let keys = &mut room.keys[panel * PANEL * pairs..(panel + 1) * PANEL * pairs];
-            let values = &mut room.values[panel * PANEL_PAIRS * columns..(panel + 1) * PANEL_PAIRS * columns];
-            (tile.keys[panel], tile.values[panel]) = match &pages.pairs {
-                _ if shape.block_size < PANEL => (keys.as_ptr(), values.as_ptr()),
-                Pairs::Bf16 { k, v } => {
-                    (k[key..][..keys.len()].as_ptr(), v[value..][..values.len()].as_ptr())
-                }
-                Pairs::Int8 { k, v, .. } => {
-                    // SAFETY: the caller's.
-                    unsafe {
-                        widen::<D>(&k[key..][..keys.len()], keys);
-                        widen::<D>(&v[value..][..values.len()], values);
-                    }
-                    (keys.as_ptr(), values.as_ptr())
-                }
-            };
+            pages.check(block);
+            (tile.keys[panel], tile.values[panel]) = pages.address(block, wanted.head, offset);
+        }
+        Some(tile)
+    }
+
+    /// A tile of bytes as one of pairs, in `room`, while memory works on the next one.
+    ///
+    /// # Safety
+    /// The panels can be read; the rest as for [`PairDot`].
+    #[inline(always)]
+    unsafe fn widen<D: ByteDot>(
+        &self,
+        pages: &PackedPages,
+        panels: &Range<usize>,
+        next: &Self,
+        room: &mut TileRoom<'_>,
+    ) -> Self {
+        let (pairs, columns) = (pages.shape.key_pairs(), pages.shape.columns());
+        let mut tile = *self;
+        for i in panels.clone() {
+            let keys = &mut room.keys[i * PANEL * pairs..(i + 1) * PANEL * pairs];
+            let values = &mut room.values[i * PANEL_PAIRS * columns..(i + 1) * PANEL_PAIRS * columns];
+            // SAFETY: the caller's.
+            unsafe {
+                widen::<D>(self.keys[i], keys, next.keys[i]);
+                widen::<D>(self.values[i], values, next.values[i]);
+            }
+            (tile.keys[i], tile.values[i]) = (keys.as_ptr().cast(), values.as_ptr().cast());
         }
         tile
     }
@@ -558,15 +671,31 @@ impl Tile {
 
 /// Whole panels of bytes as bf16.
 #[inline(always)]
-unsafe fn widen<D: ByteDot>(from: &[u16], to: &mut [u32]) {
-    for (from, to) in from.as_chunks::<PANEL>().0.iter().zip(to.as_chunks_mut::<PANEL>().0) {
-        // SAFETY: both hold a panel; the rest is the caller's.
-        unsafe { D::store_words(to.as_mut_ptr(), D::widen_pairs(from.as_ptr())) };
+unsafe fn widen<D: ByteDot>(from: *const u8, to: &mut [u32], next: *const u8) {
+    for (i, to) in to.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+        // SAFETY: `to` holds a panel, any address may be prefetched; the rest is the caller's.
+        unsafe {
+            D::prefetch(next.wrapping_add(i * Bytes::SIZE).cast());
+            D::store_words(to.as_mut_ptr(), Bytes::load::<D>(from, i));
+        }
+    }
+}
+
+/// The scales of a tile's keys, then those of its values.
+#[inline(always)]
+fn find_scales(pages: &PackedPages, wanted: &Wanted<'_>, to: &mut [f32]) {
+    let shape = pages.shape;
+    if let Pairs::Int8 { scales, .. } = &pages.pairs {
+        for key in wanted.keys.clone() {
+            let (block, offset) = wanted.at(key, shape.block_size);
+            let at = (block * shape.num_kv_heads + wanted.head) * 2 * shape.block_size + offset;
+            (to[key], to[TILE + key]) = (scales[at], scales[at + shape.block_size]);
+        }
     }
 }
 
 /// Copies the keys and values of a tile together.
-fn gather(pages: &PackedPages, wanted: &Wanted<'_>, room: &mut TileRoom<'_>) {
+fn gather(pages: &PackedPages, wanted: &Wanted<'_>, room: &mut TileRoom<'_>) -> Tile {
     let shape = pages.shape;
     let (pairs, columns, lanes) = (shape.key_pairs(), shape.columns(), shape.lanes());
     for key in wanted.keys.clone() {
@@ -589,31 +718,37 @@ fn gather(pages: &PackedPages, wanted: &Wanted<'_>, room: &mut TileRoom<'_>) {
             *to = if key % 2 == 0 { *to & 0xFFFF_0000 | half } else { *to & 0xFFFF | half << 16 };
         }
     }
+    let tile = |i: usize, of: &[u32]| of[i * (of.len() / PANELS)..].as_ptr().cast::<u8>();
+    let (keys, values) = (&room.keys[..TILE * pairs], &room.values[..TILE / 2 * columns]);
+    Tile { keys: std::array::from_fn(|i| tile(i, keys)), values: std::array::from_fn(|i| tile(i, values)) }
 }
 
 /// `scores = q · keysᵀ`: rows by panels of keys.
-struct Scores<'a> {
+struct Scores<'a, F> {
     q: &'a [u32],
     pairs: usize,
-    tile: Tile,
+    keys: [*const u8; PANELS],
+    /// Of the next tile.
+    next: [*const u8; PANELS],
     out: Shared<'a, f32>,
+    form: PhantomData<F>,
 }
 
-impl Tiled for Scores<'_> {
+impl<F: Form> Tiled for Scores<'_, F> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
         let q = &self.q[row * self.pairs..(row + M) * self.pairs];
         // SAFETY: `q` holds M rows; each panel holds `pairs` vectors, and so do its values or more of them.
         unsafe {
             let rows: [*const u32; M] = std::array::from_fn(|r| q.as_ptr().add(r * self.pairs));
-            let keys: [*const u32; P] = std::array::from_fn(|i| self.tile.keys[panel + i]);
-            let ahead: [*const u32; P] = std::array::from_fn(|i| self.tile.values[panel + i]);
+            let keys: [*const u8; P] = std::array::from_fn(|i| self.keys[panel + i]);
+            let next: [*const u8; P] = std::array::from_fn(|i| self.next[panel + i]);
             let mut sums = [[D::zero(); P]; M];
             for k in 0..self.pairs {
-                let mut weights = [D::load(keys[0]); P];
+                let mut weights = [F::load::<D>(keys[0], 0); P];
                 for i in 0..P {
-                    weights[i] = D::load(keys[i].add(k * PANEL));
-                    D::prefetch_near(ahead[i].wrapping_add(k * PANEL));
+                    weights[i] = F::load::<D>(keys[i], k);
+                    D::prefetch(next[i].wrapping_add(k * F::SIZE).cast());
                 }
                 for r in 0..M {
                     for i in 0..P {
@@ -677,18 +812,19 @@ unsafe fn softmax<D: PairDot>(
 }
 
 /// `out += weights · values`: rows by panels of columns.
-struct Values<'a> {
+struct Values<'a, F> {
     weights: &'a [u32],
-    tile: Tile,
+    values: [*const u8; PANELS],
+    /// Of the next tile.
+    next: [*const u8; PANELS],
     /// Pairs of keys.
     pairs: Range<usize>,
     columns: usize,
     out: Shared<'a, f32>,
-    /// Panels of keys that come next.
-    ahead: [*const u32; PANELS],
+    form: PhantomData<F>,
 }
 
-impl Tiled for Values<'_> {
+impl<F: Form> Tiled for Values<'_, F> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
         let weights = &self.weights[row * TILE / 2..(row + M) * TILE / 2];
@@ -707,14 +843,13 @@ impl Tiled for Values<'_> {
             let mut pair = self.pairs.start;
             while pair < self.pairs.end {
                 let end = (pair + PANEL_PAIRS).min(self.pairs.end);
-                let from = self.tile.values[pair / PANEL_PAIRS].add(panel * PANEL);
-                let ahead = self.ahead[pair / PANEL_PAIRS].wrapping_add(panel * PANEL);
+                let (from, next) = (self.values[pair / PANEL_PAIRS], self.next[pair / PANEL_PAIRS]);
                 for k in 0..end - pair {
-                    let mut values = [D::load(from); P];
+                    let mut values = [F::load::<D>(from, panel); P];
                     for i in 0..P {
-                        let at = k * self.columns + i * PANEL;
-                        values[i] = D::load(from.add(at));
-                        D::prefetch_near(ahead.wrapping_add(at));
+                        let at = k * (self.columns / PANEL) + panel + i;
+                        values[i] = F::load::<D>(from, at);
+                        D::prefetch(next.wrapping_add(at * F::SIZE).cast());
                     }
                     for r in 0..M {
                         for i in 0..P {

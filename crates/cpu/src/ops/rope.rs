@@ -7,10 +7,10 @@ use super::norm::norm_in_place;
 use crate::buffer::{Aligned, Shared};
 use crate::element::Element;
 use crate::kv::{KvLayer, PageShape, Pages};
-use crate::pages::{SharedPackedPages, StoreRows};
 use crate::pool::Pool;
 use crate::simd::pairs::dispatch_pairs;
 use crate::simd::{Isa, Kernel, Simd};
+use crate::store::{SharedPackedPages, StoreRows};
 
 /// Sines and cosines of all positions.
 pub struct CpuRope {

@@ -13,28 +13,63 @@ pub(crate) const NARROW: usize = 2;
 
 /// How far ahead weights are asked for at most, so that they are still in cache when it is their turn.
 const AHEAD_BYTES: usize = 384 * 1024;
+/// Up to this many bytes, all tiles of the panels at work ask for the next ones; longer ones wait for the last tile.
+const SHARED_BYTES: usize = 112 * 1024;
 /// How far ahead in a panel else, in vectors.
 const AHEAD_VECTORS: usize = 32;
 /// Up to how many tokens memory is the limit, not computing.
 const MEMORY_BOUND: usize = 8;
 
-/// What memory works ahead on while panels of `len` vectors are computed with: the panels after them, or, where these are
-/// long, a little further on in them.
-#[inline(always)]
-pub(crate) fn ahead<'a, const P: usize>(
-    panels: [*const u32; P],
-    len: usize,
-    next: impl Fn(usize) -> Option<&'a [u32]>,
-) -> [*const u32; P] {
-    let mut ahead = panels;
-    for i in 0..P {
-        let near = P * len * PANEL * size_of::<u32>() <= AHEAD_BYTES;
-        ahead[i] = match next(i) {
-            Some(next) if near => next.as_ptr(),
-            _ => panels[i].wrapping_add(AHEAD_VECTORS * PANEL),
+/// What memory works ahead on while a tile computes: the panels after these, of which each tile asks for its share; or,
+/// where panels are long, a little further on in these.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead<const P: usize> {
+    from: [*const u32; P],
+    /// Words from one vector to the next.
+    stride: usize,
+}
+
+impl<const P: usize> Ahead<P> {
+    /// `panels` have `len` vectors each; `next(i)` comes after panel `i` of them.
+    #[inline(always)]
+    pub fn of<'a>(
+        panels: [*const u32; P],
+        len: usize,
+        turn: Turn,
+        next: impl Fn(usize) -> Option<&'a [u32]>,
+    ) -> Self {
+        let mut from = panels;
+        let bytes = P * len * PANEL * size_of::<u32>();
+        if bytes > AHEAD_BYTES {
+            for i in 0..P {
+                from[i] = panels[i].wrapping_add(AHEAD_VECTORS * PANEL);
+            }
+            return Self { from, stride: PANEL };
+        }
+        let Turn { index, of } = match turn {
+            turn if bytes <= SHARED_BYTES => turn,
+            turn if turn.index + 1 == turn.of => Turn { index: 0, of: 1 },
+            _ => return Self { from, stride: PANEL },
         };
+        let share = (len * PANEL).div_ceil(of);
+        for i in 0..P {
+            from[i] = match next(i) {
+                Some(next) => next.as_ptr().wrapping_add(index * share),
+                None => panels[i],
+            };
+        }
+        Self { from, stride: PANEL.div_ceil(of) }
     }
-    ahead
+
+    /// While vector `k` of panel `i` is computed with.
+    ///
+    /// # Safety
+    /// As for [`crate::simd::pairs::PairDot`].
+    #[inline(always)]
+    pub unsafe fn fetch<D: ByteDot>(&self, i: usize, k: usize) {
+        // SAFETY: the caller's; a prefetch may touch any address.
+        unsafe { D::prefetch(self.from[i].wrapping_add(k * self.stride)) };
+    }
 }
 
 /// How many of `units` make a piece. Where memory is the limit, each thread gets one, to read it from end to end.

@@ -138,14 +138,68 @@ unsafe impl PairDot for Avx512Bf16 {
     }
 
     #[inline(always)]
-    unsafe fn prefetch(at: *const u32) {
-        // SAFETY: a hint; it does not fault.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    unsafe fn store_zipped(to: *mut u32, even: __m512, odd: __m512) {
+        /// Half `i` of the first 16, then half `i` of the others.
+        const ORDER: [u16; 32] = {
+            let mut order = [0; 32];
+            let mut i = 0;
+            while i < 32 {
+                order[i] = (i / 2 + i % 2 * 16) as u16;
+                i += 1;
+            }
+            order
+        };
+        // SAFETY: as above; ORDER is one vector.
+        unsafe {
+            let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, even));
+            let order = _mm512_loadu_si512(ORDER.as_ptr().cast());
+            _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(order, halves));
+        }
     }
 
     #[inline(always)]
-    unsafe fn prefetch_near(at: *const u32) {
-        // SAFETY: as above.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    unsafe fn transpose(rows: &[[u32; 16]; 16], to: *mut u32) {
+        // SAFETY: as above. Squares of 2, then of 4 within quarters, then the quarters change places.
+        unsafe {
+            let mut a = [_mm512_setzero_si512(); 16];
+            for i in 0..8 {
+                let low = _mm512_loadu_si512(rows[2 * i].as_ptr().cast());
+                let high = _mm512_loadu_si512(rows[2 * i + 1].as_ptr().cast());
+                (a[2 * i], a[2 * i + 1]) =
+                    (_mm512_unpacklo_epi32(low, high), _mm512_unpackhi_epi32(low, high));
+            }
+            let mut b = a;
+            for i in [0, 4, 8, 12] {
+                b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+                b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+                b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+                b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+            }
+            for i in 0..4 {
+                let even = [
+                    _mm512_shuffle_i32x4::<0x88>(b[i], b[i + 4]),
+                    _mm512_shuffle_i32x4::<0x88>(b[i + 8], b[i + 12]),
+                ];
+                let odd = [
+                    _mm512_shuffle_i32x4::<0xDD>(b[i], b[i + 4]),
+                    _mm512_shuffle_i32x4::<0xDD>(b[i + 8], b[i + 12]),
+                ];
+                let columns = [
+                    _mm512_shuffle_i32x4::<0x88>(even[0], even[1]),
+                    _mm512_shuffle_i32x4::<0x88>(odd[0], odd[1]),
+                    _mm512_shuffle_i32x4::<0xDD>(even[0], even[1]),
+                    _mm512_shuffle_i32x4::<0xDD>(odd[0], odd[1]),
+                ];
+                for (quarter, column) in columns.into_iter().enumerate() {
+                    _mm512_storeu_si512(to.add((4 * quarter + i) * 16).cast(), column);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u32) {
+        // SAFETY: a hint; it does not fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 }

@@ -6,38 +6,36 @@
 use super::Simd;
 use super::pairs::{Emulated, PANEL, PairDot};
 
-/// Vectors of [`PANEL`] 32-bit integers, and bytes or nibbles within them.
+/// More of [`PairDot::W`]: [`PANEL`] 32-bit integers, and bytes or nibbles within them.
 ///
 /// # Safety
 /// As for [`PairDot`].
 #[allow(clippy::missing_safety_doc, missing_docs)] // said once, there; the names say the rest
 pub unsafe trait ByteDot: PairDot {
-    type I: Copy;
-    unsafe fn splat_int(x: i32) -> Self::I;
-    unsafe fn load_words(from: *const u32) -> Self::I;
-    unsafe fn store_words(to: *mut u32, words: Self::I);
+    unsafe fn splat_int(x: i32) -> Self::W;
+    unsafe fn store_words(to: *mut u32, words: Self::W);
     /// Adds, in each lane, the products of a quad of weights with the one quad `x` of activations.
-    unsafe fn dot_bytes(sums: Self::I, weights: Self::I, x: *const u32) -> Self::I;
-    unsafe fn to_float(a: Self::I) -> Self::V;
-    unsafe fn sub_int(a: Self::I, b: Self::I) -> Self::I;
-    unsafe fn mul_int(a: Self::I, b: Self::I) -> Self::I;
-    unsafe fn add_int(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn dot_bytes(sums: Self::W, weights: Self::W, x: *const u32) -> Self::W;
+    unsafe fn to_float(a: Self::W) -> Self::V;
+    unsafe fn sub_int(a: Self::W, b: Self::W) -> Self::W;
+    unsafe fn mul_int(a: Self::W, b: Self::W) -> Self::W;
+    unsafe fn add_int(a: Self::W, b: Self::W) -> Self::W;
     /// The low and the high nibbles of all bytes, as bytes.
-    unsafe fn nibbles(words: Self::I) -> [Self::I; 2];
+    unsafe fn nibbles(words: Self::W) -> [Self::W; 2];
     /// Low and high nibbles of [`PANEL`] bytes, as integers: steps and zeros of a group.
-    unsafe fn steps_and_zeros(from: *const u8) -> [Self::I; 2];
+    unsafe fn steps_and_zeros(from: *const u8) -> [Self::W; 2];
     /// What [`ByteDot::expand`] needs of a group.
-    unsafe fn expander(step: Self::I, zero: Self::I) -> [Self::I; 2];
+    unsafe fn expander(step: Self::W, zero: Self::W) -> [Self::W; 2];
     /// `step * (code - zero) + 128` of every byte.
-    unsafe fn expand(codes: Self::I, expander: [Self::I; 2]) -> Self::I;
+    unsafe fn expand(codes: Self::W, expander: [Self::W; 2]) -> Self::W;
     /// Whole numbers in -127..=127, as bytes.
     unsafe fn store_bytes(to: *mut i8, v: Self::V);
     /// Signed bytes, two a lane, as pairs of bf16: exact.
-    unsafe fn widen_pairs(from: *const u16) -> Self::I;
+    unsafe fn widen_pairs(from: *const u16) -> Self::W;
     /// The larger of `bits` and the magnitude of `v`, as the bits that order magnitudes: infinity and NaN come last.
-    unsafe fn max_magnitude(bits: Self::I, v: Self::V) -> Self::I;
+    unsafe fn max_magnitude(bits: Self::W, v: Self::V) -> Self::W;
     /// The sum of the four signed bytes of each lane.
-    unsafe fn sum_bytes(quads: Self::I) -> Self::I;
+    unsafe fn sum_bytes(quads: Self::W) -> Self::W;
 }
 
 /// Two signed bytes as a pair of bf16, which holds them exactly.
@@ -53,27 +51,19 @@ const MAGNITUDE: u32 = 0x7FFF_FFFF;
 
 // SAFETY: needs no more than `S`; pointers are read and written unaligned.
 unsafe impl<S: Simd> ByteDot for Emulated<S> {
-    type I = [u32; PANEL];
-
     #[inline(always)]
-    unsafe fn splat_int(x: i32) -> Self::I {
+    unsafe fn splat_int(x: i32) -> Self::W {
         [x.cast_unsigned(); PANEL]
     }
 
     #[inline(always)]
-    unsafe fn load_words(from: *const u32) -> Self::I {
-        // SAFETY: the trait's contract; so for all below.
-        unsafe { from.cast::<Self::I>().read_unaligned() }
-    }
-
-    #[inline(always)]
-    unsafe fn store_words(to: *mut u32, words: Self::I) {
+    unsafe fn store_words(to: *mut u32, words: Self::W) {
         // SAFETY: as above.
-        unsafe { to.cast::<Self::I>().write_unaligned(words) }
+        unsafe { to.cast::<Self::W>().write_unaligned(words) }
     }
 
     #[inline(always)]
-    unsafe fn dot_bytes(sums: Self::I, weights: Self::I, x: *const u32) -> Self::I {
+    unsafe fn dot_bytes(sums: Self::W, weights: Self::W, x: *const u32) -> Self::W {
         // SAFETY: as above.
         let x = unsafe { *x };
         let at = |byte: u32| i32::from((x >> (8 * byte)) as i8);
@@ -86,45 +76,45 @@ unsafe impl<S: Simd> ByteDot for Emulated<S> {
     }
 
     #[inline(always)]
-    unsafe fn to_float(a: Self::I) -> Self::V {
+    unsafe fn to_float(a: Self::W) -> Self::V {
         a.map(|x| x.cast_signed() as f32)
     }
 
     #[inline(always)]
-    unsafe fn sub_int(a: Self::I, b: Self::I) -> Self::I {
+    unsafe fn sub_int(a: Self::W, b: Self::W) -> Self::W {
         std::array::from_fn(|i| a[i].wrapping_sub(b[i]))
     }
 
     #[inline(always)]
-    unsafe fn mul_int(a: Self::I, b: Self::I) -> Self::I {
+    unsafe fn mul_int(a: Self::W, b: Self::W) -> Self::W {
         std::array::from_fn(|i| a[i].wrapping_mul(b[i]))
     }
 
     #[inline(always)]
-    unsafe fn add_int(a: Self::I, b: Self::I) -> Self::I {
+    unsafe fn add_int(a: Self::W, b: Self::W) -> Self::W {
         std::array::from_fn(|i| a[i].wrapping_add(b[i]))
     }
 
     #[inline(always)]
-    unsafe fn nibbles(words: Self::I) -> [Self::I; 2] {
+    unsafe fn nibbles(words: Self::W) -> [Self::W; 2] {
         [words.map(|w| w & LOW_NIBBLES), words.map(|w| w >> 4 & LOW_NIBBLES)]
     }
 
     #[inline(always)]
-    unsafe fn steps_and_zeros(from: *const u8) -> [Self::I; 2] {
+    unsafe fn steps_and_zeros(from: *const u8) -> [Self::W; 2] {
         // SAFETY: as above.
         let bytes = unsafe { from.cast::<[u8; PANEL]>().read_unaligned() };
         [bytes.map(|b| u32::from(b & 15)), bytes.map(|b| u32::from(b >> 4))]
     }
 
     #[inline(always)]
-    unsafe fn expander(step: Self::I, zero: Self::I) -> [Self::I; 2] {
+    unsafe fn expander(step: Self::W, zero: Self::W) -> [Self::W; 2] {
         let offset = |i: usize| 128u32.wrapping_sub(step[i].wrapping_mul(zero[i])) & 0xFF;
         [step.map(|s| s | s << 16), std::array::from_fn(|i| offset(i) * 0x0101_0101)]
     }
 
     #[inline(always)]
-    unsafe fn expand(codes: Self::I, [step, offset]: [Self::I; 2]) -> Self::I {
+    unsafe fn expand(codes: Self::W, [step, offset]: [Self::W; 2]) -> Self::W {
         std::array::from_fn(|i| {
             let byte = |b: u32| {
                 let code = codes[i] >> (8 * b) & 0xFF;
@@ -141,18 +131,18 @@ unsafe impl<S: Simd> ByteDot for Emulated<S> {
     }
 
     #[inline(always)]
-    unsafe fn widen_pairs(from: *const u16) -> Self::I {
+    unsafe fn widen_pairs(from: *const u16) -> Self::W {
         // SAFETY: as above.
         unsafe { from.cast::<[u16; PANEL]>().read_unaligned() }.map(widen_pair)
     }
 
     #[inline(always)]
-    unsafe fn max_magnitude(bits: Self::I, v: Self::V) -> Self::I {
+    unsafe fn max_magnitude(bits: Self::W, v: Self::V) -> Self::W {
         std::array::from_fn(|i| bits[i].max(v[i].to_bits() & MAGNITUDE))
     }
 
     #[inline(always)]
-    unsafe fn sum_bytes(quads: Self::I) -> Self::I {
+    unsafe fn sum_bytes(quads: Self::W) -> Self::W {
         quads.map(|quad| {
             quad.to_le_bytes().iter().map(|b| i32::from(b.cast_signed())).sum::<i32>().cast_unsigned()
         })
@@ -168,18 +158,10 @@ mod avx512 {
 
     // SAFETY: each method needs only the features that `avx512::run` enables and valid pointers.
     unsafe impl ByteDot for Avx512Bf16 {
-        type I = __m512i;
-
         #[inline(always)]
         unsafe fn splat_int(x: i32) -> __m512i {
             // SAFETY: the trait's contract; so for all below.
             unsafe { _mm512_set1_epi32(x) }
-        }
-
-        #[inline(always)]
-        unsafe fn load_words(from: *const u32) -> __m512i {
-            // SAFETY: as above.
-            unsafe { _mm512_loadu_si512(from.cast()) }
         }
 
         #[inline(always)]
@@ -269,11 +251,10 @@ mod avx512 {
         unsafe fn widen_pairs(from: *const u16) -> __m512i {
             // SAFETY: as above.
             unsafe {
-                let halves = _mm512_cvtepi8_epi16(_mm256_loadu_si256(from.cast()));
-                let low = _mm512_cvtepi32_ps(_mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(halves)));
-                let high = _mm512_cvtepi32_ps(_mm512_srai_epi32::<16>(halves));
-                let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(low));
-                _mm512_or_si512(low, _mm512_castps_si512(high))
+                let low = _mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()));
+                let high = _mm512_cvtepi8_epi32(_mm_loadu_si128(from.add(8).cast()));
+                let (low, high) = (_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high));
+                std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
             }
         }
 
@@ -311,7 +292,7 @@ mod tests {
             let mut out = [[0; PANEL]; 10];
             // SAFETY: all arrays hold PANEL elements.
             unsafe {
-                let [a, b, c, x] = self.0.each_ref().map(|words| D::load_words(words.as_ptr()));
+                let [a, b, c, x] = self.0.each_ref().map(|words| D::load(words.as_ptr()));
                 let [low, high] = D::nibbles(a);
                 let [step, zero] = D::steps_and_zeros(self.0[1].as_ptr().cast());
                 let expander = D::expander(step, zero);

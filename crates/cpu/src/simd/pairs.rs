@@ -25,7 +25,9 @@ pub unsafe trait PairDot: Copy {
     const TILE_SUMS: usize;
     /// For the rest of the arithmetic.
     type S: Simd;
+    /// [`PANEL`] sums.
     type V: Copy;
+    /// [`PANEL`] words: weights, or whatever else is not a float.
     type W: Copy;
     unsafe fn zero() -> Self::V;
     unsafe fn load(weights: *const u32) -> Self::W;
@@ -54,10 +56,12 @@ pub unsafe trait PairDot: Copy {
     unsafe fn highest(v: Self::V) -> f32;
     /// Rounds 32 numbers to bf16 (to nearest, ties to even) and stores them as [`PANEL`] pairs, `low`'s first.
     unsafe fn store_pairs(to: *mut u32, low: Self::V, high: Self::V);
+    /// Rounds as [`Self::store_pairs`] does, but each pair is of one lane of both.
+    unsafe fn store_zipped(to: *mut u32, even: Self::V, odd: Self::V);
+    /// Turns rows into columns: word `i` of row `j` goes to `to[i * PANEL + j]`.
+    unsafe fn transpose(rows: &[[u32; PANEL]; PANEL], to: *mut u32);
     /// A hint that the cache line at `at` will be read; any address will do.
     unsafe fn prefetch(at: *const u32);
-    /// The same, if it will be soon.
-    unsafe fn prefetch_near(at: *const u32);
 }
 
 /// `2^x` to about 2e-7 for `x <= 127`; 0 below -126. `2^n 2^f` with whole `n` and the Taylor series of `2^f`, `|f| <= 1/2`.
@@ -232,10 +236,25 @@ unsafe impl<S: Simd> PairDot for Emulated<S> {
     }
 
     #[inline(always)]
-    unsafe fn prefetch(_: *const u32) {}
+    unsafe fn store_zipped(to: *mut u32, even: Self::V, odd: Self::V) {
+        // SAFETY: as above; PANEL pairs may be written.
+        let to = unsafe { std::slice::from_raw_parts_mut(to, PANEL) };
+        for i in 0..PANEL {
+            round_pairs(&[even[i], odd[i]], &mut to[i..=i]);
+        }
+    }
 
     #[inline(always)]
-    unsafe fn prefetch_near(_: *const u32) {}
+    unsafe fn transpose(rows: &[[u32; PANEL]; PANEL], to: *mut u32) {
+        // SAFETY: as above; PANEL vectors may be written.
+        let to = unsafe { std::slice::from_raw_parts_mut(to, PANEL * PANEL) };
+        for (i, to) in to.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+            *to = std::array::from_fn(|j| rows[j][i]);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u32) {}
 }
 
 #[cfg(test)]
@@ -264,17 +283,23 @@ mod tests {
     struct Lanes<'a>(&'a [f32; PANEL]);
 
     impl PairKernel for Lanes<'_> {
-        type Output = ([f32; PANEL], u32, [u32; PANEL]);
+        type Output = ([f32; PANEL], u32, [[u32; PANEL]; PANEL]);
         #[inline(always)]
         unsafe fn run<D: PairDot>(self) -> Self::Output {
-            let (mut out, mut pairs) = ([0.0; PANEL], [0; PANEL]);
+            let (mut out, mut pairs) = ([0.0; PANEL], [[0; PANEL]; PANEL]);
+            let mut turned = pairs;
             // SAFETY: all arrays hold PANEL elements.
             unsafe {
                 let x = D::load_sums(self.0.as_ptr());
                 let y = exp2::<D>(x);
                 D::store(out.as_mut_ptr(), y);
-                D::store_pairs(pairs.as_mut_ptr(), y, D::mul(y, D::splat(-3.7)));
-                (out, D::highest(x).to_bits(), pairs)
+                let other = D::mul(y, D::splat(-3.7));
+                for pairs in pairs.as_chunks_mut::<2>().0 {
+                    D::store_pairs(pairs[0].as_mut_ptr(), y, other);
+                    D::store_zipped(pairs[1].as_mut_ptr(), other, x);
+                }
+                D::transpose(&pairs, turned.as_flattened_mut().as_mut_ptr());
+                (out, D::highest(x).to_bits(), turned)
             }
         }
     }
