@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use quire_core::TenantShare;
 use quire_engine::EngineClient;
 use quire_tenancy::{Keys, SharedStore, Tenancy, TenantsFile, Watch};
 
@@ -43,9 +44,15 @@ pub(crate) async fn open(args: &ServerArgs) -> Result<Tenancy> {
 pub(crate) async fn follow_shares(tenancy: Tenancy, engine: EngineClient) {
     let mut changes = tenancy.subscribe();
     loop {
-        engine.set_tenants(&tenancy.shares());
+        set_tenants(&engine, &tenancy.shares());
         if changes.changed().await.is_err() {
             return;
         }
     }
+}
+
+/// The one place where weights and shares of the KV pool reach the engine.
+fn set_tenants(engine: &EngineClient, shares: &[TenantShare]) {
+    tracing::debug!(tenants = shares.len(), "shares of the engine");
+    engine.set_tenants(shares);
 }
