@@ -13,7 +13,7 @@ use tonic_types::StatusExt;
 use crate::process::Server;
 use crate::redis::RedisServer;
 
-/// Keys: sk-acme, sk-reader (scopes tokenize and metrics), sk-other. Digests by `printf %s KEY | sha256sum`.
+/// Keys: sk-acme, sk-reader (scopes tokenize and metrics), sk-elsewhere, sk-other. Digests by `printf %s KEY | sha256sum`.
 const TENANTS: &str = r#"
 [[tenants]]
 id = "acme"
@@ -34,7 +34,15 @@ sha256 = "SHA(sk-reader)"
 scopes = ["tokenize", "metrics"]
 
 [[tenants]]
+id = "elsewhere"
+ip_allow = ["192.0.2.0/24"]
+[[tenants.keys]]
+id = "k1"
+sha256 = "SHA(sk-elsewhere)"
+
+[[tenants]]
 id = "bystander"
+ip_allow = ["127.0.0.1"]
 models = ["another"]
 [[tenants.keys]]
 id = "k1"
@@ -57,6 +65,7 @@ impl TenantsFile {
             ("sk-acme", "5f8eee912cd7c0ccb238560e8a22e7f78909e6dac18288188f7f4ea35112700d"),
             ("sk-reader", "8cdaaa8b381cbde70435d50a258849ac07086097c8ea3f38aa4db74a0e3c58ae"),
             ("sk-other", "3dcad332ca200026cb05197382714c13fbe0737dee3d327981a235067882d2d3"),
+            ("sk-elsewhere", "9718e764321c503a887c26ba03fbf9de5630a132a5537626687ad7a5ae2ebc45"),
         ];
         let text = digests
             .iter()
@@ -133,6 +142,7 @@ async fn grpc_has_a_status_for_every_refusal() {
         (Request::new(generate(1)), Code::Unauthenticated, "no API key"),
         (with_key(generate(1), "sk-nobody", None), Code::Unauthenticated, "not valid"),
         (with_key(generate(1), "sk-reader", None), Code::PermissionDenied, "`infer`"),
+        (with_key(generate(1), "sk-elsewhere", None), Code::PermissionDenied, "from this address"),
         (with_key(generate(151), "sk-acme", None), Code::ResourceExhausted, "max_tokens = 150"),
         (with_key(generate(1), "sk-other", None), Code::NotFound, "no model for this key"),
         (with_key(named("quire-demo"), "sk-other", None), Code::NotFound, "`quire-demo` does not exist"),
@@ -141,6 +151,8 @@ async fn grpc_has_a_status_for_every_refusal() {
         let status = client.generate(request).await.unwrap_err();
         assert!(status.code() == code && status.message().contains(part), "{status:?}");
     }
+    let over_http = complete(&server, "sk-elsewhere", 1);
+    assert!(status_of(&over_http) == "403" && over_http.1.contains("forbidden_address"), "{over_http:?}");
     let info = with_key(proto::GetModelInfoRequest {}, "sk-other", None);
     assert_eq!(client.get_model_info(info).await.unwrap_err().code(), Code::NotFound);
     let text = proto::TokenizeRequest { text: "a b".into(), no_special_tokens: true };

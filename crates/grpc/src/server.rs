@@ -15,7 +15,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::proto::inference_server::InferenceServer;
 use crate::service::InferenceService;
-use crate::{observe, proto};
+use crate::{observe, proto, status};
 
 /// The name under which health is reported, besides the empty one.
 const SERVICE: &str = "quire.v1.Inference";
@@ -104,8 +104,9 @@ impl Interceptor for Auth {
         // Which of two would a proxy in front of us have checked?
         let header = if values.next().is_some() { None } else { header };
         let token = header.and_then(|value| value.to_str().ok()).and_then(bearer);
+        let peer = request.remote_addr().map(|peer| peer.ip());
         let access =
-            self.tenancy.authenticate(token).map_err(|error| Status::unauthenticated(error.to_string()))?;
+            self.tenancy.authenticate(token, peer).map_err(|error| status::unauthenticated(&error))?;
         request.extensions_mut().insert(access);
         Ok(request)
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use quire_core::RequestError;
-use quire_tenancy::{Denied, Standing};
+use quire_tenancy::{AuthError, Denied, Standing};
 use tonic::metadata::{MetadataMap, MetadataValue};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
@@ -21,6 +21,16 @@ pub fn of(error: &RequestError) -> Status {
         RequestError::Unavailable { .. } => retry(Code::Unavailable, message, RETRY_UNAVAILABLE),
         RequestError::Cancelled => Status::cancelled(message),
         RequestError::Internal(_) => Status::internal(message),
+    }
+}
+
+/// The status of a credential that opens nothing.
+pub fn unauthenticated(error: &AuthError) -> Status {
+    match error {
+        AuthError::Address => Status::permission_denied(error.to_string()),
+        AuthError::Missing | AuthError::Invalid | AuthError::Expired => {
+            Status::unauthenticated(error.to_string())
+        }
     }
 }
 

@@ -184,6 +184,10 @@ impl From<RequestError> for ApiError {
 
 impl From<AuthError> for ApiError {
     fn from(error: AuthError) -> Self {
+        if error == AuthError::Address {
+            let code = Some("forbidden_address");
+            return Self::new(StatusCode::FORBIDDEN, "permission_error", code, error.to_string());
+        }
         Self::new(StatusCode::UNAUTHORIZED, INVALID, Some("invalid_api_key"), error.to_string())
     }
 }

@@ -286,6 +286,7 @@ fn reason_of(error: &RequestError) -> FinishReason {
     match error {
         RequestError::DeadlineExceeded => FinishReason::Deadline,
         RequestError::Cancelled => FinishReason::Abort,
+        RequestError::Overloaded { .. } => FinishReason::Rejected,
         _ => FinishReason::Error,
     }
 }

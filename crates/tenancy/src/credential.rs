@@ -45,6 +45,9 @@ pub enum AuthError {
     /// It was valid once.
     #[error("the API key has expired")]
     Expired,
+    /// It is valid elsewhere (403, PERMISSION_DENIED).
+    #[error("the API key is not valid from this address")]
+    Address,
 }
 
 /// A key that cannot be used.

@@ -11,9 +11,10 @@ use toml::Spanned;
 use crate::credential::KeyDigest;
 use crate::gcra::Rate;
 use crate::limits::{Glob, Isolation, Limits, Scopes};
+use crate::network::Network;
 use crate::values::{
-    Count, Expiry, Id, NotYet, PerMinute, RawDigest, RawGlob, RawIsolation, RawPriority, RawScope, Share,
-    Weight,
+    Count, Expiry, Id, NotYet, PerMinute, RawDigest, RawGlob, RawIsolation, RawNetwork, RawPriority,
+    RawScope, Share, Weight,
 };
 
 /// Bytes of a file.
@@ -89,6 +90,8 @@ pub(crate) struct TenantEntry {
     pub(crate) id: String,
     pub(crate) settings: TenantSettings,
     pub(crate) keys: Vec<KeyEntry>,
+    /// Where its requests may come from; empty: from anywhere.
+    pub(crate) ip_allow: Vec<Network>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -160,7 +163,8 @@ impl TenantsFile {
                     }),
                 });
             }
-            tenants.push(TenantEntry { settings: tenant.settings.resolve(&defaults), id, keys });
+            let ip_allow = tenant.ip_allow.into_iter().map(|RawNetwork(network)| network).collect();
+            tenants.push(TenantEntry { ip_allow, settings: tenant.settings.resolve(&defaults), id, keys });
         }
         Ok(Self { defaults, tenants, is_file: true })
     }
@@ -222,6 +226,7 @@ struct RawSettings {
 struct RawTenant {
     id: Spanned<Id>,
     keys: Vec<RawKey>,
+    ip_allow: Vec<RawNetwork>,
     settings: RawSettings,
 }
 
@@ -240,18 +245,18 @@ impl<'de> Deserialize<'de> for RawTenant {
             models: Option<Vec<RawGlob>>,
             #[serde(default)]
             cache: RawCache,
+            #[serde(default)]
+            ip_allow: Vec<RawNetwork>,
             #[serde(default, rename = "budget")]
             _budget: NotYet,
             #[serde(default, rename = "loras")]
             _loras: NotYet,
             #[serde(default, rename = "logging")]
             _logging: NotYet,
-            #[serde(default, rename = "ip_allow")]
-            _ip_allow: NotYet,
         }
-        let Fields { id, keys, priority, weight, limits, models, cache, .. } =
+        let Fields { id, keys, priority, weight, limits, models, cache, ip_allow, .. } =
             Fields::deserialize(deserializer)?;
-        Ok(Self { id, keys, settings: RawSettings { priority, weight, limits, models, cache } })
+        Ok(Self { id, keys, ip_allow, settings: RawSettings { priority, weight, limits, models, cache } })
     }
 }
 

@@ -88,6 +88,10 @@ fn wrong_values_are_named_with_their_place() {
             "t.toml:3: isolation: must be tenant",
         ),
         ("[[tenants]]\nid = 'a'\ncache.isolation = 'shared:'".into(), "t.toml:3: cache.isolation: must be"),
+        (
+            "[[tenants]]\nid = 'a'\nip_allow = ['::1', 'x']".into(),
+            "t.toml:3: ip_allow: must be an IP address",
+        ),
         ("[defaults]\nid = 'a'".into(), "t.toml:2: id: unknown field"),
         ("[defaults.limits]\nrpm = 'x'".into(), "t.toml:2: rpm: invalid type"),
         ("[defaults]\nlimits = { n = 1, rpm = 0 }".into(), "t.toml:2: rpm: must be between 1 and"),
@@ -125,9 +129,7 @@ fn wrong_values_are_named_with_their_place() {
 
 #[test]
 fn what_is_not_enforced_is_refused_by_name() {
-    for field in
-        ["budget = { tokens = 5 }", "loras.max_loaded = 4", "logging = { content = 'none' }", "ip_allow = []"]
-    {
+    for field in ["budget = { tokens = 5 }", "loras.max_loaded = 4", "logging = { content = 'none' }"] {
         let name = field.split(['.', ' ']).next().unwrap();
         let error = parse(&format!("[[tenants]]\nid = 'a'\n{field}")).unwrap_err().to_string();
         assert!(error.starts_with("t.toml:3: ") && error.contains("not enforced"), "{error}");

@@ -11,7 +11,7 @@
 //! * time is an argument of everything that counts (`gcra`, `ledger`); no lock is held across an await;
 //! * bounded: tenants, keys, ids, labels, settlements in wait.
 //!
-//! Reading order: [`file`] with `values` and [`limits`]; [`gcra`], `ledger`, [`demand`]; [`tenancy`], `table`,
+//! Reading order: [`file`] with `values`, [`limits`] and [`network`]; [`gcra`], `ledger`, [`demand`]; [`tenancy`], `table`,
 //! [`tenant`], [`permit`]; `shared` with its scripts, [`watch`], `metrics`.
 #![forbid(unsafe_code)]
 
@@ -22,6 +22,7 @@ pub mod gcra;
 mod ledger;
 pub mod limits;
 mod metrics;
+pub mod network;
 pub mod permit;
 mod shared;
 mod table;

@@ -87,17 +87,17 @@ impl Table {
         let open = api_keys.digests.is_empty() && file.tenants.is_empty();
         // The first id, 0, whether it is in use or not.
         let first = registry.state(if open { "anonymous" } else { "default" })?;
-        let tenant = |settings: TenantSettings, state| {
-            Arc::new(Tenant { settings, state, free_priority: !file.is_file })
+        let tenant = |settings: TenantSettings, ip_allow, state| {
+            Arc::new(Tenant { settings, state, ip_allow, free_priority: !file.is_file })
         };
-        let default = tenant(file.defaults, first);
+        let default = tenant(file.defaults, Vec::new(), first);
         let access = |key: Key| Access { tenant: Arc::clone(&default), key: Arc::new(key) };
         let full = |id: &str| Key { id: id.to_owned(), expires: None, scopes: Scopes::ALL };
         let mut by_key: HashMap<_, _> =
             api_keys.digests.iter().map(|&digest| (digest, access(full("api-key")))).collect();
         let mut shares = vec![default.share()];
         for entry in file.tenants {
-            let tenant = tenant(entry.settings, registry.state(&entry.id)?);
+            let tenant = tenant(entry.settings, entry.ip_allow, registry.state(&entry.id)?);
             let at = tenant.id().0 as usize;
             shares.resize(shares.len().max(at + 1), TenantShare::default());
             shares[at] = tenant.share();

@@ -1,5 +1,6 @@
 //! The one door of both front ends: credential to tenant, demand to permit.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -98,16 +99,21 @@ impl Tenancy {
         Arc::clone(&self.inner.table.read())
     }
 
-    /// Who stands behind a bearer token (see [`crate::bearer`]).
+    /// Who stands behind a bearer token (see [`crate::bearer`]) that came from `peer`.
     ///
     /// # Errors
-    /// A key is needed and none, or a wrong one, came.
-    pub fn authenticate(&self, token: Option<&str>) -> Result<Access, AuthError> {
+    /// A key is needed and none, or a wrong one, came, or from a wrong place.
+    pub fn authenticate(&self, token: Option<&str>, peer: Option<IpAddr>) -> Result<Access, AuthError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.authenticate_at(token, now.as_secs() as i64)
+        self.authenticate_at(token, peer, now.as_secs() as i64)
     }
 
-    fn authenticate_at(&self, token: Option<&str>, unix_seconds: i64) -> Result<Access, AuthError> {
+    fn authenticate_at(
+        &self,
+        token: Option<&str>,
+        peer: Option<IpAddr>,
+        unix_seconds: i64,
+    ) -> Result<Access, AuthError> {
         let table = self.table();
         if let Some(anonymous) = &table.anonymous {
             return Ok(anonymous.clone());
@@ -116,6 +122,9 @@ impl Tenancy {
         let access = table.by_key.get(&KeyDigest::of(token)).ok_or(AuthError::Invalid)?;
         if access.key.expires.is_some_and(|expires| expires <= unix_seconds) {
             return Err(AuthError::Expired);
+        }
+        if !access.tenant.may_come_from(peer) {
+            return Err(AuthError::Address);
         }
         Ok(access.clone())
     }

@@ -67,7 +67,7 @@ fn without_keys_everybody_is_anonymous_and_may_do_everything() {
     let tenancy = Tenancy::default();
     assert!(!tenancy.requires_key());
     for token in [None, Some("anything")] {
-        let access = tenancy.authenticate(token).unwrap();
+        let access = tenancy.authenticate(token, None).unwrap();
         assert_eq!((access.tenant().name(), access.tenant().id()), ("anonymous", TenantId(0)));
         access.require(Scope::Admin).unwrap();
         assert_eq!(access.tenant().priority(7), 7);
@@ -79,13 +79,13 @@ fn without_keys_everybody_is_anonymous_and_may_do_everything() {
 fn a_key_must_match_whole() {
     let tenancy = Tenancy::from(Keys::new(["sk-first", "sk-second"]).unwrap());
     for key in ["sk-first", "sk-second"] {
-        let access = tenancy.authenticate(Some(key)).unwrap();
+        let access = tenancy.authenticate(Some(key), None).unwrap();
         assert_eq!((access.tenant().name(), access.tenant().id()), ("default", TenantId(0)));
         access.require(Scope::Metrics).unwrap();
     }
-    assert_eq!(tenancy.authenticate(None).unwrap_err(), AuthError::Missing);
+    assert_eq!(tenancy.authenticate(None, None).unwrap_err(), AuthError::Missing);
     for wrong in ["", "sk", "sk-firs", "sk-first ", "sk-firstx", "SK-FIRST"] {
-        assert_eq!(tenancy.authenticate(Some(wrong)).unwrap_err(), AuthError::Invalid, "{wrong:?}");
+        assert_eq!(tenancy.authenticate(Some(wrong), None).unwrap_err(), AuthError::Invalid, "{wrong:?}");
     }
     assert_eq!(format!("{tenancy:?}"), "Tenancy(2 keys)");
 }
@@ -93,7 +93,7 @@ fn a_key_must_match_whole() {
 #[test]
 fn keys_lead_to_their_tenant_until_they_expire() {
     let tenancy = tenancy(TWO);
-    let at = |key, seconds| tenancy.authenticate_at(Some(key), seconds);
+    let at = |key, seconds| tenancy.authenticate_at(Some(key), None, seconds);
     let old = at("sk-old", 999_999_999).unwrap();
     assert_eq!((old.tenant().name(), old.key_id()), ("a", "old"));
     assert_eq!(at("sk-old", 1_000_000_000).unwrap_err(), AuthError::Expired);
@@ -103,7 +103,7 @@ fn keys_lead_to_their_tenant_until_they_expire() {
     let b = at("sk-b", 0).unwrap();
     assert_ne!(b.tenant().id(), new.tenant().id());
     assert_ne!(b.cache_namespace(), new.cache_namespace());
-    assert_eq!(tenancy.authenticate_at(None, 0).unwrap_err(), AuthError::Missing);
+    assert_eq!(tenancy.authenticate_at(None, None, 0).unwrap_err(), AuthError::Missing);
     assert_eq!(at(&hex("sk-b"), 0).unwrap_err(), AuthError::Invalid, "the digest is no key");
     assert_eq!(old.require(Scope::Tokenize), Err(Denied::Scope(Scope::Tokenize)));
     old.require(Scope::Infer).unwrap();
@@ -117,9 +117,26 @@ fn keys_lead_to_their_tenant_until_they_expire() {
 }
 
 #[test]
+fn a_key_may_be_bound_to_networks() {
+    let text =
+        "[[tenants]]\nid = 'a'\nip_allow = ['10.0.0.0/8', '::1']\n[[tenants.keys]]\nid = 'k'\nKEY(sk-a)";
+    let tenancy = tenancy(text);
+    let from =
+        |peer: Option<&str>| tenancy.authenticate(Some("sk-a"), peer.map(|peer| peer.parse().unwrap()));
+    for inside in ["10.1.2.3", "::ffff:10.1.2.3", "::1"] {
+        assert!(from(Some(inside)).is_ok(), "{inside}");
+    }
+    for outside in [Some("11.0.0.1"), Some("::2"), None] {
+        assert_eq!(from(outside).unwrap_err(), AuthError::Address, "{outside:?}");
+    }
+    let wrong = tenancy.authenticate(Some("sk-b"), Some("11.0.0.1".parse().unwrap()));
+    assert_eq!(wrong.unwrap_err(), AuthError::Invalid);
+}
+
+#[test]
 fn a_table_of_admissions_in_time() {
     let tenancy = tenancy(TWO);
-    let access = tenancy.authenticate(Some("sk-new")).unwrap();
+    let access = tenancy.authenticate(Some("sk-new"), None).unwrap();
     let admit =
         |second: u64, n, max_tokens| tenancy.admit_at(second * SECOND, &access, demand(5, n, max_tokens));
     // 600 tokens a minute: 10 a second, 100 at once. A permit that is dropped unused gives its tokens back.
@@ -159,7 +176,7 @@ fn a_table_of_admissions_in_time() {
 fn a_request_of_several_prompts_is_one_permit_and_settles_with_the_last() {
     let tenancy =
         tenancy("[defaults.limits]\nqueued = 6\nqueued_tokens = 100\ninput_tpm = 6000\noutput_tpm = 6000");
-    let access = tenancy.authenticate(None).unwrap();
+    let access = tenancy.authenticate(None, None).unwrap();
     let ledger = || *access.tenant.state.ledger.lock();
     let mut both = demand(10, 2, 100);
     both.add(30, 2, 100);
@@ -180,7 +197,7 @@ fn a_request_of_several_prompts_is_one_permit_and_settles_with_the_last() {
 #[test]
 fn a_look_ahead_takes_nothing() {
     let tenancy = tenancy(TWO);
-    let access = tenancy.authenticate(Some("sk-new")).unwrap();
+    let access = tenancy.authenticate(Some("sk-new"), None).unwrap();
     let before = *access.tenant.state.ledger.lock();
     tenancy.precheck(&access).unwrap();
     assert_eq!(*access.tenant.state.ledger.lock(), before);
@@ -194,8 +211,8 @@ fn a_look_ahead_takes_nothing() {
 fn a_reload_keeps_ids_permits_and_use() {
     let tenancy = tenancy(TWO);
     let changes = tenancy.subscribe();
-    let before = tenancy.authenticate(Some("sk-b")).unwrap();
-    let a = tenancy.authenticate(Some("sk-new")).unwrap();
+    let before = tenancy.authenticate(Some("sk-b"), None).unwrap();
+    let a = tenancy.authenticate(Some("sk-new"), None).unwrap();
     let permit = tenancy.admit_at(0, &a, demand(1, 3, 10)).unwrap();
     // `a` moves behind a new tenant, gets another key and more places; `b` loses its key.
     let text = "
@@ -212,9 +229,9 @@ fn a_reload_keeps_ids_permits_and_use() {
         weight = 3";
     tenancy.reload(file(text)).unwrap();
     assert!(changes.has_changed().unwrap());
-    assert_eq!(tenancy.authenticate(Some("sk-b")).unwrap_err(), AuthError::Invalid);
-    assert_eq!(tenancy.authenticate(Some("sk-new")).unwrap_err(), AuthError::Invalid);
-    let next = tenancy.authenticate(Some("sk-next")).unwrap();
+    assert_eq!(tenancy.authenticate(Some("sk-b"), None).unwrap_err(), AuthError::Invalid);
+    assert_eq!(tenancy.authenticate(Some("sk-new"), None).unwrap_err(), AuthError::Invalid);
+    let next = tenancy.authenticate(Some("sk-next"), None).unwrap();
     assert_eq!(next.tenant().id(), a.tenant().id());
     assert_eq!(tenancy.shares()[before.tenant().id().0 as usize].weight, 3.0);
     let one = tenancy.admit_at(0, &next, demand(1, 1, 1)).unwrap();
@@ -231,9 +248,9 @@ fn a_reload_keeps_ids_permits_and_use() {
 fn a_closed_server_is_not_opened_by_its_file() {
     let tenancy = tenancy(TWO);
     assert_eq!(tenancy.reload(file("")), Err(TableError::WouldOpen));
-    assert!(tenancy.authenticate(Some("sk-b")).is_ok(), "all is as it was");
+    assert!(tenancy.authenticate(Some("sk-b"), None).is_ok(), "all is as it was");
     tenancy.reload(file("[[tenants]]\nid = 'a'")).unwrap();
-    assert!(tenancy.authenticate(None).is_err(), "no key is left, and still one is needed");
+    assert!(tenancy.authenticate(None, None).is_err(), "no key is left, and still one is needed");
     let keyed = Tenancy::from(Keys::new(["sk-api"]).unwrap());
     keyed.reload(file("")).unwrap();
     assert!(keyed.requires_key());
@@ -284,7 +301,7 @@ fn reservations_never_exceed_the_limits_and_never_leak() {
 }
 
 fn run_random(tenancy: &Tenancy, random: &mut Random, rates: [u64; 3], places: [u64; 3]) {
-    let access = tenancy.authenticate(None).unwrap();
+    let access = tenancy.authenticate(None, None).unwrap();
     let mut now = 0;
     let mut running: VecDeque<Running> = VecDeque::new();
     // What was used for good since the start, and the largest request.
@@ -359,7 +376,7 @@ async fn the_file_is_followed_and_a_broken_one_is_not() {
     let task = tokio::spawn(watch.run(tenancy.clone(), Duration::from_millis(5)));
     let wait_for = async |key: &str| {
         for _ in 0..1000 {
-            if tenancy.authenticate(Some(key)).is_ok() {
+            if tenancy.authenticate(Some(key), None).is_ok() {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -374,15 +391,15 @@ async fn the_file_is_followed_and_a_broken_one_is_not() {
     wait_for("second").await;
     assert!(changes.has_changed().unwrap());
     changes.mark_unchanged();
-    assert!(tenancy.authenticate(Some("first")).is_err());
+    assert!(tenancy.authenticate(Some("first"), None).is_err());
     for broken in ["[[tenants", "", "[[tenants]]\nid = 'a'\nrpm = 5\n"] {
         write(broken);
         tokio::time::sleep(Duration::from_millis(50)).await;
-        assert!(tenancy.authenticate(Some("second")).is_ok(), "{broken}");
+        assert!(tenancy.authenticate(Some("second"), None).is_ok(), "{broken}");
     }
     std::fs::remove_file(&path).unwrap();
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(tenancy.authenticate(Some("second")).is_ok(), "a file that is gone changes nothing");
+    assert!(tenancy.authenticate(Some("second"), None).is_ok(), "a file that is gone changes nothing");
     write(&one("third"));
     wait_for("third").await;
     task.abort();

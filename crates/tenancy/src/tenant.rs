@@ -1,6 +1,7 @@
 //! A tenant as requests meet it, and who comes with which key.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -13,6 +14,7 @@ use crate::gcra::{Nanos, Rate};
 use crate::ledger::Ledger;
 use crate::limits::{Limits, Scope, Scopes};
 use crate::metrics::TenantMetrics;
+use crate::network::Network;
 
 /// What outlives a reload: the id, and what is in use.
 pub(crate) struct TenantState {
@@ -30,6 +32,8 @@ pub(crate) struct TenantState {
 pub struct Tenant {
     pub(crate) settings: TenantSettings,
     pub(crate) state: Arc<TenantState>,
+    /// Where its requests may come from; empty: from anywhere.
+    pub(crate) ip_allow: Vec<Network>,
     /// Whether clients may raise their priority: only where no file says what it is.
     pub(crate) free_priority: bool,
 }
@@ -59,6 +63,12 @@ impl Tenant {
     pub fn may_use(&self, model: &str) -> bool {
         let models = self.settings.models.as_ref();
         models.is_none_or(|globs| globs.iter().any(|glob| glob.matches(model)))
+    }
+
+    /// Whether a request may come from there. Where it comes from must be known, if that matters.
+    pub(crate) fn may_come_from(&self, peer: Option<IpAddr>) -> bool {
+        self.ip_allow.is_empty()
+            || peer.is_some_and(|peer| self.ip_allow.iter().any(|network| network.contains(peer)))
     }
 
     /// The priority of a request whose client asks for `asked`: under a file, it can only step back behind the others.

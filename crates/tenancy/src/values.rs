@@ -6,6 +6,7 @@ use toml::value::{Date, Datetime, Offset, Time};
 
 use crate::credential::KeyDigest;
 use crate::limits::{Glob, Isolation, Scope};
+use crate::network::Network;
 
 /// Bytes of an id (as of a DNS label).
 const MAX_ID_BYTES: usize = 63;
@@ -121,6 +122,11 @@ checked! {
             _ => Err(format!("must be tenant, key, none or shared:GROUP, got {other:?}")),
         },
     }
+}
+
+checked! {
+    /// An address or a network.
+    RawNetwork(Network) from String, |text| text.parse()
 }
 
 /// A field that is known and not enforced: whoever sets it would rely on it.

@@ -16,7 +16,7 @@ async fn replica(url: &str, limits: &str) -> (Tenancy, Access) {
     let store = SharedStore::start(url).await.unwrap();
     let file = TenantsFile::parse(&format!("[defaults.limits]\n{limits}"), "t.toml").unwrap();
     let tenancy = Tenancy::new(Keys::default(), file, Some(store)).unwrap();
-    let access = tenancy.authenticate(None).unwrap();
+    let access = tenancy.authenticate(None, None).unwrap();
     (tenancy, access)
 }
 
