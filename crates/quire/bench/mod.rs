@@ -1,7 +1,8 @@
 //! `quire bench`: speed of the real engine on any model, in this process, without HTTP and without a tokenizer.
 //!
 //! Reading order: [`args`] (what can be asked), `harness` (the engine, stepped), `latency`, `throughput`; `timed` (a
-//! backend that keeps time) with `kernels`; `probe` (what the machine can do); `report` (rows, tables, statistics).
+//! backend that keeps time) with `kernels`; `scheduler` (alone); `probe` (what the machine can do); `report` (rows, tables,
+//! statistics).
 
 pub mod args;
 mod harness;
@@ -9,6 +10,7 @@ mod kernels;
 mod latency;
 mod probe;
 mod report;
+mod scheduler;
 mod throughput;
 mod timed;
 
@@ -26,6 +28,7 @@ pub(crate) fn bench(args: &BenchArgs, out: &mut impl Write) -> Result<()> {
         BenchCommand::Latency(args) => (latency::latency(args, &mut progress)?, args.model.json),
         BenchCommand::Throughput(args) => (throughput::throughput(args, &mut progress)?, args.model.json),
         BenchCommand::Kernels(args) => (kernels::kernels(args, &mut progress)?, args.model.json),
+        BenchCommand::Scheduler(args) => (scheduler::scheduler(), args.json),
     };
     report.print(json, out)
 }
