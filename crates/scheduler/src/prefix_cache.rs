@@ -1,100 +1,80 @@
 //! Which block holds which content: a hash table from [`BlockHash`] to [`BlockId`].
 //!
-//! Addresses are outputs of a keyed pseudo-random function, so their low bits serve as bucket number. Open addressing
-//! with linear probing, at most half full, sized once: a look-up is one memory access, and those of one prompt do not
-//! wait for each other; nothing is allocated later, and there is no iteration order to depend on.
+//! Addresses are outputs of a keyed pseudo-random function, so their low bits serve as bucket number. Chains run through
+//! arrays indexed by block, sized once: no allocation later, and no iteration order to depend on.
 
 use quire_core::{BlockHash, BlockId};
 
-/// Marks an empty bucket and a block without address. One address in 2^128 is like it; that content is not cached.
-const NO_HASH: BlockHash = BlockHash(u128::MAX);
-
-#[derive(Clone, Copy, Debug)]
-struct Bucket {
-    hash: BlockHash,
-    block: BlockId,
-}
+const NONE: u32 = u32::MAX;
 
 /// At most one block per address, at most one address per block.
 #[derive(Debug)]
 pub(crate) struct PrefixCache {
-    /// A power of two of them.
-    buckets: Vec<Bucket>,
+    /// First block of each chain; a power of two of them.
+    buckets: Vec<u32>,
+    /// Per block: the next one in its chain.
+    next: Vec<u32>,
     /// Per block: its address.
-    hashes: Vec<BlockHash>,
+    hashes: Vec<Option<BlockHash>>,
 }
 
 impl PrefixCache {
     pub(crate) fn new(num_blocks: u32) -> Self {
-        let empty = Bucket { hash: NO_HASH, block: BlockId(0) };
         Self {
-            buckets: vec![empty; 2 * (num_blocks as usize).next_power_of_two()],
-            hashes: vec![NO_HASH; num_blocks as usize],
+            buckets: vec![NONE; (num_blocks as usize).next_power_of_two()],
+            next: vec![NONE; num_blocks as usize],
+            hashes: vec![None; num_blocks as usize],
         }
     }
 
-    /// The bucket that holds `hash`, or the empty one where it belongs.
-    #[inline]
-    fn bucket_of(&self, hash: BlockHash) -> usize {
-        let mask = self.buckets.len() - 1;
-        let mut at = hash.0 as usize & mask;
-        while self.buckets[at].hash != hash && self.buckets[at].hash != NO_HASH {
-            at = (at + 1) & mask;
-        }
-        at
+    fn bucket(&self, hash: BlockHash) -> usize {
+        hash.0 as usize & (self.buckets.len() - 1)
     }
 
     /// The block with this content.
-    #[inline]
     pub(crate) fn get(&self, hash: BlockHash) -> Option<BlockId> {
-        let bucket = &self.buckets[self.bucket_of(hash)];
-        (bucket.hash != NO_HASH).then_some(bucket.block)
+        let mut at = self.buckets[self.bucket(hash)];
+        while at != NONE {
+            if self.hashes[at as usize] == Some(hash) {
+                return Some(BlockId(at));
+            }
+            at = self.next[at as usize];
+        }
+        None
     }
 
     /// Makes `block` the holder of `hash`. False, and nothing changes, if another block holds it or `block` has an
     /// address already.
     pub(crate) fn insert(&mut self, hash: BlockHash, block: BlockId) -> bool {
-        if self.hashes[block.0 as usize] != NO_HASH || hash == NO_HASH {
+        if self.hashes[block.0 as usize].is_some() || self.get(hash).is_some() {
             return false;
         }
-        let at = self.bucket_of(hash);
-        if self.buckets[at].hash != NO_HASH {
-            return false;
-        }
-        self.buckets[at] = Bucket { hash, block };
-        self.hashes[block.0 as usize] = hash;
+        let bucket = self.bucket(hash);
+        self.next[block.0 as usize] = self.buckets[bucket];
+        self.buckets[bucket] = block.0;
+        self.hashes[block.0 as usize] = Some(hash);
         true
     }
 
     /// Forgets the content of `block`, if it had any.
     pub(crate) fn remove(&mut self, block: BlockId) {
-        let hash = std::mem::replace(&mut self.hashes[block.0 as usize], NO_HASH);
-        if hash == NO_HASH {
+        let Some(hash) = self.hashes[block.0 as usize].take() else { return };
+        let bucket = self.bucket(hash);
+        let after = self.next[block.0 as usize];
+        if self.buckets[bucket] == block.0 {
+            self.buckets[bucket] = after;
             return;
         }
-        let mask = self.buckets.len() - 1;
-        let mut hole = self.bucket_of(hash);
-        let mut at = hole;
-        loop {
-            at = (at + 1) & mask;
-            let bucket = self.buckets[at];
-            if bucket.hash == NO_HASH {
-                break;
-            }
-            // It may move into the hole unless it would then lie before its own bucket.
-            let home = bucket.hash.0 as usize & mask;
-            if (at.wrapping_sub(home) & mask) >= (at.wrapping_sub(hole) & mask) {
-                self.buckets[hole] = bucket;
-                hole = at;
-            }
+        let mut at = self.buckets[bucket];
+        while self.next[at as usize] != block.0 {
+            at = self.next[at as usize];
         }
-        self.buckets[hole].hash = NO_HASH;
+        self.next[at as usize] = after;
     }
 
     /// The address of `block`.
     pub(crate) fn hash_of(&self, block: BlockId) -> Option<BlockHash> {
-        let hash = self.hashes[block.0 as usize];
-        (hash != NO_HASH).then_some(hash)
+        self.hashes[block.0 as usize]
     }
 }
 
