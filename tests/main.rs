@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod batch_invariance;
+mod bench_serve;
 mod demo_model;
 mod golden_engine;
 mod prepacked;

@@ -52,6 +52,15 @@ impl Server {
         format!("http://{}", self.grpc)
     }
 
+    /// Where HTTP listens.
+    pub fn http(&self) -> &str {
+        &self.http
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn signal(&self, name: &str) {
         let sent =
             Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();

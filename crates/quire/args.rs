@@ -52,6 +52,9 @@ pub struct EngineArgs {
     /// mock: made-up tokens instead of a model's, for tests of everything around it
     #[arg(long, value_name = "EXECUTOR", default_value = "auto", help_heading = "Model")]
     pub executor: ExecutorArg,
+    /// How long a step of --executor mock takes, whatever is in it
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = parse_duration, help_heading = "Model")]
+    pub mock_step_time: Duration,
     /// Use this Jinja file instead of the model's own chat template
     #[arg(long, value_name = "FILE", help_heading = "Model")]
     pub chat_template: Option<PathBuf>,

@@ -178,7 +178,8 @@ fn executor(
     cache: Option<PackCache>,
 ) -> Result<Built> {
     if args.executor == ExecutorArg::Mock {
-        let executor = MockExecutor::new(executor_limits(checkpoint.spec(), config), MockTiming::default());
+        let timing = MockTiming { fixed: args.mock_step_time, ..MockTiming::default() };
+        let executor = MockExecutor::new(executor_limits(checkpoint.spec(), config), timing);
         return Ok((Box::new(executor), "mock: made-up tokens".to_owned(), None));
     }
     let fail = |error: &dyn std::fmt::Display| Failure(format!("cannot load the model: {error}"));

@@ -2,6 +2,7 @@
 
 use clap::{Args, Subcommand};
 
+use super::serve::args::ServeLoadArgs;
 use crate::args::EngineArgs;
 
 /// `quire bench`
@@ -15,6 +16,8 @@ pub struct BenchArgs {
 /// The measurements.
 #[derive(Subcommand, Clone, Debug)]
 pub enum BenchCommand {
+    /// Requests to a server over HTTP: latency, throughput, goodput, CPU time per streamed token
+    Serve(Box<ServeLoadArgs>),
     /// One batch at a time: prefill and decode speed, time of a decode step
     Latency(LatencyArgs),
     /// Many requests at once: requests and tokens per second of the whole engine

@@ -1,8 +1,9 @@
-//! `quire bench`: speed of the real engine on any model, in this process, without HTTP and without a tokenizer.
+//! `quire bench`: speed of the real engine on any model, in this process, without HTTP and without a tokenizer; and of a
+//! whole server, from outside ([`serve`]).
 //!
-//! Reading order: [`args`] (what can be asked), `harness` (the engine, stepped), `latency`, `throughput`; `timed` (a
-//! backend that keeps time) with `kernels`; `scheduler` (alone); `probe` (what the machine can do); `report` (rows, tables,
-//! statistics).
+//! Reading order: [`args`] (what can be asked), [`serve`]; `harness` (the engine, stepped), `latency`, `throughput`;
+//! `timed` (a backend that keeps time) with `kernels`; `scheduler` (alone); `probe` (what the machine can do); `report`
+//! (rows, tables, statistics).
 
 pub mod args;
 mod harness;
@@ -11,6 +12,7 @@ mod latency;
 mod probe;
 mod report;
 mod scheduler;
+pub mod serve;
 mod throughput;
 mod timed;
 
@@ -25,6 +27,7 @@ use crate::{Failure, Result};
 pub(crate) fn bench(args: &BenchArgs, out: &mut impl Write) -> Result<()> {
     let mut progress = Progress::default();
     let (report, json) = match &args.command {
+        BenchCommand::Serve(args) => (serve::serve(args, &mut progress)?, args.report.json),
         BenchCommand::Latency(args) => (latency::latency(args, &mut progress)?, args.model.json),
         BenchCommand::Throughput(args) => (throughput::throughput(args, &mut progress)?, args.model.json),
         BenchCommand::Kernels(args) => (kernels::kernels(args, &mut progress)?, args.model.json),

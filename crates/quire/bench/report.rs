@@ -53,6 +53,11 @@ impl Report {
         self.rows.push(Row { name, value: rounded(value), unit });
     }
 
+    /// The figures so far.
+    pub(crate) fn rows(&self) -> &[Row] {
+        &self.rows
+    }
+
     /// Adds a paragraph for people.
     pub(crate) fn text(&mut self, text: &str) {
         self.text.push_str(text);
@@ -65,7 +70,8 @@ impl Report {
         printed.map_err(Failure::output)
     }
 
-    fn json(&self) -> Value {
+    /// What programs read.
+    pub(crate) fn json(&self) -> Value {
         let row = |row: &Row| json!({ "name": row.name, "value": row.value, "unit": row.unit });
         json!({ "machine": self.machine, "rows": self.rows.iter().map(row).collect::<Vec<_>>() })
     }

@@ -1,0 +1,186 @@
+//! `quire bench serve`: a load generator for servers with OpenAI's API, over loopback or a network.
+//!
+//! It runs on one thread, over plain sockets, and reads of each event only what it counts, so that it takes far less CPU
+//! time than the server beside it. Invariants: each request of the run ends as exactly one of completed, rejected and
+//! failed; the time of an event is that of the read that brought it; memory does not grow with the number of tokens.
+//!
+//! Reading order: [`args`]; `dataset` (what is sent) and `arrivals` (when); `client` (one request, over `http` and
+//! `sse`); `run` (all of them); `summary` with `histogram` (the figures); `html` (the page); `server` (the process
+//! under load).
+
+pub mod args;
+mod arrivals;
+mod client;
+mod dataset;
+mod histogram;
+mod html;
+mod http;
+mod run;
+mod server;
+mod sse;
+mod summary;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use self::args::{ServeLoadArgs, TargetArgs};
+use self::client::Target;
+use self::dataset::Builder;
+use self::run::Measured;
+use self::server::Server;
+use super::Progress;
+use super::report::{Report, slug};
+use crate::{Failure, Result};
+
+/// Arrivals are drawn from another stream of numbers than prompts.
+const ARRIVALS_SEED: u64 = 0x5EED_0FA2_21FA_15A7;
+
+/// Measures one load.
+pub(super) fn serve(args: &ServeLoadArgs, progress: &mut Progress) -> Result<Report> {
+    // One thread: it would otherwise take a second core from the server, and reads would wake it for each other.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Failure(format!("cannot start the I/O thread: {error}")))?;
+    let server = match running(&args.target) {
+        Some(_) => None,
+        None => Some(Server::start(&args.target.serve_args, args.target.api_key.as_deref())?),
+    };
+    let url = running(&args.target).or_else(|| server.as_ref().map(|server| server.url.clone()));
+    let url = url.expect("a server is running or was started");
+    let pid = server.as_ref().map(Server::pid).or(args.target.server_pid);
+    if pid.is_some_and(|pid| server::cpu_seconds(pid).is_none()) && server.is_none() {
+        return Err(Failure("--server-pid: there is no such process on this machine".into()));
+    }
+    let (model, measured) = runtime.block_on(load(args, &url, pid, progress))?;
+    drop(server);
+    report(args, &url, &model, &measured)
+}
+
+/// The URL of the server that runs already, if the user named one.
+fn running(args: &TargetArgs) -> Option<String> {
+    if args.base_url.is_some() || (args.host.is_none() && args.port.is_none()) {
+        return args.base_url.clone();
+    }
+    let host = args.host.as_deref().unwrap_or("127.0.0.1");
+    Some(format!("http://{host}:{}", args.port.unwrap_or(8000)))
+}
+
+/// The model that was asked, and what happened.
+async fn load(
+    args: &ServeLoadArgs,
+    url: &str,
+    pid: Option<u32>,
+    progress: &mut Progress,
+) -> Result<(String, Measured)> {
+    let path = args.target.endpoint.path();
+    let target = Arc::new(Target::new(url, args.target.api_key.as_deref())?);
+    let model = match &args.target.model {
+        Some(model) => model.clone(),
+        None => first_model(&target).await?,
+    };
+    let builder = Builder { args: &args.dataset, endpoint: args.target.endpoint, model: &model };
+    let count = args.load.num_warmups + args.dataset.num_prompts;
+    let mut prompts = builder.build(&target, count).await?;
+    let measured_prompts = prompts.split_off(args.load.num_warmups as usize);
+    for warmup in prompts {
+        let warm = target.stream(path, &warmup.body, &()).await;
+        warm.map_err(|failed| Failure(format!("the first request to {url}{path} failed: {failed}")))?;
+    }
+    let arrivals = arrivals::arrivals(
+        args.dataset.num_prompts,
+        args.load.request_rate,
+        args.load.burstiness,
+        args.dataset.seed ^ ARRIVALS_SEED,
+    );
+    let measured = run::run(&target, path, measured_prompts, &arrivals, &args.load, pid, progress).await?;
+    Ok((model, measured))
+}
+
+async fn first_model(target: &Target) -> Result<String> {
+    let models = target.ask("GET", "/v1/models", b"").await?;
+    let id = models["data"][0]["id"].as_str();
+    id.map(str::to_owned).ok_or_else(|| Failure("/v1/models names no model; choose one with --model".into()))
+}
+
+/// The report, also where files of it were asked for.
+fn report(args: &ServeLoadArgs, url: &str, model: &str, measured: &Measured) -> Result<Report> {
+    let what = format!("client of {url}{}, model {model}", args.target.endpoint.path());
+    let mut report = Report::new(1, &what);
+    summary::fill(&mut report, measured, &args.report);
+    if args.report.save_result {
+        let path = args.report.result_dir.join(result_filename(args, model));
+        write(&path, format!("{}\n", report.json()).as_bytes())?;
+        report.text(&format!("wrote {}", path.display()));
+    }
+    if let Some(path) = &args.report.html {
+        write(path, html::page(&what, &report, measured).as_bytes())?;
+        report.text(&format!("wrote {}", path.display()));
+    }
+    match measured.failures.values().next() {
+        Some(group) if measured.answers.is_empty() => {
+            Err(Failure(format!("no request was answered; the first failure: {}", group.example)))
+        }
+        _ => Ok(report),
+    }
+}
+
+fn result_filename(args: &ServeLoadArgs, model: &str) -> PathBuf {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let default = || format!("{}-{}qps-{now}.json", slug(model), args.load.request_rate).into();
+    args.report.result_filename.clone().unwrap_or_else(default)
+}
+
+fn write(path: &std::path::Path, content: &[u8]) -> Result<()> {
+    std::fs::write(path, content)
+        .map_err(|error| Failure(format!("cannot write {}: {error}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::super::args::BenchCommand;
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn parse(line: &str) -> std::result::Result<ServeLoadArgs, clap::Error> {
+        let line = format!("quire bench serve {line}");
+        let command = Cli::try_parse_from(line.split_whitespace())?.command;
+        let Command::Bench(bench) = command else { panic!("not bench") };
+        let BenchCommand::Serve(args) = bench.command else { panic!("not serve") };
+        Ok(*args)
+    }
+
+    #[test]
+    fn arguments() {
+        let args = parse(
+            "--goodput ttft:2000 tpot:50 --request-rate 2.5 --burstiness 0.5 --metric-percentiles 50,99.9 \
+             -- ./model --executor mock",
+        );
+        let args = args.unwrap();
+        assert_eq!(args.target.serve_args, ["./model", "--executor", "mock"]);
+        assert_eq!((args.report.goodput.len(), args.load.request_rate), (2, 2.5));
+        assert_eq!(running(&args.target), None);
+        assert!(parse("").unwrap().load.request_rate.is_infinite());
+        let url = |line| running(&parse(line).unwrap().target).unwrap();
+        assert_eq!(url("--port 9000"), "http://127.0.0.1:9000");
+        assert_eq!(url("--host example.org"), "http://example.org:8000");
+        assert_eq!(url("--base-url http://a:1"), "http://a:1");
+        for bad in [
+            "--port 1 -- --executor mock",
+            "--port 1 --spawn",
+            "--base-url http://a --port 1",
+            "--request-rate 0",
+            "--burstiness -1",
+            "--random-range-ratio 1",
+            "--goodput itl:5",
+            "--metric-percentiles 101",
+            "--num-prompts 0",
+            "--dataset-name sharegpt",
+            "--endpoint /v1/embeddings",
+            "--result-filename x.json",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}
