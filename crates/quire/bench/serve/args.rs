@@ -26,11 +26,13 @@ Rows, as in the JSON:
   goodput_requests_s, goodput_share                   requests that met every --goodput target
   failed_requests, failed_requests/REASON             without those of the next row
   rejected_requests                                   refused with 429 and Retry-After
-  tokens_per_event, events_per_read                   above 1: tokens were coalesced in an event, events in a read
+  tokens_per_event                                    above 1: tokens were coalesced, or had no text of their own
+  events_per_read                                     above 1: several events came at once
   all_started_ms                                      until each request of the run had its first token
   sse_cpu_us_per_token                                CPU time of the server process over tokens streamed, whole run
   sse_cpu_us_per_token_steady                         the same while all requests were streaming, if ever they were
-  client_cpu_us_per_token                             what this program took";
+  client_cpu_us_per_token                             what this program took
+Each CPU time is also split: …/user, …/system (the kernel; over loopback, the way to the client's socket is in it).";
 
 /// `quire bench serve`
 #[derive(Args, Clone, Debug)]

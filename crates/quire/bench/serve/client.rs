@@ -376,7 +376,7 @@ mod tests {
         let end = "0\r\n\r\n".to_owned();
         let refused = "HTTP/1.1 429 Busy\r\nretry-after: 1\r\ncontent-length: 2\r\n\r\n{}".to_owned();
         let error =
-            "HTTP/1.1 400 Bad\r\ncontent-length: 31\r\n\r\n{\"error\":{\"message\":\"too long\"}}".to_owned();
+            "HTTP/1.1 400 Bad\r\ncontent-length: 32\r\n\r\n{\"error\":{\"message\":\"too long\"}}".to_owned();
         let late = chunk("data: {\"error\":{\"message\":\"too late\"}}\n\n");
         let cases = [
             (vec![HEAD.into(), chunk(TOKEN)], "cut-off"),

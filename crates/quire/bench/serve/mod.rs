@@ -28,7 +28,7 @@ use self::args::{ServeLoadArgs, TargetArgs};
 use self::client::Target;
 use self::dataset::Builder;
 use self::run::Measured;
-use self::server::Server;
+use self::server::{CpuTime, Server};
 use super::Progress;
 use super::report::{Report, slug};
 use crate::{Failure, Result};
@@ -48,7 +48,7 @@ pub(super) fn serve(args: &ServeLoadArgs, progress: &mut Progress) -> Result<Rep
     let url = running(&args.target).or_else(|| server.as_ref().map(|server| server.url.clone()));
     let url = url.expect("a server is running or was started");
     let pid = server.as_ref().map(Server::pid).or(args.target.server_pid);
-    if pid.is_some_and(|pid| server::cpu_seconds(pid).is_none()) && server.is_none() {
+    if pid.is_some_and(|pid| CpuTime::of(pid).is_none()) && server.is_none() {
         return Err(Failure("--server-pid: there is no such process on this machine".into()));
     }
     let (model, measured) = runtime.block_on(load(args, &url, pid, progress))?;

@@ -11,7 +11,7 @@ use super::args::LoadArgs;
 use super::client::{Answer, Failed, OnRead, Target};
 use super::dataset::Prompt;
 use super::histogram::Histogram;
-use super::server::cpu_seconds;
+use super::server::CpuTime;
 use crate::bench::Progress;
 use crate::{Failure, Result};
 
@@ -28,8 +28,8 @@ pub(crate) struct Sample {
     /// Events with tokens so far.
     pub(crate) num_events: u64,
     pub(crate) in_flight: u32,
-    /// CPU seconds of the server's process so far.
-    pub(crate) server_cpu: Option<f64>,
+    /// Of the server's process, so far.
+    pub(crate) server_cpu: Option<CpuTime>,
 }
 
 /// Requests that failed alike.
@@ -55,8 +55,8 @@ pub(crate) struct Measured {
     pub(crate) gaps: Histogram,
     pub(crate) max_in_flight: u32,
     pub(crate) samples: Vec<Sample>,
-    pub(crate) server_cpu: Option<f64>,
-    pub(crate) client_cpu: Option<f64>,
+    pub(crate) server_cpu: Option<CpuTime>,
+    pub(crate) client_cpu: Option<CpuTime>,
 }
 
 /// What the requests of a run write down.
@@ -103,7 +103,7 @@ impl Run {
     }
 
     fn sample(&self, pid: Option<u32>) -> Sample {
-        let server_cpu = pid.and_then(cpu_seconds);
+        let server_cpu = pid.and_then(CpuTime::of);
         let at = self.start.elapsed().as_secs_f64();
         let state = self.state();
         Sample { at, num_events: state.num_events, in_flight: state.in_flight, server_cpu }
@@ -136,7 +136,7 @@ pub(crate) async fn run(
 ) -> Result<Measured> {
     let permits = args.max_concurrency.map_or(Semaphore::MAX_PERMITS, |count| count as usize);
     let permits = Arc::new(Semaphore::new(permits));
-    let (server_cpu, client_cpu) = (server_pid.and_then(cpu_seconds), cpu_seconds(std::process::id()));
+    let (server_cpu, client_cpu) = (server_pid.and_then(CpuTime::of), CpuTime::of(std::process::id()));
     let total = prompts.len();
     let run = Arc::new(Run { start: Instant::now(), state: Mutex::default() });
     let mut tasks = JoinSet::new();
@@ -174,7 +174,7 @@ pub(crate) async fn run(
     let mut measured = std::mem::take(&mut run.state().measured);
     measured.seconds = last.at;
     measured.server_cpu = last.server_cpu.zip(server_cpu).map(|(after, before)| after - before);
-    let client_cpu_after = cpu_seconds(std::process::id());
+    let client_cpu_after = CpuTime::of(std::process::id());
     measured.client_cpu = client_cpu_after.zip(client_cpu).map(|(after, before)| after - before);
     samples.push(last);
     measured.samples = samples;

@@ -74,13 +74,35 @@ impl Drop for Server {
     }
 }
 
-/// Seconds of CPU time that a process has used, user and system, all threads. `None`: no such process, or no `/proc`.
-pub(crate) fn cpu_seconds(pid: u32) -> Option<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name may hold spaces, so fields count from behind its closing parenthesis.
-    let mut fields = stat.rsplit_once(") ")?.1.split(' ').skip(11);
-    let mut ticks = || fields.next()?.parse::<f64>().ok();
-    Some((ticks()? + ticks()?) / TICKS_PER_SECOND)
+/// Seconds of CPU time.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct CpuTime {
+    pub(crate) user: f64,
+    /// In the kernel: sockets, mostly.
+    pub(crate) system: f64,
+}
+
+impl CpuTime {
+    /// What a process has used so far, all threads. `None`: no such process, or no `/proc`.
+    pub(crate) fn of(pid: u32) -> Option<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The command's name may hold spaces, so fields count from behind its closing parenthesis.
+        let mut fields = stat.rsplit_once(") ")?.1.split(' ').skip(11);
+        let mut seconds = || Some(fields.next()?.parse::<f64>().ok()? / TICKS_PER_SECOND);
+        Some(Self { user: seconds()?, system: seconds()? })
+    }
+
+    pub(crate) fn total(self) -> f64 {
+        self.user + self.system
+    }
+}
+
+impl std::ops::Sub for CpuTime {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self { user: self.user - before.user, system: self.system - before.system }
+    }
 }
 
 #[cfg(test)]
@@ -94,12 +116,12 @@ mod tests {
             return;
         }
         let pid = std::process::id();
-        let before = cpu_seconds(pid).unwrap();
+        let before = CpuTime::of(pid).unwrap();
         let mut sum = 0u64;
         // The clock ticks every 10 ms, and other threads of this process count as well.
-        while cpu_seconds(pid).unwrap() < before + 0.05 {
+        while (CpuTime::of(pid).unwrap() - before).total() < 0.05 {
             sum = (0..1_000_000).fold(sum, |sum, i| std::hint::black_box(sum ^ i));
         }
-        assert!(cpu_seconds(0).is_none());
+        assert!(CpuTime::of(0).is_none());
     }
 }

@@ -3,6 +3,7 @@
 use super::args::{Metric, ReportArgs, Target};
 use super::client::Answer;
 use super::run::{Measured, Sample};
+use super::server::CpuTime;
 use crate::bench::report::{Report, percentile, table};
 
 /// What is said of one metric, in seconds.
@@ -83,15 +84,15 @@ fn together(measured: &Measured) -> (f64, f64) {
     })
 }
 
-/// Events and CPU seconds of the server while all requests were streaming, if that was long enough to be measured.
-pub(crate) fn steady(measured: &Measured) -> Option<(u64, f64)> {
+/// Events and CPU time of the server while all requests were streaming, if that was long enough to be measured.
+pub(crate) fn steady(measured: &Measured) -> Option<(u64, CpuTime)> {
     let (started, ended) = together(measured);
     let inside = |sample: &&Sample| sample.at >= started && sample.at <= ended;
     let mut samples = measured.samples.iter().filter(inside);
     let (first, last) = (samples.next()?, samples.next_back()?);
-    let seconds = last.server_cpu? - first.server_cpu?;
+    let cpu = last.server_cpu? - first.server_cpu?;
     // Else the ticks of the clock, of 10 ms, would show.
-    (seconds >= 0.1).then_some((last.num_events - first.num_events, seconds))
+    (cpu.total() >= 0.1).then_some((last.num_events - first.num_events, cpu))
 }
 
 /// Rows, and their lines in the table for people.
@@ -105,6 +106,14 @@ impl Rows<'_> {
         self.report.row(name.to_owned(), value, unit);
         let shown = if value.fract() == 0.0 { format!("{value:.0}") } else { format!("{value:.2}") };
         self.lines.push(vec![name.to_owned(), shown, unit.to_owned()]);
+    }
+
+    /// Per token, and what of it the program itself and the kernel took.
+    fn put_cpu(&mut self, name: &str, cpu: CpuTime, tokens: f64) {
+        let parts = [("", cpu.total()), ("/user", cpu.user), ("/system", cpu.system)];
+        for (part, seconds) in parts {
+            self.put(&format!("{name}{part}"), seconds * 1e6 / tokens.max(1.0), "us");
+        }
     }
 }
 
@@ -124,7 +133,7 @@ pub(crate) fn fill(report: &mut Report, measured: &Measured, args: &ReportArgs) 
     put_streaming(&mut rows, measured);
     let lines = rows.lines;
     report.text("");
-    report.text(table(&["", "", ""], &lines).trim());
+    report.text(table(&["row", "value", "unit"], &lines).trim_end());
     let lines = put_times(report, measured, args);
     let percentiles = args.metric_percentiles.iter().filter(|p| **p != 50.0).map(|p| format!("p{p}"));
     let words = ["ms", "mean", "p50"].map(str::to_owned);
@@ -172,16 +181,14 @@ fn put_streaming(rows: &mut Rows, measured: &Measured) {
     rows.put("tokens_per_event", tokens_per_event, "tok");
     rows.put("events_per_read", events as f64 / reads.max(1) as f64, "events");
     rows.put("all_started_ms", together(measured).0 * 1e3, "ms");
-    let per_token = |cpu: f64, tokens: f64| cpu * 1e6 / tokens.max(1.0);
     if let Some(cpu) = measured.server_cpu {
-        rows.put("sse_cpu_us_per_token", per_token(cpu, output), "us");
+        rows.put_cpu("sse_cpu_us_per_token", cpu, output);
     }
     if let Some((events, cpu)) = steady(measured) {
-        let tokens = events as f64 * tokens_per_event;
-        rows.put("sse_cpu_us_per_token_steady", per_token(cpu, tokens), "us");
+        rows.put_cpu("sse_cpu_us_per_token_steady", cpu, events as f64 * tokens_per_event);
     }
     if let Some(cpu) = measured.client_cpu {
-        rows.put("client_cpu_us_per_token", per_token(cpu, output), "us");
+        rows.put_cpu("client_cpu_us_per_token", cpu, output);
     }
 }
 
@@ -280,7 +287,7 @@ mod tests {
     #[test]
     fn rows_add_up() {
         let mut measured = measured();
-        measured.server_cpu = Some(0.27);
+        measured.server_cpu = Some(CpuTime { user: 0.09, system: 0.18 });
         let rows = report(&measured, "--percentile-metrics ttft,itl --metric-percentiles 50,99.9");
         let value =
             |name: &str| rows.iter().find(|(row, _)| row == name).unwrap_or_else(|| panic!("{name}")).1;
@@ -299,8 +306,12 @@ mod tests {
     #[test]
     fn steady_is_while_all_stream() {
         let mut measured = measured();
-        let sample =
-            |at: f64, num_events, cpu| Sample { at, num_events, in_flight: 2, server_cpu: Some(cpu) };
+        let sample = |at: f64, num_events, cpu| Sample {
+            at,
+            num_events,
+            in_flight: 2,
+            server_cpu: Some(CpuTime { user: cpu, system: 0.0 }),
+        };
         measured.samples = vec![
             sample(0.4, 3, 0.0),
             sample(0.5, 4, 0.1),
@@ -309,7 +320,7 @@ mod tests {
             sample(1.2, 12, 0.9),
         ];
         let (events, cpu) = steady(&measured).unwrap();
-        assert!(events == 5 && (cpu - 0.3).abs() < 1e-9);
+        assert!(events == 5 && (cpu.total() - 0.3).abs() < 1e-9);
         measured.samples.truncate(2);
         assert_eq!(steady(&measured), None);
     }
