@@ -8,6 +8,7 @@ use clap_complete::Shell;
 
 use crate::args::{CommonArgs, EngineArgs, ServerArgs};
 use crate::bench::args::BenchArgs;
+use crate::sim_trace::Goals;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -163,6 +164,10 @@ pub struct SimArgs {
     /// Find the highest rate at which 90 % of the requests are within the targets
     #[arg(long, requires = "trace")]
     pub capacity: bool,
+    /// Find the fewest devices that keep these promises, such as "ttft_p99<2s,itl_p99<50ms"; refused requests count as
+    /// never answered, devices take requests in turn
+    #[arg(long, value_name = "GOALS", requires = "trace", conflicts_with = "capacity")]
+    pub plan: Option<Goals>,
 }
 
 /// `--policy`

@@ -2,19 +2,59 @@
 
 use std::io::Write;
 use std::path::Path;
+use std::str::FromStr;
 
+use quire_core::Micros;
 use quire_scheduler::{Calibration, Policy};
-use quire_sim::{ServeConfig, capacity, read_trace, serve_trace};
+use quire_sim::{
+    Goal, Latency, ServeConfig, ServeReport, TraceRequest, capacity, plan, read_trace, serve_trace,
+};
 
 use crate::cli::{SimArgs, SimEviction, SimPolicy};
+use crate::units::parse_duration;
 use crate::{Failure, Result};
 
-/// Serves the trace once, or looks for the rate that one device takes, and prints what clients saw.
+/// Devices tried at most.
+const MAX_DEVICES: usize = 4096;
+
+/// What `--plan` promises.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Goals(Vec<Goal>);
+
+impl FromStr for Goals {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.split(',').map(goal).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+/// `ttft_p99<2s`
+fn goal(text: &str) -> Result<Goal, String> {
+    let wrong = || format!("`{text}` is not a goal; write for example ttft_p99<2s or itl_p99<50ms");
+    let (left, within) = text.trim().split_once('<').ok_or_else(wrong)?;
+    let (what, percent) = left.trim().split_once("_p").ok_or_else(wrong)?;
+    let what = match what {
+        "ttft" => Latency::FirstToken,
+        "itl" => Latency::BetweenTokens,
+        _ => return Err(wrong()),
+    };
+    let percent: f64 = percent.parse().map_err(|_| wrong())?;
+    if !(percent > 0.0 && percent <= 100.0) {
+        return Err(format!("`{text}`: a percentile is above 0 and at most 100"));
+    }
+    Ok(Goal { what, percent, within: parse_duration(within.trim())? })
+}
+
+/// Serves the trace once, or looks for the rate that one device takes or for the devices that it needs, and prints what
+/// clients saw.
 pub(crate) fn sim_trace(args: &SimArgs, path: &Path, out: &mut impl Write) -> Result<()> {
     let config = config(args)?;
     let trace = read_trace(path).map_err(|error| Failure(error.to_string()))?;
     let failed = |error: quire_core::ExecError| Failure(error.to_string());
-    let report = if args.capacity {
+    let report = if let Some(goals) = &args.plan {
+        planned(&trace, config, goals, out)?
+    } else if args.capacity {
         let Some((scale, report)) = capacity(&trace, &config).map_err(failed)? else {
             return Err(Failure("fewer than 90 % of the requests are good at any rate".into()));
         };
@@ -26,6 +66,43 @@ pub(crate) fn sim_trace(args: &SimArgs, path: &Path, out: &mut impl Write) -> Re
         serve_trace(&trace, &config).map_err(failed)?
     };
     writeln!(out, "{report}").map_err(Failure::output)
+}
+
+/// The scheduler works towards the goals, too.
+fn planned(
+    trace: &[TraceRequest],
+    mut config: ServeConfig,
+    goals: &Goals,
+    out: &mut impl Write,
+) -> Result<ServeReport> {
+    for goal in &goals.0 {
+        let within = Micros(goal.within.as_micros() as u64);
+        match goal.what {
+            Latency::FirstToken => config.targets.ttft = within,
+            Latency::BetweenTokens => config.targets.itl = within,
+        }
+    }
+    if let Policy::DeadlineSlack(targets) = &mut config.policy {
+        *targets = config.targets;
+    }
+    let Some((devices, report)) =
+        plan(trace, &config, &goals.0, MAX_DEVICES).map_err(|error| Failure(error.to_string()))?
+    else {
+        return Err(Failure(format!("not even {MAX_DEVICES} devices keep these promises for every request")));
+    };
+    let noun = if devices == 1 { "device" } else { "devices" };
+    writeln!(out, "plan        {devices} {noun} at {:.2} requests/s", report.request_rate)
+        .map_err(Failure::output)?;
+    for goal in &goals.0 {
+        let what = match goal.what {
+            Latency::FirstToken => "TTFT",
+            Latency::BetweenTokens => "ITL",
+        };
+        let (value, within) = (goal.value(&report), goal.within.as_secs_f64());
+        writeln!(out, "            {what} p{} {value:.4} s, promised {within} s", goal.percent)
+            .map_err(Failure::output)?;
+    }
+    Ok(report)
 }
 
 fn config(args: &SimArgs) -> Result<ServeConfig> {
@@ -55,6 +132,8 @@ fn config(args: &SimArgs) -> Result<ServeConfig> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use clap::Parser;
 
     use super::*;
@@ -69,6 +148,17 @@ mod tests {
     }
 
     #[test]
+    fn goals() {
+        let Goals(goals) = "ttft_p99<2s, itl_p99.9<50ms".parse().unwrap();
+        let (two, fifty) = (Duration::from_secs(2), Duration::from_millis(50));
+        assert_eq!(goals[0], Goal { what: Latency::FirstToken, percent: 99.0, within: two });
+        assert_eq!(goals[1], Goal { what: Latency::BetweenTokens, percent: 99.9, within: fifty });
+        for bad in ["", "ttft<2s", "ttft_p99", "ttft_p0<2s", "e2e_p99<2s", "itl_p99<soon", "itl_p101<1s"] {
+            assert!(bad.parse::<Goals>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn serves_a_trace() {
         let path = std::env::temp_dir().join(format!("quire-trace-{}.csv", std::process::id()));
         let line = |second: u32| format!("2023-11-16 18:15:{second:02}.5,{},40\n", 500 + 10 * second);
@@ -79,6 +169,12 @@ mod tests {
         assert!(text.contains("goodput     100.0 %"), "{text}");
         let text = run(&["--capacity"], &path).unwrap();
         assert!(text.starts_with("capacity  "), "{text}");
+        let text = run(&["--plan", "ttft_p99<100ms,itl_p99<50ms", "--rate-scale", "200"], &path).unwrap();
+        assert!(text.starts_with("plan  ") && text.contains("TTFT p99 0.0"), "{text}");
+        let devices: u32 = text.split_whitespace().nth(1).unwrap().parse().unwrap();
+        assert!(devices > 1, "{text}");
+        let error = run(&["--plan", "ttft_p99<1ms"], &path).unwrap_err().to_string();
+        assert!(error.contains("not even"), "{error}");
         let error = run(&["--gpu", "abacus"], &path).unwrap_err().to_string();
         assert!(error.contains("--gpu h200 --model llama-3.1-8b"), "{error}");
         std::fs::remove_file(&path).unwrap();

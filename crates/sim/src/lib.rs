@@ -14,7 +14,7 @@
 //!
 //! Traces are the other kind of input: [`trace`] reads recorded ones, [`generate`] makes some from a seed. [`replay`]
 //! measures the prefix cache alone on them; [`serve_trace`] serves them with the whole engine under the cost model, for
-//! [`capacity`] to find out how much of one a device takes.
+//! [`capacity`] to find out how much of one a device takes, and for [`mod@plan`] how many devices it needs.
 //!
 //! Reading order: [`oracle`], [`shadow_kv`], `executor`, `workload`, `checker`, [`run`], then [`mock`],
 //! [`bench_scheduler`], [`trace`], [`replay`], [`serve_trace`].
@@ -27,6 +27,7 @@ mod executor;
 pub mod generate;
 pub mod mock;
 pub mod oracle;
+pub mod plan;
 pub mod replay;
 mod rng;
 pub mod run;
@@ -39,8 +40,9 @@ mod workload;
 pub use capacity::capacity;
 pub use generate::{Workload as GeneratedWorkload, generate};
 pub use mock::{MockExecutor, MockTiming};
+pub use plan::{Goal, Latency, plan};
 pub use replay::{HitRate, Sharing, replay_cache, replay_optimum};
 pub use run::{Failure, Report, run_seed};
 pub use serve_report::ServeReport;
-pub use serve_trace::{ServeConfig, serve_trace};
+pub use serve_trace::{ServeConfig, serve_fleet, serve_trace};
 pub use trace::{TraceError, TraceRequest, read_trace};

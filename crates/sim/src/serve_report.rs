@@ -3,7 +3,6 @@
 use std::fmt;
 
 use quire_core::{Micros, Usage};
-use quire_scheduler::SchedulerStats;
 
 /// Part of a request's gaps between tokens that may be over the target.
 const MAX_LATE_GAPS: f64 = 0.05;
@@ -92,6 +91,12 @@ impl Gaps {
         self.total += 1;
     }
 
+    pub(crate) fn merge(&mut self, other: &Self) {
+        self.counts.resize(self.counts.len().max(other.counts.len()), 0);
+        self.counts.iter_mut().zip(&other.counts).for_each(|(count, other)| *count += other);
+        self.total += other.total;
+    }
+
     /// Milliseconds that `percent` of the durations stay within.
     pub fn percentile_ms(&self, percent: f64) -> f64 {
         let rank = (percent / 100.0 * self.total as f64).ceil() as u64;
@@ -119,6 +124,8 @@ pub struct ServeReport {
     pub duration: f64,
     /// Time to the first token of those that got one: half, 90 %, 99 % of them within.
     pub ttft: [f64; 3],
+    /// The same of all, ascending; infinite where there was no token.
+    pub all_ttft: Vec<f64>,
     /// Between tokens.
     pub gaps: Gaps,
     /// The longest wait for the first place in a step.
@@ -139,13 +146,18 @@ impl ServeReport {
         100.0 * self.num_good as f64 / self.num_requests.max(1) as f64
     }
 
-    pub(crate) fn fill(&mut self, served: &[Served], last_arrival: u64, end: Micros, stats: &SchedulerStats) {
+    /// Seconds to the first token that `percent` of all requests stay within; infinite if too few got one.
+    pub fn ttft_percentile(&self, percent: f64) -> f64 {
+        let rank = (percent / 100.0 * self.all_ttft.len() as f64).ceil() as usize;
+        self.all_ttft.get(rank.saturating_sub(1)).copied().unwrap_or(0.0)
+    }
+
+    pub(crate) fn fill(&mut self, served: &[Served], last_arrival: u64, end: Micros) {
         self.num_requests = served.len() as u64;
         self.num_good = served.iter().filter(|served| served.is_good()).count() as u64;
         self.num_refused = served.iter().filter(|served| served.refused.is_some()).count() as u64;
         self.request_rate = served.len() as f64 / (last_arrival.max(1) as f64 * 1e-6);
         self.duration = end.as_secs_f64();
-        self.num_preemptions = stats.num_preemptions;
         let since = |served: &Served, at: Option<Micros>| at.map(|at| at.since(served.arrival).as_secs_f64());
         let longest = |times: &mut dyn Iterator<Item = f64>| times.fold(0.0, f64::max);
         self.max_wait = longest(&mut served.iter().filter_map(|s| since(s, s.first_scheduled)));
@@ -156,6 +168,8 @@ impl ServeReport {
             let at = (ttft.len() * percent).div_ceil(100).saturating_sub(1);
             ttft.get(at).copied().unwrap_or(0.0)
         });
+        ttft.resize(served.len(), f64::INFINITY);
+        self.all_ttft = ttft;
         let finished = served.iter().filter(|served| served.finished);
         let (hits, tokens) = finished.fold((0, 0), |(hits, tokens), served| {
             (hits + u64::from(served.cached_tokens), tokens + u64::from(served.input_tokens))

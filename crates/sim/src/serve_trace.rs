@@ -19,7 +19,7 @@ use quire_scheduler::{
 };
 
 use crate::replay::address;
-use crate::serve_report::{ServeReport, Served};
+use crate::serve_report::{Gaps, ServeReport, Served};
 use crate::trace::{TRACE_BLOCK_SIZE, TraceRequest};
 
 /// What every client asks for; the trace decides how much it gets.
@@ -77,11 +77,46 @@ impl ServeConfig {
     }
 }
 
-/// Serves the whole trace. The same inputs give the same report.
+/// Serves the whole trace on one device. The same inputs give the same report.
 ///
 /// # Errors
 /// If the engine fails, which would be a defect.
 pub fn serve_trace(trace: &[TraceRequest], config: &ServeConfig) -> Result<ServeReport, ExecError> {
+    serve_fleet(trace, config, 1)
+}
+
+/// Serves it on several devices that take requests in turn, as behind a load balancer that knows nothing of them.
+///
+/// # Errors
+/// As [`serve_trace`].
+pub fn serve_fleet(
+    trace: &[TraceRequest],
+    config: &ServeConfig,
+    num_devices: usize,
+) -> Result<ServeReport, ExecError> {
+    let (mut report, mut all, mut end) = (ServeReport::default(), Vec::new(), Micros(0));
+    for device in 0..num_devices {
+        let part: Vec<TraceRequest> = trace.iter().skip(device).step_by(num_devices).cloned().collect();
+        let served = serve(&part, config)?;
+        report.gaps.merge(&served.gaps);
+        report.num_preemptions += served.num_preemptions;
+        end = end.max(served.end);
+        all.extend(served.requests);
+    }
+    let last_arrival = trace.last().map_or(0, |last| scaled(last, config.rate_scale));
+    report.fill(&all, last_arrival, end);
+    Ok(report)
+}
+
+/// What one device did.
+struct Outcome {
+    requests: Vec<Served>,
+    gaps: Gaps,
+    num_preemptions: u64,
+    end: Micros,
+}
+
+fn serve(trace: &[TraceRequest], config: &ServeConfig) -> Result<Outcome, ExecError> {
     let clock = Arc::new(AtomicU64::new(0));
     let limits = config.limits();
     let mut scheduler = SchedulerConfig::new(limits.clone(), BlockHasher::new((0, 0), BLOCK_SIZE));
@@ -117,7 +152,13 @@ pub fn serve_trace(trace: &[TraceRequest], config: &ServeConfig) -> Result<Serve
             break;
         }
     }
-    Ok(clients.report(now(), &core))
+    let num_preemptions = core.stats().num_preemptions;
+    Ok(Outcome { requests: clients.served, gaps: clients.gaps, num_preemptions, end: now() })
+}
+
+/// When a request arrives, in microseconds.
+fn scaled(request: &TraceRequest, rate_scale: f64) -> u64 {
+    (request.arrival.0 as f64 / rate_scale) as u64
 }
 
 /// Sends what the trace says and notes what comes back.
@@ -128,7 +169,7 @@ struct Clients<'a> {
     num_sent: usize,
     served: Vec<Served>,
     params: Arc<SamplingParams>,
-    report: ServeReport,
+    gaps: Gaps,
 }
 
 impl<'a> Clients<'a> {
@@ -141,16 +182,12 @@ impl<'a> Clients<'a> {
             num_sent: 0,
             served: Vec::with_capacity(trace.len()),
             params: Arc::new(params),
-            report: ServeReport::default(),
+            gaps: Gaps::default(),
         }
     }
 
-    fn arrival(&self, at: usize) -> u64 {
-        (self.trace[at].arrival.0 as f64 / self.rate_scale) as u64
-    }
-
     fn next_arrival(&self) -> Option<u64> {
-        (self.num_sent < self.trace.len()).then(|| self.arrival(self.num_sent))
+        self.trace.get(self.num_sent).map(|request| scaled(request, self.rate_scale))
     }
 
     fn send(&mut self, now: Micros, core: &mut EngineCore) {
@@ -185,7 +222,7 @@ impl<'a> Clients<'a> {
             match &event.kind {
                 SeqEventKind::Tokens { .. } => {
                     if let Some(gap) = served.token(now, self.targets.itl) {
-                        self.report.gaps.add(gap);
+                        self.gaps.add(gap);
                     }
                 }
                 SeqEventKind::Finished {
@@ -197,11 +234,6 @@ impl<'a> Clients<'a> {
                 _ => {}
             }
         }
-    }
-
-    fn report(mut self, now: Micros, core: &EngineCore) -> ServeReport {
-        self.report.fill(&self.served, self.arrival(self.trace.len().saturating_sub(1)), now, &core.stats());
-        self.report
     }
 }
 
