@@ -67,7 +67,7 @@ fn rates(samples: &[Sample]) -> Vec<(f64, f64)> {
 /// At most about [`POINTS`] of the samples, evenly chosen, and the last.
 fn thinned(samples: &[Sample], point: impl Fn(&Sample) -> (f64, f64)) -> Vec<(f64, f64)> {
     let step = samples.len().div_ceil(POINTS).max(1);
-    let last = samples.last().filter(|_| (samples.len().max(1) - 1) % step != 0);
+    let last = samples.last().filter(|_| !(samples.len().max(1) - 1).is_multiple_of(step));
     samples.iter().step_by(step).chain(last).map(point).collect()
 }
 

@@ -242,7 +242,7 @@ mod tests {
         for cut in 0..body.len() {
             assert_eq!(chunked(&[&body[..cut], &body[cut..]]).unwrap(), expected, "cut at {cut}");
         }
-        assert_eq!(chunked(&[&body[..20]]).unwrap().1, false);
+        assert!(!chunked(&[&body[..20]]).unwrap().1);
         assert_eq!(chunked(&[b"0\r\n\r\nHTTP"]).unwrap(), (Vec::new(), true, 4));
     }
 
