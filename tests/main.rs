@@ -8,4 +8,7 @@ mod demo_model;
 mod golden_engine;
 mod prepacked;
 mod process;
+#[path = "../crates/tenancy/tests/support/redis.rs"]
+mod redis;
 mod support;
+mod tenants;

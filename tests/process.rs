@@ -20,7 +20,7 @@ pub struct Server {
 }
 
 impl Server {
-    fn start(args: &[&str]) -> Self {
+    pub fn start(args: &[&str]) -> Self {
         Self::spawn(Command::new(env!("CARGO_BIN_EXE_quire")).arg("serve").args(args))
     }
 
@@ -47,6 +47,11 @@ impl Server {
         Self { child, http: http.unwrap(), grpc: grpc.unwrap(), announced }
     }
 
+    /// Where gRPC is served.
+    pub fn grpc_url(&self) -> String {
+        format!("http://{}", self.grpc)
+    }
+
     /// Where HTTP listens.
     pub fn http(&self) -> &str {
         &self.http
@@ -64,12 +69,17 @@ impl Server {
 
     /// Sends a request and returns the connection, from which the answer can be read as it comes.
     fn open(&self, method: &str, path: &str, body: &Value) -> TcpStream {
+        self.open_with(method, path, "", body)
+    }
+
+    /// `headers` are lines, each with its `\r\n`.
+    fn open_with(&self, method: &str, path: &str, headers: &str, body: &Value) -> TcpStream {
         let mut stream = TcpStream::connect(&self.http).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let head = format!(
             "{method} {path} HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\
-             connection: close\r\n\r\n",
+             {headers}connection: close\r\n\r\n",
             self.http,
             body.len()
         );
@@ -79,8 +89,13 @@ impl Server {
 
     /// Status line with headers, and body.
     pub fn ask(&self, method: &str, path: &str, body: &Value) -> (String, String) {
+        self.ask_with(method, path, "", body)
+    }
+
+    /// With lines of headers.
+    pub fn ask_with(&self, method: &str, path: &str, headers: &str, body: &Value) -> (String, String) {
         let mut answer = String::new();
-        self.open(method, path, body).read_to_string(&mut answer).unwrap();
+        self.open_with(method, path, headers, body).read_to_string(&mut answer).unwrap();
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
         (head.to_lowercase(), body.to_owned())
     }

@@ -117,17 +117,19 @@ pub struct ServerArgs {
     /// vllm: /metrics also has the names that tools for vLLM look for
     #[arg(long, value_name = "SET", default_value = "vllm", help_heading = "Server")]
     pub metrics_compat: MetricsCompat,
-    /// Where quotas are counted
-    #[arg(long, value_name = "STORE", default_value = "memory", hide = true)]
-    pub quota_store: String,
-    /// Tenants with keys, quotas and weights.
-    #[arg(long, value_name = "FILE", hide = true)]
+    /// Tenants with their keys, limits and weights, as in docs/tenants.md; changes are taken while the server runs
+    #[arg(long, value_name = "FILE", help_heading = "Server")]
     pub tenants: Option<PathBuf>,
-    /// Goal for the time to the first token.
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, hide = true)]
+    /// Where limits are counted: memory (each server by itself), or redis://HOST:PORT, which several servers share;
+    /// with a password better in QUIRE_QUOTA_STORE
+    #[arg(long, value_name = "STORE", default_value = "memory", help_heading = "Server")]
+    pub quota_store: String,
+    /// Goal for the time to the first token, such as 2s: requests go by what is due first, and what cannot be in time
+    /// is refused with 429 at once [with --itl-target; default: by arrival]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, help_heading = "Batching")]
     pub ttft_target: Option<Duration>,
-    /// Goal for the time between tokens.
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, hide = true)]
+    /// Goal for the time between tokens, such as 50ms: prompts are computed in pieces that keep to it
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, help_heading = "Batching")]
     pub itl_target: Option<Duration>,
     /// Certificate chain (PEM).
     #[arg(long, value_name = "FILE", hide = true)]

@@ -1,8 +1,9 @@
 //! The command line: which commands there are and what they take.
 
 use std::ops::Range;
+use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::args::{CommonArgs, EngineArgs, ServerArgs};
@@ -129,7 +130,8 @@ pub struct InspectArgs {
 
 /// `quire sim`
 #[derive(Args, Clone, Debug)]
-#[command(after_help = "Examples:\n  quire sim --seed 7\n  quire sim --seeds 0..500")]
+#[command(after_help = "Examples:\n  quire sim --seed 7\n  quire sim --seeds 0..500\n  \
+    quire sim --trace conversation.jsonl.gz --policy deadline --gpu h200 --model llama-3.1-8b --capacity")]
 pub struct SimArgs {
     /// Run this one seed
     #[arg(long, value_name = "N", conflicts_with = "seeds")]
@@ -137,6 +139,54 @@ pub struct SimArgs {
     /// Run the seeds from A up to but not including B
     #[arg(long, value_name = "A..B", value_parser = parse_seeds)]
     pub seeds: Option<Range<u64>>,
+    /// Serve a recorded trace in virtual time instead: Azure (CSV) or Mooncake (JSON lines), plain or gzip
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["seed", "seeds"])]
+    pub trace: Option<PathBuf>,
+    /// Order of requests: by arrival, or by slack to the latency targets
+    #[arg(long, value_enum, default_value = "deadline", requires = "trace")]
+    pub policy: SimPolicy,
+    /// Which cached blocks go first
+    #[arg(long, value_enum, default_value = "learned", requires = "trace")]
+    pub eviction: SimEviction,
+    /// The device whose speed is simulated
+    #[arg(long, default_value = "h200", requires = "trace")]
+    pub gpu: String,
+    /// The model whose speed is simulated
+    #[arg(long, default_value = "llama-3.1-8b", requires = "trace")]
+    pub model: String,
+    /// Tokens in a step at most [default: 8192]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), requires = "trace")]
+    pub max_num_batched_tokens: Option<u32>,
+    /// Requests per recorded request: 2 is twice the trace's rate
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = parse_scale, requires = "trace")]
+    pub rate_scale: f64,
+    /// Find the highest rate at which 90 % of the requests are within the targets
+    #[arg(long, requires = "trace")]
+    pub capacity: bool,
+}
+
+/// `--policy`
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SimPolicy {
+    /// First come, first served
+    Fcfs,
+    /// Least slack first, chunks sized by the cost model, early refusal
+    Deadline,
+}
+
+/// `--eviction`
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SimEviction {
+    /// Least recently used
+    Lru,
+    /// By what was learned of reuse
+    Learned,
+}
+
+fn parse_scale(text: &str) -> Result<f64, String> {
+    let scale: f64 = text.parse().map_err(|_| format!("`{text}` is not a number"))?;
+    let usable = (1e-3..=1e3).contains(&scale);
+    if usable { Ok(scale) } else { Err(format!("{scale} is not between 0.001 and 1000")) }
 }
 
 fn parse_seeds(text: &str) -> Result<Range<u64>, String> {

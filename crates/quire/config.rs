@@ -2,9 +2,10 @@
 
 use std::fmt;
 
-use quire_core::{DType, Limits, QuantFormat};
+use quire_core::{DType, Limits, Micros, QuantFormat};
 use quire_model::{Mixer, ModelSpec, RopeScaling};
 use quire_runner::{MemoryPlan, RunnerConfig, WeightPlan};
+use quire_scheduler::{LatencyTargets, Policy};
 
 use crate::args::{Device, EngineArgs, Quantize, ServerArgs, Switch};
 use crate::machine;
@@ -64,6 +65,8 @@ pub struct Config {
     pub prefix_cache: bool,
     /// Tokens of context the model itself could take.
     pub model_context: u32,
+    /// Who goes first, and how prompts are cut.
+    pub policy: Policy,
 }
 
 impl Config {
@@ -114,6 +117,7 @@ impl Config {
             limits,
             prefix_cache: !args.no_prefix_cache,
             model_context,
+            policy: Policy::default(),
         })
     }
 
@@ -146,18 +150,6 @@ pub fn check_server(args: &ServerArgs) -> Result<(), ConfigError> {
             args.tls_key.is_some(),
             "TLS is not supported yet; terminate it in a proxy in front of Quire",
         ),
-        (
-            "tenants",
-            args.tenants.is_some(),
-            "tenants are not supported yet; --api-key sets one key for all clients",
-        ),
-        (
-            "quota-store",
-            args.quota_store != "memory",
-            "quotas are not supported yet; the only store is `memory`",
-        ),
-        ("ttft-target", args.ttft_target.is_some(), "latency targets are not supported yet"),
-        ("itl-target", args.itl_target.is_some(), "latency targets are not supported yet"),
     ];
     match missing.into_iter().find(|(_, given, _)| *given) {
         Some((flag, _, message)) => Err(error(flag, message.into())),
@@ -298,7 +290,16 @@ impl fmt::Display for Config {
             grouped(runner.max_num_batched_tokens.into()),
             self.limits.max_queued_requests,
             if self.prefix_cache { "on" } else { "off" },
-        )
+        )?;
+        if let Policy::DeadlineSlack(LatencyTargets { ttft, itl, .. }) = &self.policy {
+            let seconds = |time: Micros| time.0 as f64 / 1e6;
+            let (ttft, itl) = (seconds(*ttft), seconds(*itl));
+            write!(
+                f,
+                "\ntargets  first token in {ttft} s, then one in {itl} s; what cannot be in time is refused"
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -403,15 +404,9 @@ mod tests {
         ] {
             assert_eq!(resolve(flags, &ROOMY).unwrap_err().flag, flag, "{flags}");
         }
-        for (flags, flag) in [
-            ("--tls-cert a", "tls-cert"),
-            ("--tls-key a", "tls-key"),
-            ("--tenants a", "tenants"),
-            ("--quota-store redis://x", "quota-store"),
-            ("--ttft-target 2s", "ttft-target"),
-            ("--itl-target 50ms", "itl-target"),
-            ("--api-key=", "api-key"),
-        ] {
+        for (flags, flag) in
+            [("--tls-cert a", "tls-cert"), ("--tls-key a", "tls-key"), ("--api-key=", "api-key")]
+        {
             assert_eq!(check_server(&args(flags).server).unwrap_err().flag, flag, "{flags}");
         }
         resolve(
@@ -419,6 +414,6 @@ mod tests {
             &ROOMY,
         )
         .unwrap();
-        check_server(&args("--api-key k --quota-store memory").server).unwrap();
+        check_server(&args("--api-key k --quota-store memory --tenants a").server).unwrap();
     }
 }

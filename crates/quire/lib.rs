@@ -25,6 +25,9 @@ mod run;
 mod serve;
 mod signals;
 mod sim_cmd;
+mod sim_trace;
+mod targets;
+mod tenants;
 pub mod units;
 
 use std::ffi::OsString;

@@ -22,6 +22,7 @@ use crate::config::{Config, Machine};
 use crate::inspect::headline;
 use crate::model::{LocalModel, ModelSource};
 use crate::prepack::PackCache;
+use crate::targets::Targets;
 use crate::{Failure, Result};
 
 /// Threads that render templates and tokenize, at most.
@@ -50,7 +51,13 @@ pub(crate) struct Loaded {
 ///
 /// # Errors
 /// Whatever stands in the way, in words.
-pub(crate) fn load(args: &EngineArgs, source: ModelSource, name: &str, runtime: &Handle) -> Result<Loaded> {
+pub(crate) fn load(
+    args: &EngineArgs,
+    targets: Option<Targets>,
+    source: ModelSource,
+    name: &str,
+    runtime: &Handle,
+) -> Result<Loaded> {
     let mut stages = Stages::default();
     let local = source.fetch(args.load_format)?;
     stages.done("fetch");
@@ -58,7 +65,10 @@ pub(crate) fn load(args: &EngineArgs, source: ModelSource, name: &str, runtime: 
     for tensor in checkpoint.ignored_tensors() {
         tracing::warn!(tensor, "the checkpoint holds a tensor that this architecture does not use");
     }
-    let config = Config::resolve(args, checkpoint.spec(), &Machine::detect())?;
+    let mut config = Config::resolve(args, checkpoint.spec(), &Machine::detect())?;
+    if let Some(targets) = targets {
+        config.policy = targets.policy(&config, checkpoint.spec());
+    }
     // Early, so that mapped pages are there when the tokenizer is.
     let cache = PackCache::open(args, &local, &checkpoint, config.runner.quant);
     stages.done("open");
@@ -84,6 +94,8 @@ pub(crate) fn assemble(
     let hasher = BlockHasher::new(random_key(), config.limits.block_size);
     let scheduler = SchedulerConfig {
         enable_prefix_caching: config.prefix_cache,
+        max_queued_requests: config.limits.max_queued_requests,
+        policy: config.policy,
         ..SchedulerConfig::new(executor.limits(), hasher)
     };
     let runner = &config.runner;

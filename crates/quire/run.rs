@@ -24,7 +24,7 @@ pub(crate) fn run(args: &RunArgs, out: &mut impl Write) -> Result<()> {
         .enable_all()
         .build()
         .map_err(|error| Failure(format!("cannot start the I/O thread: {error}")))?;
-    let loaded = loading::load(&args.engine, source, &name, runtime.handle())?;
+    let loaded = loading::load(&args.engine, None, source, &name, runtime.handle())?;
     let chat = Chat { args, llm: loaded.llm.clone(), history: Vec::new() };
     let prompt = match &args.prompt {
         Some(prompt) => Some(prompt.clone()),

@@ -9,7 +9,7 @@ use quire_core::FinishReason;
 use quire_engine::metrics::{self as engine_metrics, EngineMetrics};
 use quire_http::{AppState, HttpConfig};
 use quire_llm::{Lifecycle, Llm};
-use quire_tenancy::Keys;
+use quire_tenancy::Tenancy;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -22,6 +22,8 @@ use crate::loading::{self, Loaded};
 use crate::metrics::{self, MetricsPage};
 use crate::model::ModelSource;
 use crate::signals::Signals;
+use crate::targets::Targets;
+use crate::tenants;
 use crate::{Failure, Result, machine};
 
 /// I/O threads at most: a step's results wake each once, and more would only take cores from the model.
@@ -46,6 +48,7 @@ const MAX_GRPC_STREAMS: u32 = 1024;
 pub(crate) fn serve(args: &ServeArgs, out: &mut impl Write) -> Result<()> {
     let start = Instant::now();
     check_server(&args.server)?;
+    Targets::of(&args.server)?;
     let source = ModelSource::resolve(args.engine.model.as_deref())?;
     let name = args.server.served_model_name.clone().unwrap_or_else(|| source.default_name());
     let page = metrics::install(args.server.metrics_compat)?;
@@ -81,7 +84,8 @@ impl Server<'_> {
     async fn run(mut self, source: ModelSource, out: &mut impl Write) -> Result<()> {
         tracing::info!(http = %self.fronts.http_address, grpc = %self.fronts.grpc_address, model = self.name, "loading");
         let (args, name) = (self.args.engine.clone(), self.name.clone());
-        let load = move || loading::load(&args, source, &name, &Handle::current());
+        let targets = Targets::of(&self.args.server)?;
+        let load = move || loading::load(&args, targets, source, &name, &Handle::current());
         let mut load = tokio::task::spawn_blocking(load);
         let loaded = tokio::select! {
             loaded = &mut load => loaded.map_err(|panic| Failure(format!("loading failed: {panic}")))??,
@@ -96,6 +100,8 @@ impl Server<'_> {
         self.announce(loaded, out);
         engine_metrics::set_engine_state(&self.name, "ready");
         let upkeep = tokio::spawn(keep_up(self.fronts.page.clone(), loaded.llm.clone()));
+        let shares =
+            tokio::spawn(tenants::follow_shares(self.fronts.tenancy.clone(), loaded.engine.client()));
         let outcome = tokio::select! {
             ended = loaded.engine.ended() => Err(ended),
             () = self.signals.next() => Ok(()),
@@ -116,6 +122,7 @@ impl Server<'_> {
             }
         };
         upkeep.abort();
+        shares.abort();
         let closed = tokio::select! {
             () = self.fronts.close(close) => true,
             () = self.signals.next() => false,
@@ -199,6 +206,7 @@ fn exit_at_once() -> ! {
 /// The two listeners, serving from the start.
 struct Fronts {
     lifecycle: Lifecycle,
+    tenancy: Tenancy,
     page: MetricsPage,
     http_address: SocketAddr,
     grpc_address: SocketAddr,
@@ -208,9 +216,9 @@ struct Fronts {
 
 impl Fronts {
     async fn open(args: &ServerArgs, page: MetricsPage) -> Result<Self> {
-        let keys = Keys::new(&args.api_key).map_err(|error| Failure(format!("--api-key: {error}")))?;
-        if !args.host.is_loopback() && !keys.required() {
-            tracing::warn!("{} can be reached from other machines, and no --api-key is set", args.host);
+        let tenancy = tenants::open(args).await?;
+        if !args.host.is_loopback() && !tenancy.requires_key() {
+            tracing::warn!("{} can be reached from other machines, and no key is needed", args.host);
         }
         let (http, http_address) = bind(args.host, args.port, "port").await?;
         let (grpc, grpc_address) = bind(args.host, args.grpc_port, "grpc-port").await?;
@@ -219,13 +227,13 @@ impl Fronts {
             let page = page.clone();
             Arc::new(move || page.render())
         };
-        let config = HttpConfig::new(keys.clone(), render, env!("CARGO_PKG_VERSION"));
+        let config = HttpConfig::new(tenancy.clone(), render, env!("CARGO_PKG_VERSION"));
         let state = AppState::new(config);
         let lifecycle = state.lifecycle().clone();
         let http = tokio::spawn(quire_http::serve(http, state, until(shutdown.subscribe())));
         let config = quire_grpc::ServerConfig {
             lifecycle: lifecycle.clone(),
-            keys,
+            tenancy: tenancy.clone(),
             max_message_bytes: MAX_MESSAGE_BYTES,
             max_concurrent_streams: MAX_GRPC_STREAMS,
             version: env!("CARGO_PKG_VERSION"),
@@ -236,7 +244,7 @@ impl Fronts {
                 tracing::error!(%error, "the gRPC server failed");
             }
         });
-        Ok(Self { lifecycle, page, http_address, grpc_address, shutdown, tasks: vec![http, grpc] })
+        Ok(Self { lifecycle, tenancy, page, http_address, grpc_address, shutdown, tasks: vec![http, grpc] })
     }
 
     /// Stops listening, and waits until what was answered is sent.

@@ -1,4 +1,4 @@
-//! `quire sim`: seeds of the simulator, on all cores.
+//! `quire sim`: seeds of the simulator, on all cores; traces are in [`crate::sim_trace`].
 
 use std::io::Write;
 use std::sync::Mutex;
@@ -9,17 +9,19 @@ use quire_sim::{Failure as Broken, Report, run_seed};
 
 use crate::cli::SimArgs;
 use crate::machine;
+use crate::sim_trace::sim_trace;
 use crate::units::grouped;
 use crate::{Failure, Result};
 
 /// Seeds of a run that names none.
 const DEFAULT_SEEDS: std::ops::Range<u64> = 0..100;
 
-/// Runs one seed or a range, and prints what happened.
+/// Runs one seed, a range or a trace, and prints what happened.
 pub(crate) fn sim(args: &SimArgs, out: &mut impl Write) -> Result<()> {
-    match args.seed {
-        Some(seed) => one(seed, out),
-        None => many(args.seeds.clone().unwrap_or(DEFAULT_SEEDS), out),
+    match (&args.trace, args.seed) {
+        (Some(trace), _) => sim_trace(args, trace, out),
+        (None, Some(seed)) => one(seed, out),
+        (None, None) => many(args.seeds.clone().unwrap_or(DEFAULT_SEEDS), out),
     }
 }
 
@@ -103,12 +105,17 @@ impl Total {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::cli::{Cli, Command};
 
     #[test]
     fn prints_the_sum_of_its_seeds() {
         let mut out = Vec::new();
-        sim(&SimArgs { seed: None, seeds: Some(3..6) }, &mut out).unwrap();
+        let cli = Cli::try_parse_from(["quire", "sim", "--seeds", "3..6"]).unwrap();
+        let Command::Sim(args) = cli.command else { panic!("not sim") };
+        sim(&args, &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
         assert!(text.starts_with("3 seeds passed"), "{text}");
         let steps: u64 = (3..6).map(|seed| run_seed(seed).unwrap().num_steps).sum();

@@ -36,7 +36,7 @@ class Server:
     """One `quire serve` process; knows its URLs once it has printed them."""
 
     def __init__(self, binary, *args):
-        self.started = time.monotonic()
+        self.binary, self.started = binary, time.monotonic()
         self.process = subprocess.Popen(
             [binary, "serve", "--port", "0", "--grpc-port", "0", *args],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -300,6 +300,67 @@ def grpc_gives_the_same_tokens(server):
             raise AssertionError("a negative temperature was accepted")
         except grpc.RpcError as error:
             assert error.code() == grpc.StatusCode.INVALID_ARGUMENT and "temperature" in error.details(), error
+
+
+@check
+def tenants_get_what_the_manuals_example_says(server):
+    """docs/tenants.toml, as it is, served to the official clients."""
+    import grpc
+    example = os.path.join(HERE, "..", "..", "docs", "tenants.toml")
+    limited = Server(server.binary, "--tenants", example)
+    client = lambda key: openai.OpenAI(base_url=limited.http + "/v1", api_key=key, max_retries=0)
+    ask = lambda key, max_tokens: client(key).chat.completions.with_raw_response.create(
+        model="quire-demo", messages=messages("Hi"), max_tokens=max_tokens)
+
+    def refused(error, key, max_tokens=1):
+        try:
+            ask(key, max_tokens)
+        except error as refusal:
+            return refusal
+        raise AssertionError(f"{key} was not refused with {error}")
+
+    try:
+        answer = ask("sk-acme-2027", 3)
+        assert answer.parse().usage.completion_tokens <= 3
+        assert answer.headers["x-ratelimit-limit-requests"] == "600", dict(answer.headers)
+        assert answer.headers["x-ratelimit-limit-tokens"] == "200000", dict(answer.headers)
+        assert client("sk-acme-2027").models.list().data[0].id == "quire-demo"
+        refused(openai.AuthenticationError, "sk-nobody")
+        refused(openai.PermissionDeniedError, "sk-prometheus")
+        too_large = refused(openai.APIStatusError, "sk-acme-2027", 8193)
+        assert (too_large.status_code, too_large.param) == (413, "max_tokens"), too_large
+        deadline = time.monotonic() + 60
+        while True:  # ten at once, then one a second
+            try:
+                ask("sk-indexer", 1)
+            except openai.RateLimitError as error:
+                assert (error.code, error.param) == ("rate_limit_exceeded", "rpm"), error
+                assert int(error.response.headers["retry-after"]) >= 1
+                break
+            assert time.monotonic() < deadline, "60 a minute were never reached"
+        pb, stubs = load_proto(tempfile.mkdtemp())
+        with grpc.insecure_channel(limited.grpc) as channel:
+            stub = stubs.InferenceStub(channel)
+            try:
+                stub.Generate(pb.GenerateRequest(text="Hi"), metadata=[("authorization", "Bearer sk-prometheus")])
+                raise AssertionError("a key without the scope was accepted")
+            except grpc.RpcError as error:
+                assert error.code() == grpc.StatusCode.PERMISSION_DENIED, error
+            while True:
+                try:
+                    request = pb.GenerateRequest(text="Hi", stopping=pb.Stopping(max_tokens=1))
+                    stub.Generate(request, metadata=[("authorization", "Bearer sk-indexer")])
+                except grpc.RpcError as error:
+                    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED, error
+                    trailers = dict(error.trailing_metadata())
+                    assert int(trailers["retry-after"]) >= 1 and "x-ratelimit-limit-requests" in trailers, trailers
+                    break
+                assert time.monotonic() < deadline + 60, "60 a minute were never reached"
+        page = get(limited.http + "/metrics", {"authorization": "Bearer sk-prometheus"})[1]
+        throttled = re.search(r'^quire_tenant_throttled_total\{tenant="nightly-batch",limit="rpm"\} (\d+)$', page, re.M)
+        assert throttled and int(throttled.group(1)) >= 2, throttled
+    finally:
+        limited.stop()
 
 
 @check

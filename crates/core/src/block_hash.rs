@@ -54,8 +54,13 @@ impl BlockHasher {
         debug_assert_eq!(tokens.len(), self.block_size as usize);
         let mut hasher = self.hasher();
         hasher.write(&parent.0.to_le_bytes());
-        for &token in tokens {
-            hasher.write(&token.to_le_bytes());
+        // The hasher is several times faster on whole words.
+        let mut bytes = [0; 64];
+        for part in tokens.chunks(16) {
+            for (to, token) in bytes.chunks_exact_mut(4).zip(part) {
+                to.copy_from_slice(&token.to_le_bytes());
+            }
+            hasher.write(&bytes[..4 * part.len()]);
         }
         BlockHash(hasher.finish128().as_u128())
     }

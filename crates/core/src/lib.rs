@@ -9,7 +9,7 @@
 //! * a [`Request`] that reaches an engine has been validated once, against [`Limits`].
 //!
 //! Reading order: [`ids`], [`sampling`], [`request`], [`step`], [`executor`]; then [`limits`], [`error`],
-//! [`block_hash`], [`tenant`], [`tensor`], [`constraint`], [`metric_names`].
+//! [`block_hash`], [`tenant`], [`meter`], [`tensor`], [`constraint`], [`metric_names`].
 #![forbid(unsafe_code)]
 
 pub mod block_hash;
@@ -18,6 +18,7 @@ pub mod error;
 pub mod executor;
 pub mod ids;
 pub mod limits;
+pub mod meter;
 pub mod metric_names;
 pub mod request;
 pub mod sampling;
@@ -31,6 +32,7 @@ pub use error::{ExecError, RequestError};
 pub use executor::{Executor, ExecutorLimits, LateInputs};
 pub use ids::{BlockId, Micros, RequestId, Slot, StepId, TenantId, TokenId};
 pub use limits::Limits;
+pub use meter::Meter;
 pub use request::{FinishReason, Request, Usage};
 pub use sampling::SamplingParams;
 pub use step::{

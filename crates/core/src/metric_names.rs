@@ -98,6 +98,7 @@ const STEP_TOKENS: &[f64] =
     &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 const PARAMS_N: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
 const PREEMPTIONS: &[f64] = &[1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0];
+const TENANT_QUEUE_BUCKETS: &[f64] = &[0.01, 0.1, 0.5, 2.0, 10.0, 60.0];
 const STEP_SECONDS: &[f64] = &[
     0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5,
     1.0, 2.0, 5.0, 10.0,
@@ -265,9 +266,44 @@ families! {
     REQUEST_NUM_PREEMPTIONS = family(
         "quire_request_num_preemptions", Histogram(PREEMPTIONS), "Times a sequence lost its KV blocks.",
     ).aliases(alias!("vllm:request_num_preemptions", PREEMPTIONS));
+    STEP_TIME_ERROR = family(
+        "quire_step_time_error_ratio", Gauge,
+        "Relative error of predicted step times that nine in ten steps stay below; 0 without latency targets.",
+    );
     STEP_TOKENS_COMPUTED = family(
         "quire_step_tokens", Histogram(STEP_TOKENS), "Tokens computed in one engine step.",
     ).aliases(alias!("vllm:iteration_tokens_total", STEP_TOKENS));
+
+    // Who asks. Tenants are labelled by their configured id, the first hundred of them; the rest are `other`.
+    TENANT_REQUESTS = family(
+        "quire_tenant_requests_total", Counter, "Requests of a tenant that were admitted or throttled, by how they ended.",
+    ).labels(&["tenant", "outcome"]).process_wide();
+    TENANT_TOKENS = family(
+        "quire_tenant_tokens_total", Counter,
+        "Tokens of a tenant's ended requests: of prompts (input), those of them found in the prefix cache (cached), generated (output).",
+    ).labels(&["tenant", "kind"]).process_wide();
+    TENANT_THROTTLED = family(
+        "quire_tenant_throttled_total", Counter, "Requests of a tenant refused by its limits, by limit.",
+    ).labels(&["tenant", "limit"]).process_wide();
+    TENANT_QUEUE = family(
+        "quire_tenant_queue_seconds", Histogram(TENANT_QUEUE_BUCKETS), "From a request's admission to its first step.",
+    ).labels(&["tenant"]).process_wide();
+    TENANT_RUNNING = family(
+        "quire_tenant_running", Gauge, "Answers of a tenant being generated.",
+    ).labels(&["tenant"]).process_wide();
+    TENANT_WAITING = family(
+        "quire_tenant_waiting", Gauge, "Answers of a tenant admitted and not yet scheduled.",
+    ).labels(&["tenant"]).process_wide();
+    TENANT_SHARE_RATIO = family(
+        "quire_tenant_share_ratio", Gauge, "A tenant's part of all tokens, over about the last minute.",
+    ).labels(&["tenant"]).process_wide();
+    TENANTS_RELOADS = family(
+        "quire_tenants_reloads_total", Counter, "Times the changed tenants file was read, by whether it could be used.",
+    ).labels(&["result"]).process_wide();
+    QUOTA_STORE_ERRORS = family(
+        "quire_quota_store_errors_total", Counter,
+        "Times the shared quota store did not answer, so that the limits of this replica alone applied.",
+    ).process_wide();
 
     // The front ends and the process.
     HTTP_REQUESTS = family(

@@ -72,11 +72,14 @@ pub enum FinishReason {
     Deadline,
     /// The engine failed.
     Error,
+    /// It could not have been served in time, and was given up before it started; the client may come back later.
+    Rejected,
 }
 
 impl FinishReason {
     /// All reasons, for metrics that must exist before the first request.
-    pub const ALL: [Self; 5] = [Self::Stop, Self::Length, Self::Abort, Self::Deadline, Self::Error];
+    pub const ALL: [Self; 6] =
+        [Self::Stop, Self::Length, Self::Abort, Self::Deadline, Self::Error, Self::Rejected];
 
     /// Label value in metrics and logs.
     pub const fn name(self) -> &'static str {
@@ -86,6 +89,7 @@ impl FinishReason {
             Self::Abort => "abort",
             Self::Deadline => "deadline",
             Self::Error => "error",
+            Self::Rejected => "rejected",
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use quire_core::{
     BlockHasher, CacheSalt, FinishReason, Limits, Micros, Request, RequestError, RequestId, SamplingParams,
-    TenantId, TokenId,
+    TenantId, TenantShare, TokenId,
 };
 use tokio::sync::Notify;
 
@@ -61,6 +61,7 @@ pub(crate) enum Command {
     Add(Request),
     Finish { id: RequestId, index: Option<u32>, reason: FinishReason },
     AbortAll { reason: FinishReason },
+    SetTenants(Vec<TenantShare>),
     Stop,
 }
 
@@ -245,6 +246,13 @@ impl EngineClient {
     pub fn abort_all(&self, reason: FinishReason) {
         // A dead engine has ended them already.
         let _ = self.inbox.send(Command::AbortAll { reason });
+    }
+
+    /// Sets the shares of all tenants, indexed by [`TenantId`], from the next step on. Tenants beyond have the default
+    /// share. What was served so far stays on each tenant's account, so this can be called at any time.
+    pub fn set_tenants(&self, shares: &[TenantShare]) {
+        // A dead engine serves nobody.
+        let _ = self.inbox.send(Command::SetTenants(shares.to_vec()));
     }
 
     /// Asks the engine thread to end. Live requests are ended with [`FinishReason::Abort`].

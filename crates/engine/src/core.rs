@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use quire_core::{
     ExecError, Executor, FinishReason, LateInputs, Micros, ModelRunnerOutput, Request, RequestError,
-    RequestId, SchedulerOutput, StepId, Usage,
+    RequestId, SchedulerOutput, StepId, TenantShare, Usage,
 };
 use quire_scheduler::{Scheduler, SchedulerConfig, SchedulerStats, SeqEvent, SeqEventKind};
 
@@ -99,12 +99,18 @@ impl EngineCore {
         self.scheduler.finish_all(reason);
     }
 
+    /// Sets the shares of all tenants. See [`Scheduler::set_tenants`].
+    pub fn set_tenants(&mut self, shares: &[TenantShare]) {
+        self.scheduler.set_tenants(shares);
+    }
+
     /// Reports the end of a request that was never accepted, so that whoever waits for it hears of it.
-    pub fn reject(&mut self, id: RequestId, n: u32, now: Micros) {
+    pub fn reject(&mut self, id: RequestId, n: u32, now: Micros, reason: FinishReason) {
         let usage =
             Usage { arrival: now, first_scheduled: now, first_token: now, finished: now, ..Usage::default() };
-        let kind = SeqEventKind::Finished { reason: FinishReason::Error, stop_token: None, usage };
-        self.pending.extend((0..n).map(|index| SeqEvent { request: id, index, kind }));
+        let usage = Box::new(usage);
+        let kind = SeqEventKind::Finished { reason, stop_token: None, usage };
+        self.pending.extend((0..n).map(|index| SeqEvent { request: id, index, kind: kind.clone() }));
     }
 
     /// Ends every request at once, without the executor. The events replace those of the last step.
@@ -341,7 +347,7 @@ mod tests {
     #[test]
     fn rejected_and_failed_requests_are_reported() {
         let mut core = core(1, 0);
-        core.reject(RequestId(5), 2, Micros(3));
+        core.reject(RequestId(5), 2, Micros(3), FinishReason::Error);
         assert!(core.has_work());
         core.step(Micros(4)).unwrap();
         assert_eq!(finished(&core), [(5, FinishReason::Error); 2]);

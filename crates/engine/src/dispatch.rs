@@ -191,20 +191,20 @@ fn deliver(shared: &Shared, message: &mut StepMessage) -> u32 {
 }
 
 fn apply(event: &SeqEvent, output: &mut ModelRunnerOutput, delta: &mut SeqDelta) {
-    match event.kind {
-        SeqEventKind::Started { cached_tokens } => delta.started = Some(cached_tokens),
-        SeqEventKind::PromptLogprobs { entry } => {
+    match &event.kind {
+        &SeqEventKind::Started { cached_tokens } => delta.started = Some(cached_tokens),
+        &SeqEventKind::PromptLogprobs { entry } => {
             let (_, position, logprobs) = output.prompt_logprobs[entry as usize].clone();
             delta.prompt_logprobs.push((position, logprobs));
         }
-        SeqEventKind::Tokens { row, num_tokens } => {
+        &SeqEventKind::Tokens { row, num_tokens } => {
             let start = output.rows[row as usize].start as usize;
             let range = start..start + num_tokens as usize;
             delta.tokens.extend_from_slice(&output.tokens[range.clone()]);
             delta.logprobs.extend(output.logprobs[range].iter_mut().map(Option::take));
         }
         SeqEventKind::Finished { reason, stop_token, usage } => {
-            delta.finished = Some(SeqFinished { reason, stop_token, usage });
+            delta.finished = Some(SeqFinished { reason: *reason, stop_token: *stop_token, usage: **usage });
         }
     }
 }

@@ -137,17 +137,17 @@ impl EngineMetrics {
 
     fn record_event(&self, event: &SeqEvent, now: Micros, live: &mut HashMap<RequestId, LiveRequest>) {
         let Some(request) = live.get_mut(&event.request) else { return };
-        match event.kind {
-            SeqEventKind::Started { cached_tokens } => {
+        match &event.kind {
+            &SeqEventKind::Started { cached_tokens } => {
                 self.tokens.prompt.increment(request.prompt_tokens.into());
                 self.tokens.cached.increment(cached_tokens.into());
             }
             SeqEventKind::PromptLogprobs { .. } => {}
-            SeqEventKind::Tokens { num_tokens, .. } => {
+            &SeqEventKind::Tokens { num_tokens, .. } => {
                 self.record_tokens(request, event.index, num_tokens, now);
             }
             SeqEventKind::Finished { reason, usage, .. } => {
-                self.requests.finished(reason, &usage);
+                self.requests.finished(*reason, usage);
                 request.open = request.open.saturating_sub(1);
                 request.longest = request.longest.max(usage.generated_tokens);
                 if request.open == 0 {
@@ -401,6 +401,7 @@ struct StepMetrics {
     prefill: Histogram,
     decode: Histogram,
     mixed: Histogram,
+    time_error: Gauge,
 }
 
 impl StepMetrics {
@@ -411,6 +412,7 @@ impl StepMetrics {
             prefill: duration("prefill"),
             decode: duration("decode"),
             mixed: duration("mixed"),
+            time_error: labels.gauge(names::STEP_TIME_ERROR, &[]),
         }
     }
 
@@ -426,6 +428,7 @@ impl StepMetrics {
             _ => &self.decode,
         };
         duration.record(stats.duration_us as f64 / 1e6);
+        self.time_error.set(stats.scheduler.step_time_error_p90);
     }
 }
 
@@ -454,8 +457,11 @@ mod tests {
     }
 
     fn message(at: u64, events: &[(u32, SeqEventKind)]) -> StepMessage {
-        let events =
-            events.iter().map(|&(index, kind)| SeqEvent { request: RequestId(1), index, kind }).collect();
+        let events = events
+            .iter()
+            .cloned()
+            .map(|(index, kind)| SeqEvent { request: RequestId(1), index, kind })
+            .collect();
         let stats = StepStats { at: Micros(at), ..StepStats::default() };
         StepMessage { events, stats, ..StepMessage::default() }
     }
@@ -504,7 +510,8 @@ mod tests {
             finished: Micros(1_900_000),
         };
         let tokens = |num_tokens| SeqEventKind::Tokens { row: 0, num_tokens };
-        let finished = SeqEventKind::Finished { reason: FinishReason::Stop, stop_token: None, usage };
+        let finished =
+            SeqEventKind::Finished { reason: FinishReason::Stop, stop_token: None, usage: Box::new(usage) };
         let recorded = recorded(|metrics| {
             metrics.accepted(&request(1, 1));
             metrics.record(&message(
@@ -534,13 +541,13 @@ mod tests {
     fn continuations_are_measured_apart_and_cancelled_ones_have_no_latency() {
         let finished = |generated_tokens, reason| {
             let usage = Usage { generated_tokens, arrival: Micros(1_000_000), ..Usage::default() };
-            SeqEventKind::Finished { reason, stop_token: None, usage }
+            SeqEventKind::Finished { reason, stop_token: None, usage: Box::new(usage) }
         };
-        let tokens = SeqEventKind::Tokens { row: 0, num_tokens: 1 };
+        let tokens = || SeqEventKind::Tokens { row: 0, num_tokens: 1 };
         let recorded = recorded(|metrics| {
             metrics.accepted(&request(1, 3));
-            metrics.record(&message(1_250_000, &[(0, tokens)]));
-            metrics.record(&message(1_500_000, &[(1, tokens), (0, tokens)]));
+            metrics.record(&message(1_250_000, &[(0, tokens())]));
+            metrics.record(&message(1_500_000, &[(1, tokens()), (0, tokens())]));
             let ends = [(0, finished(2, FinishReason::Length)), (1, finished(1, FinishReason::Stop))];
             metrics.record(&message(1_600_000, &ends));
             metrics.record(&message(1_700_000, &[(2, finished(0, FinishReason::Abort))]));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::time::Instant;
 
-use quire_core::{BlockHasher, ExecError, Executor, FinishReason, Limits};
+use quire_core::{BlockHasher, ExecError, Executor, FinishReason, Limits, RequestError};
 use quire_scheduler::SchedulerConfig;
 use tokio::sync::{mpsc as async_mpsc, watch};
 
@@ -168,13 +168,17 @@ impl Shell {
             Command::Add(request) => {
                 let (id, n) = (request.id, request.params.n);
                 if let Err(error) = self.core.add(request) {
-                    // Validation has passed, so this is a bug; the request ends instead of hanging.
-                    tracing::error!(%error, request = %id, "the scheduler refused a validated request");
-                    self.core.reject(id, n, self.shared.now());
+                    let reason = refusal(&error);
+                    if reason == FinishReason::Error {
+                        // Validation has passed, so this is a bug; the request ends instead of hanging.
+                        tracing::error!(%error, request = %id, "the scheduler refused a validated request");
+                    }
+                    self.core.reject(id, n, self.shared.now(), reason);
                 }
             }
             Command::Finish { id, index, reason } => self.core.finish(id, index, reason),
             Command::AbortAll { reason } => self.core.finish_all(reason),
+            Command::SetTenants(shares) => self.core.set_tenants(&shares),
             Command::Stop => {}
         }
     }
@@ -184,11 +188,20 @@ impl Shell {
         let now = self.shared.now();
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Add(request) = command {
-                self.core.reject(request.id, request.params.n, now);
+                self.core.reject(request.id, request.params.n, now, FinishReason::Error);
             }
         }
         self.core.fail_all(now, reason);
         self.publish(Instant::now());
+    }
+}
+
+/// How a request ends that the scheduler refuses: latency targets may make it, at any time.
+fn refusal(error: &RequestError) -> FinishReason {
+    match error {
+        RequestError::Overloaded { .. } => FinishReason::Rejected,
+        RequestError::DeadlineExceeded => FinishReason::Deadline,
+        _ => FinishReason::Error,
     }
 }
 

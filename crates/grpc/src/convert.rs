@@ -78,7 +78,9 @@ fn finish(finish: Finish) -> proto::Finish {
     let reason = match finish.reason {
         FinishReason::Stop => proto::FinishReason::Stop,
         FinishReason::Length => proto::FinishReason::Length,
-        FinishReason::Abort | FinishReason::Deadline | FinishReason::Error => proto::FinishReason::Cancelled,
+        FinishReason::Abort | FinishReason::Deadline | FinishReason::Error | FinishReason::Rejected => {
+            proto::FinishReason::Cancelled
+        }
     };
     let stop = finish.stop_reason.map(|stop| match stop {
         StopReason::Eos(id) | StopReason::Token(id) => Stop::StopTokenId(id),

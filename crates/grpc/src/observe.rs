@@ -45,12 +45,12 @@ impl Drop for Call {
 /// Runs a unary call and counts it.
 pub(crate) async fn observe<T>(
     rpc: &'static str,
-    answer: impl Future<Output = Result<T, Status>>,
+    answer: impl Future<Output = Result<Response<T>, Status>>,
 ) -> Result<Response<T>, Status> {
     let mut call = Call::new(rpc);
     let result = answer.await;
     call.end(result.as_ref().map_or_else(Status::code, |_| Code::Ok));
-    result.map(Response::new)
+    result
 }
 
 /// The code's name in the gRPC specification.

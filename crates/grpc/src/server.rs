@@ -3,7 +3,7 @@
 use std::future::Future;
 
 use quire_llm::{Lifecycle, ServerState};
-use quire_tenancy::{Keys, bearer};
+use quire_tenancy::{Tenancy, bearer};
 use tokio::net::TcpListener;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -15,7 +15,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::proto::inference_server::InferenceServer;
 use crate::service::InferenceService;
-use crate::{observe, proto};
+use crate::{observe, proto, status};
 
 /// The name under which health is reported, besides the empty one.
 const SERVICE: &str = "quire.v1.Inference";
@@ -25,8 +25,8 @@ const SERVICE: &str = "quire.v1.Inference";
 pub struct ServerConfig {
     /// The model and the state of the process.
     pub lifecycle: Lifecycle,
-    /// Who may call.
-    pub keys: Keys,
+    /// Who may call, and how much they may have; shared with the other front end.
+    pub tenancy: Tenancy,
     /// Largest accepted message in bytes.
     pub max_message_bytes: usize,
     /// Calls at once on one connection.
@@ -45,10 +45,10 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), tonic::transport::Error> {
     observe::create_series();
-    let auth = Auth { keys: config.keys };
+    let auth = Auth { tenancy: config.tenancy.clone() };
     let (reporter, health) = tonic_health::server::health_reporter();
     let watcher = tokio::spawn(report_health(reporter, config.lifecycle.clone()));
-    let service = InferenceService::new(config.lifecycle, config.version);
+    let service = InferenceService::new(config.lifecycle, config.tenancy, config.version);
     let inference = InferenceServer::new(service)
         .max_decoding_message_size(config.max_message_bytes)
         .max_encoding_message_size(usize::MAX);
@@ -91,19 +91,23 @@ async fn report_health(reporter: HealthReporter, lifecycle: Lifecycle) {
     }
 }
 
-/// Checks the credential and notes the tenant.
+/// Checks the credential and notes who asks.
 #[derive(Clone)]
 struct Auth {
-    keys: Keys,
+    tenancy: Tenancy,
 }
 
 impl Interceptor for Auth {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        let header = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
-        let token = header.and_then(bearer);
-        let tenant =
-            self.keys.authenticate(token).map_err(|error| Status::unauthenticated(error.to_string()))?;
-        request.extensions_mut().insert(tenant.id);
+        let mut values = request.metadata().get_all("authorization").iter();
+        let header = values.next();
+        // Which of two would a proxy in front of us have checked?
+        let header = if values.next().is_some() { None } else { header };
+        let token = header.and_then(|value| value.to_str().ok()).and_then(bearer);
+        let peer = request.remote_addr().map(|peer| peer.ip());
+        let access =
+            self.tenancy.authenticate(token, peer).map_err(|error| status::unauthenticated(&error))?;
+        request.extensions_mut().insert(access);
         Ok(request)
     }
 }

@@ -5,7 +5,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use quire_llm::{GenerateRequest, Generation, Lifecycle, Llm, Prompt, TenantId};
+use quire_llm::{Generation, Lifecycle, Llm, Prompt, RequestError};
+use quire_tenancy::{Access, Demand, Permit, Scope, Standing, Tenancy};
 use tokio_stream::Stream;
 use tonic::{Code, Request, Response, Status};
 
@@ -16,9 +17,13 @@ use crate::{convert, proto, status};
 /// Longest accepted `x-request-id`.
 const MAX_REQUEST_ID: usize = 128;
 
+/// Two ticks of the timer.
+const HEAD_START: Duration = Duration::from_millis(2);
+
 /// The service over whatever model the lifecycle holds.
 pub struct InferenceService {
     lifecycle: Lifecycle,
+    tenancy: Tenancy,
     version: &'static str,
     ids: RandomState,
     count: std::sync::atomic::AtomicU64,
@@ -26,21 +31,33 @@ pub struct InferenceService {
 
 impl InferenceService {
     /// `version` is reported by `GetModelInfo`.
-    pub fn new(lifecycle: Lifecycle, version: &'static str) -> Self {
-        Self { lifecycle, version, ids: RandomState::new(), count: std::sync::atomic::AtomicU64::new(0) }
+    pub fn new(lifecycle: Lifecycle, tenancy: Tenancy, version: &'static str) -> Self {
+        let count = std::sync::atomic::AtomicU64::new(0);
+        Self { lifecycle, tenancy, version, ids: RandomState::new(), count }
     }
 
     fn llm(&self) -> Result<&Llm, Status> {
         self.lifecycle.llm().map_err(|error| status::of(&error))
     }
 
-    /// The model, if `name` means it.
-    fn llm_named(&self, name: &str) -> Result<&Llm, Status> {
+    /// The model and the name to call it by, if `name` means it and the caller may know of it.
+    fn llm_named(&self, name: &str, access: &Access) -> Result<(&Llm, String), Status> {
         let llm = self.llm()?;
-        if name.is_empty() || llm.serves(name) {
-            return Ok(llm);
-        }
-        Err(Status::not_found(format!("the model `{name}` is not served here; `{}` is", llm.name())))
+        let names = llm.names().iter().filter(|name| access.tenant().may_use(name));
+        let names: Vec<&str> = names.map(String::as_str).collect();
+        let found = if name.is_empty() { names.first() } else { names.iter().find(|&&known| known == name) };
+        found.map(|&name| (llm, name.to_owned())).ok_or_else(|| {
+            let served = if names.is_empty() { "no model for this key".to_owned() } else { names.join(", ") };
+            Status::not_found(format!("the model `{name}` does not exist; this server has {served}"))
+        })
+    }
+
+    /// A call that generates nothing counts as a request, and as nothing else.
+    async fn enter<T>(&self, request: &Request<T>) -> Result<(Access, Permit), Status> {
+        let access = access(request)?;
+        access.require(Scope::Tokenize).map_err(|denied| status::denied(&denied))?;
+        let permit = self.tenancy.admit(&access, Demand::default()).await;
+        Ok((access, permit.map_err(|denied| status::denied(&denied))?))
     }
 
     /// The client's id if it is a harmless one, else a new one.
@@ -57,42 +74,53 @@ impl InferenceService {
         self.ids.hash_one(self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
     }
 
-    async fn start(
-        &self,
-        request: Request<proto::GenerateRequest>,
-    ) -> Result<(String, String, Generation), Status> {
+    async fn start(&self, request: Request<proto::GenerateRequest>) -> Result<Started, Status> {
         let id = self.request_id(&request);
         let timeout = timeout(&request)?;
-        let tenant = request.extensions().get::<TenantId>().copied().unwrap_or_default();
+        let access = access(&request)?;
         let message = request.into_inner();
-        let llm = self.llm_named(&message.model)?;
-        let generate = convert::request(message).map_err(|error| status::of(&error))?;
-        let generate = GenerateRequest { tenant, timeout, ..generate };
-        let generation = llm.generate(generate).await.map_err(|error| status::of(&error))?;
-        Ok((id, llm.name().to_owned(), generation))
+        let denied = |denied| status::denied(&denied);
+        access.require(Scope::Infer).and_then(|()| self.tenancy.precheck(&access)).map_err(denied)?;
+        let (llm, model) = self.llm_named(&message.model, &access)?;
+        let mut generate = convert::request(message).map_err(|error| status::of(&error))?;
+        let tenant = access.tenant();
+        generate.tenant = tenant.id();
+        generate.priority = tenant.priority(generate.priority);
+        generate.cache_namespace = access.cache_namespace();
+        generate.default_max_tokens = tenant.default_max_tokens(generate.sampling.n.unwrap_or(1));
+        generate.timeout = timeout;
+        let prepared = llm.prepare(generate).await.map_err(|error| status::of(&error))?;
+        let mut demand = Demand::default();
+        demand.add(prepared.prompt_tokens(), prepared.n(), prepared.max_tokens());
+        let permit = self.tenancy.admit(&access, demand).await.map_err(denied)?;
+        let meter = permit.meter(prepared.prompt_tokens(), prepared.n());
+        let generation = llm.start(prepared, Some(meter)).await.map_err(|error| status::of(&error))?;
+        Ok(Started { id, model, generation, standing: *permit.standing() })
     }
 
     async fn answer(
         &self,
         request: Request<proto::GenerateRequest>,
-    ) -> Result<proto::GenerateResponse, Status> {
-        let (id, model, mut generation) = self.start(request).await?;
+    ) -> Result<Response<proto::GenerateResponse>, Status> {
+        let Started { id, model, mut generation, standing } = self.start(request).await?;
         let choices = generation.collect().await.map_err(|error| status::of(&error))?;
-        Ok(proto::GenerateResponse {
+        let mut response = Response::new(proto::GenerateResponse {
             id,
             model,
             choices: choices.into_iter().map(convert::choice).collect(),
             usage: Some(convert::usage(generation.usage())),
             prompt_token_ids: generation.prompt_token_ids().to_vec(),
             prompt_logprobs: convert::prompt_logprobs(generation.prompt_logprobs()),
-        })
+        });
+        status::insert_standing(response.metadata_mut(), &standing);
+        Ok(response)
     }
 
-    fn model_info(&self) -> Result<proto::ModelInfo, Status> {
-        let llm = self.llm()?;
+    fn model_info(&self, access: &Access) -> Result<Response<proto::ModelInfo>, Status> {
+        let (llm, model) = self.llm_named("", access)?;
         let limits = llm.engine().limits();
-        Ok(proto::ModelInfo {
-            model: llm.name().to_owned(),
+        Ok(Response::new(proto::ModelInfo {
+            model,
             vocab_size: limits.vocab_size,
             max_model_len: limits.max_model_len,
             max_num_seqs: limits.max_num_seqs,
@@ -101,8 +129,32 @@ impl InferenceService {
             num_blocks: limits.num_blocks,
             eos_token_ids: llm.eos_token_ids().to_vec(),
             version: self.version.to_owned(),
-        })
+        }))
     }
+}
+
+/// A request on its way.
+struct Started {
+    id: String,
+    model: String,
+    generation: Generation,
+    standing: Standing,
+}
+
+/// Who asks, as the interceptor noted.
+fn access<T>(request: &Request<T>) -> Result<Access, Status> {
+    let access = request.extensions().get::<Access>().cloned();
+    access.ok_or_else(|| Status::internal("the request passed by the door"))
+}
+
+/// Ends an answer at its deadline. The transport keeps the time as well, but would say CANCELLED; so this is first.
+async fn within<T>(
+    timeout: Option<Duration>,
+    answer: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    let Some(timeout) = timeout else { return answer.await };
+    let outcome = tokio::time::timeout(timeout.saturating_sub(HEAD_START), answer).await;
+    outcome.unwrap_or_else(|_| Err(status::of(&RequestError::DeadlineExceeded)))
 }
 
 /// `grpc-timeout`: up to eight digits and a unit (gRPC over HTTP/2, "Requests").
@@ -136,7 +188,11 @@ impl Inference for InferenceService {
         &self,
         request: Request<proto::GenerateRequest>,
     ) -> Result<Response<proto::GenerateResponse>, Status> {
-        observe("Generate", self.answer(request)).await
+        observe("Generate", async {
+            let timeout = timeout(&request)?;
+            within(timeout, self.answer(request)).await
+        })
+        .await
     }
 
     async fn generate_stream(
@@ -144,8 +200,12 @@ impl Inference for InferenceService {
         request: Request<proto::GenerateRequest>,
     ) -> Result<Response<ChunkStream>, Status> {
         let mut call = Call::new("GenerateStream");
-        let (id, _, generation) = self.start(request).await.inspect_err(|status| call.end(status.code()))?;
-        Ok(Response::new(ChunkStream { id, generation, first: true, call }))
+        let timeout = timeout(&request).inspect_err(|status| call.end(status.code()))?;
+        let Started { id, generation, standing, .. } =
+            within(timeout, self.start(request)).await.inspect_err(|status| call.end(status.code()))?;
+        let mut response = Response::new(ChunkStream { id, generation, first: true, call });
+        status::insert_standing(response.metadata_mut(), &standing);
+        Ok(response)
     }
 
     async fn tokenize(
@@ -153,10 +213,11 @@ impl Inference for InferenceService {
         request: Request<proto::TokenizeRequest>,
     ) -> Result<Response<proto::TokenizeResponse>, Status> {
         observe("Tokenize", async {
+            let (access, _permit) = self.enter(&request).await?;
+            let (llm, _) = self.llm_named("", &access)?;
             let message = request.into_inner();
-            let prompt = Prompt::Text(message.text);
-            let ids = self.llm()?.tokenize(prompt, Some(!message.no_special_tokens)).await;
-            ids.map(|ids| proto::TokenizeResponse { ids }).map_err(|error| status::of(&error))
+            let ids = llm.tokenize(Prompt::Text(message.text), Some(!message.no_special_tokens)).await;
+            ids.map(|ids| Response::new(proto::TokenizeResponse { ids })).map_err(|error| status::of(&error))
         })
         .await
     }
@@ -166,18 +227,21 @@ impl Inference for InferenceService {
         request: Request<proto::DetokenizeRequest>,
     ) -> Result<Response<proto::DetokenizeResponse>, Status> {
         observe("Detokenize", async {
+            let (access, _permit) = self.enter(&request).await?;
+            let (llm, _) = self.llm_named("", &access)?;
             let message = request.into_inner();
-            let text = self.llm()?.detokenize(message.ids, message.skip_special_tokens).await;
-            text.map(|text| proto::DetokenizeResponse { text }).map_err(|error| status::of(&error))
+            let text = llm.detokenize(message.ids, message.skip_special_tokens).await;
+            text.map(|text| Response::new(proto::DetokenizeResponse { text }))
+                .map_err(|error| status::of(&error))
         })
         .await
     }
 
     async fn get_model_info(
         &self,
-        _: Request<proto::GetModelInfoRequest>,
+        request: Request<proto::GetModelInfoRequest>,
     ) -> Result<Response<proto::ModelInfo>, Status> {
-        observe("GetModelInfo", async { self.model_info() }).await
+        observe("GetModelInfo", async { self.model_info(&access(&request)?) }).await
     }
 }
 

@@ -1,31 +1,38 @@
 //! The door: every route behind it needs a key, once one is configured.
 
+use std::net::IpAddr;
+
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
-use quire_tenancy::{AuthError, Tenant, bearer};
+use quire_tenancy::{Access, AuthError, bearer};
 
 use crate::error::ApiError;
 use crate::state::AppState;
 
-/// Lets a request through with its tenant as an extension, or answers 401.
+/// Lets a request through with who asks as an extension, or answers 401 (403 from a wrong address).
 pub(crate) async fn authenticate(
     State(state): State<AppState>,
     mut request: Request,
     next: Next,
 ) -> Response {
-    match tenant(&state, request.headers()) {
-        Ok(tenant) => {
-            request.extensions_mut().insert(tenant);
+    let peer = request.extensions().get::<Peer>().map(|peer| peer.0);
+    match access(&state, request.headers(), peer) {
+        Ok(access) => {
+            request.extensions_mut().insert(access);
             next.run(request).await
         }
         Err(error) => ApiError::from(error).into_response(),
     }
 }
 
-fn tenant(state: &AppState, headers: &HeaderMap) -> Result<Tenant, AuthError> {
+/// The connection's other end, as the accept loop notes it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer(pub(crate) IpAddr);
+
+fn access(state: &AppState, headers: &HeaderMap, peer: Option<IpAddr>) -> Result<Access, AuthError> {
     let mut values = headers.get_all(AUTHORIZATION).iter();
     let header = values.next();
     if values.next().is_some() {
@@ -33,5 +40,5 @@ fn tenant(state: &AppState, headers: &HeaderMap) -> Result<Tenant, AuthError> {
         return Err(AuthError::Invalid);
     }
     let token = header.and_then(|value| value.to_str().ok()).and_then(bearer);
-    state.config().keys.authenticate(token)
+    state.tenancy().authenticate(token, peer)
 }

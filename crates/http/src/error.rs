@@ -6,7 +6,7 @@ use axum::response::{IntoResponse, Response};
 use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderValue, StatusCode};
 use quire_core::RequestError;
-use quire_tenancy::AuthError;
+use quire_tenancy::{AuthError, Denied, Standing};
 use serde_json::{Value, json};
 
 /// An answer that is an error: `{"error": {"message", "type", "param", "code"}}`.
@@ -19,6 +19,8 @@ pub struct ApiError {
     code: Option<&'static str>,
     /// Seconds.
     retry_after: Option<u64>,
+    /// How it stands with the caller's limits, where one of them is the reason.
+    standing: Option<Box<Standing>>,
     /// Whether the client should open a new connection next time: another server may be behind the address.
     close: bool,
 }
@@ -41,7 +43,7 @@ const ABSENT_APIS: [(&str, &str); 10] = [
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: String) -> Self {
-        Self { status, message, kind, param: None, code, retry_after: None, close: false }
+        Self { status, message, kind, param: None, code, retry_after: None, standing: None, close: false }
     }
 
     fn about(mut self, param: impl Into<Cow<'static, str>>) -> Self {
@@ -74,8 +76,10 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, INVALID, Some("unknown_parameter"), message).about(name.to_owned())
     }
 
-    pub(crate) fn model_not_found(model: &str, served: &[String]) -> Self {
-        let message = format!("the model `{model}` does not exist; this server has {}", served.join(", "));
+    /// `served` holds what exists for the caller: nothing tells a hidden model from one that is not there.
+    pub(crate) fn model_not_found(model: &str, served: &[&str]) -> Self {
+        let served = if served.is_empty() { "no model for this key".to_owned() } else { served.join(", ") };
+        let message = format!("the model `{model}` does not exist; this server has {served}");
         Self::new(StatusCode::NOT_FOUND, INVALID, Some("model_not_found"), message).about("model")
     }
 
@@ -180,8 +184,47 @@ impl From<RequestError> for ApiError {
 
 impl From<AuthError> for ApiError {
     fn from(error: AuthError) -> Self {
+        if error == AuthError::Address {
+            let code = Some("forbidden_address");
+            return Self::new(StatusCode::FORBIDDEN, "permission_error", code, error.to_string());
+        }
         Self::new(StatusCode::UNAUTHORIZED, INVALID, Some("invalid_api_key"), error.to_string())
     }
+}
+
+impl From<Denied> for ApiError {
+    fn from(denied: Denied) -> Self {
+        let message = denied.to_string();
+        match denied {
+            Denied::Scope(_) => {
+                Self::new(StatusCode::FORBIDDEN, "permission_error", Some("insufficient_scope"), message)
+            }
+            Denied::TooLarge { field, .. } => {
+                let status = StatusCode::PAYLOAD_TOO_LARGE;
+                Self::new(status, INVALID, Some("limit_exceeded"), message).about(field)
+            }
+            Denied::Limited { quota, retry_after, standing, .. } => {
+                let status = StatusCode::TOO_MANY_REQUESTS;
+                let error = Self::new(status, "rate_limit_error", Some("rate_limit_exceeded"), message);
+                let seconds = retry_after.as_nanos().div_ceil(1_000_000_000);
+                Self {
+                    retry_after: Some(u64::try_from(seconds).unwrap_or(u64::MAX).max(1)),
+                    standing: Some(Box::new(standing)),
+                    ..error.about(quota.name())
+                }
+            }
+        }
+    }
+}
+
+/// Adds the headers that say how it stands with the caller's limits.
+pub(crate) fn with_standing(mut response: Response, standing: &Standing) -> Response {
+    for (name, value) in standing.headers() {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            response.headers_mut().insert(name, value);
+        }
+    }
+    response
 }
 
 impl IntoResponse for ApiError {
@@ -198,7 +241,10 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        response
+        match &self.standing {
+            Some(standing) => with_standing(response, standing),
+            None => response,
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! Which path leads where.
 
-use axum::extract::State;
+use axum::extract::{Request, State};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use http::header::CONTENT_TYPE;
 use http::{Method, Uri};
+use quire_tenancy::{Access, Scope};
 use serde_json::json;
 
 use crate::auth::authenticate;
@@ -43,9 +44,13 @@ pub fn router(state: AppState) -> Router {
     guarded.merge(open).layer(from_fn(observe)).with_state(state)
 }
 
-async fn metrics(State(state): State<AppState>) -> Response {
+async fn metrics(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    // Not there where the page needs no key.
+    if let Some(access) = request.extensions().get::<Access>() {
+        access.require(Scope::Metrics)?;
+    }
     let page = (state.config().metrics)();
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response()
+    Ok(([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response())
 }
 
 async fn version(State(state): State<AppState>) -> Response {

@@ -1,11 +1,14 @@
 //! The accept loop: HTTP/1.1 and HTTP/2 on one port, bounded, and ended with care.
 
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
+use http::Request;
+use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
@@ -14,6 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tower::Service;
 
+use crate::auth::Peer;
 use crate::router::router;
 use crate::state::AppState;
 
@@ -71,8 +75,8 @@ async fn accept(listener: TcpListener, app: Router, patience: Patience, shutdown
         };
         tokio::select! {
             (accepted, permit) = next => match accepted {
-                Ok((stream, _)) => {
-                    let connection = connection(stream, app.clone(), patience, graceful.watcher());
+                Ok((stream, peer)) => {
+                    let connection = connection(stream, peer.ip(), app.clone(), patience, graceful.watcher());
                     tokio::spawn(async move {
                         connection.await;
                         drop(permit);
@@ -92,7 +96,7 @@ async fn accept(listener: TcpListener, app: Router, patience: Patience, shutdown
     }
 }
 
-async fn connection(stream: TcpStream, app: Router, patience: Patience, watcher: Watcher) {
+async fn connection(stream: TcpStream, peer: IpAddr, app: Router, patience: Patience, watcher: Watcher) {
     // Tokens are small writes; each is to leave at once.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
@@ -100,7 +104,8 @@ async fn connection(stream: TcpStream, app: Router, patience: Patience, watcher:
     let spoke = Arc::new(AtomicBool::new(false));
     let service = {
         let spoke = Arc::clone(&spoke);
-        tower::util::service_fn(move |request| {
+        tower::util::service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(Peer(peer));
             spoke.store(true, Ordering::Relaxed);
             app.clone().call(request)
         })

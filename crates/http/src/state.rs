@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quire_llm::{Lifecycle, Llm};
-use quire_tenancy::Keys;
+use quire_tenancy::Tenancy;
 
 use crate::error::ApiError;
 
@@ -16,11 +16,11 @@ pub type MetricsPage = Arc<dyn Fn() -> String + Send + Sync>;
 pub struct HttpConfig {
     /// The model, and where the process is in its life; shared with the other front end and the shell.
     pub lifecycle: Lifecycle,
-    /// Who may come in.
-    pub keys: Keys,
+    /// Who may come in, and how much they may have; shared with the other front end.
+    pub tenancy: Tenancy,
     /// The page under `/metrics`.
     pub metrics: MetricsPage,
-    /// Whether `/metrics` needs no key.
+    /// Whether `/metrics` needs no key. It shows every tenant; a key of a tenants file needs the scope `metrics`.
     pub metrics_without_key: bool,
     /// The version under `/version`, and in `system_fingerprint`.
     pub version: String,
@@ -32,10 +32,10 @@ pub struct HttpConfig {
 
 impl HttpConfig {
     /// The defaults: 8 MiB bodies, a comment every 10 s.
-    pub fn new(keys: Keys, metrics: MetricsPage, version: impl Into<String>) -> Self {
+    pub fn new(tenancy: impl Into<Tenancy>, metrics: MetricsPage, version: impl Into<String>) -> Self {
         Self {
             lifecycle: Lifecycle::default(),
-            keys,
+            tenancy: tenancy.into(),
             metrics,
             metrics_without_key: false,
             version: version.into(),
@@ -71,6 +71,10 @@ impl AppState {
     /// The model, if it takes requests.
     pub(crate) fn llm(&self) -> Result<&Llm, ApiError> {
         Ok(self.lifecycle().llm()?)
+    }
+
+    pub(crate) fn tenancy(&self) -> &Tenancy {
+        &self.inner.config.tenancy
     }
 
     pub(crate) fn config(&self) -> &HttpConfig {

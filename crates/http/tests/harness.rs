@@ -16,7 +16,7 @@ use quire_http::{AppState, HttpConfig, router};
 use quire_llm::{GenerationDefaults, Llm, LlmConfig};
 use quire_scheduler::SchedulerConfig;
 use quire_sim::{MockExecutor, MockTiming};
-use quire_tenancy::Keys;
+use quire_tenancy::{Keys, Tenancy};
 use quire_tokenizer::{ChatTemplate, Tokenizer};
 use serde_json::Value;
 use tower::ServiceExt;
@@ -167,8 +167,12 @@ fn start_engine(setup: &Setup) -> Engine {
 
 /// The state before a model is there.
 pub fn loading(setup: &Setup) -> AppState {
+    loading_with(setup, Keys::new(setup.keys).unwrap().into())
+}
+
+fn loading_with(setup: &Setup, tenancy: Tenancy) -> AppState {
     let metrics = Arc::new(|| "quire_up 1\n".to_owned());
-    let mut config = HttpConfig::new(Keys::new(setup.keys).unwrap(), metrics, "1.2.3");
+    let mut config = HttpConfig::new(tenancy, metrics, "1.2.3");
     config.keep_alive = setup.keep_alive;
     config.metrics_without_key = setup.metrics_without_key;
     AppState::new(config)
@@ -176,6 +180,11 @@ pub fn loading(setup: &Setup) -> AppState {
 
 impl Server {
     pub fn start(setup: &Setup) -> Self {
+        Self::with(setup, Keys::new(setup.keys).unwrap().into())
+    }
+
+    /// With tenants of its own instead of the setup's keys.
+    pub fn with(setup: &Setup, tenancy: Tenancy) -> Self {
         let engine = start_engine(setup);
         let llm = Llm::new(LlmConfig {
             served_model_names: vec![MODEL.into(), "org/alias".into()],
@@ -185,7 +194,7 @@ impl Server {
             defaults: GenerationDefaults { eos_token_ids: vec![0], ..GenerationDefaults::default() },
             tokenizer_threads: 2,
         });
-        let state = loading(setup);
+        let state = loading_with(setup, tenancy);
         state.lifecycle().ready(llm.clone());
         Self { app: router(state.clone()), state, llm, _engine: engine }
     }

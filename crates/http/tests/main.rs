@@ -9,5 +9,8 @@ mod completions;
 mod errors;
 mod harness;
 mod lifecycle;
+#[path = "../../tenancy/tests/support/redis.rs"]
+mod redis;
 mod sockets;
 mod streams;
+mod tenants;

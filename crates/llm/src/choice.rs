@@ -147,6 +147,11 @@ impl Choice {
             // We never abort a choice that someone still reads: the server is shutting down.
             FinishReason::Abort => return Err(RequestError::Unavailable { state: "shutting down" }),
             FinishReason::Error => return Err(RequestError::Internal("the engine failed".into())),
+            // How many were ahead when it was given up is not known here.
+            FinishReason::Rejected => {
+                let retry_after = std::time::Duration::from_secs(1);
+                return Err(RequestError::Overloaded { queued: 0, limit: 0, retry_after });
+            }
         }
         if rules.prompt_only {
             return Ok((FinishReason::Length, None));

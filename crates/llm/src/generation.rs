@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
-use quire_core::{FinishReason, RequestError, TokenId, TokenLogprobs};
+use quire_core::{FinishReason, Meter, RequestError, TokenId, TokenLogprobs};
 use quire_engine::{RequestHandle, SeqDelta};
 use quire_tokenizer::Tokenizer;
 
@@ -89,6 +89,7 @@ pub struct Generation {
     /// Tokens of choices that have ended.
     completion_tokens: u32,
     ready: VecDeque<ChoiceDelta>,
+    meter: Option<Box<dyn Meter>>,
 }
 
 impl Generation {
@@ -97,6 +98,7 @@ impl Generation {
         rules: Rules,
         prompt_token_ids: Arc<[TokenId]>,
         prompt_text: Option<&str>,
+        meter: Option<Box<dyn Meter>>,
     ) -> Self {
         let rules = Arc::new(rules);
         let choices = (0..rules.params.n).map(|i| Choice::new(i, &rules, &prompt_token_ids, prompt_text));
@@ -111,6 +113,7 @@ impl Generation {
             ready: VecDeque::new(),
             rules,
             prompt_token_ids,
+            meter,
         }
     }
 
@@ -178,6 +181,7 @@ impl Generation {
                 Poll::Ready(None) => Err(RequestError::Internal("the engine ended the request early".into())),
             };
             if let Err(error) = outcome {
+                self.settle(reason_of(&error));
                 self.open = 0;
                 self.ready.clear();
                 return Poll::Ready(Some(Err(error)));
@@ -199,9 +203,7 @@ impl Generation {
     }
 
     fn take(&mut self, mut delta: SeqDelta) -> Result<(), RequestError> {
-        if let Some(cached) = delta.started {
-            self.cached_tokens.get_or_insert(cached);
-        }
+        self.note_start(&delta);
         for (position, logprobs) in delta.prompt_logprobs.drain(..) {
             self.prompt_logprobs.insert(&self.rules.tokenizer, &self.prompt_token_ids, position, &logprobs);
         }
@@ -217,10 +219,31 @@ impl Generation {
                 }
                 self.open -= 1;
                 self.completion_tokens += choice.num_tokens();
+                if self.open == 0 {
+                    self.settle(FinishReason::Stop);
+                }
             }
         }
         self.publish(index as usize);
         Ok(())
+    }
+
+    fn note_start(&mut self, delta: &SeqDelta) {
+        let Some(cached) = delta.started else { return };
+        if self.cached_tokens.is_none() {
+            self.cached_tokens = Some(cached);
+            if let Some(meter) = &mut self.meter {
+                meter.started(cached);
+            }
+        }
+    }
+
+    /// Tells the meter, once, what was used.
+    fn settle(&mut self, reason: FinishReason) {
+        if let Some(mut meter) = self.meter.take() {
+            let open = self.choices.iter().filter(|choice| !choice.has_ended());
+            meter.ended(self.completion_tokens + open.map(Choice::num_tokens).sum::<u32>(), reason);
+        }
     }
 
     /// Moves what is worth a piece to `ready`: nothing before the prompt's log-probabilities are complete, then first
@@ -234,6 +257,37 @@ impl Generation {
             Release::One => &mut self.choices[index..=index],
         };
         self.ready.extend(choices.iter_mut().filter_map(|choice| choice.pop(&self.rules, prompt)));
+    }
+}
+
+impl Drop for Generation {
+    /// Whoever goes away pays for what was made until then, also for what he did not read.
+    fn drop(&mut self) {
+        if self.meter.is_none() {
+            return;
+        }
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut unread = 0;
+        loop {
+            let polled = pin!(self.handle.next()).poll(&mut cx);
+            let Poll::Ready(Some(delta)) = polled else { break };
+            self.note_start(&delta);
+            // Behind its end, as `llm` counts it, a choice costs nothing.
+            if self.choices.get(delta.index as usize).is_some_and(|choice| !choice.has_ended()) {
+                unread += delta.tokens.len() as u32;
+            }
+        }
+        self.completion_tokens += unread;
+        self.settle(FinishReason::Abort);
+    }
+}
+
+fn reason_of(error: &RequestError) -> FinishReason {
+    match error {
+        RequestError::DeadlineExceeded => FinishReason::Deadline,
+        RequestError::Cancelled => FinishReason::Abort,
+        RequestError::Overloaded { .. } => FinishReason::Rejected,
+        _ => FinishReason::Error,
     }
 }
 

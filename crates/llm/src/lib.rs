@@ -26,7 +26,7 @@ pub mod request;
 
 pub use generation::{ChoiceDelta, Finish, Generation, StopReason, TokenUsage};
 pub use lifecycle::{Lifecycle, ServerState};
-pub use llm::{Llm, LlmConfig};
+pub use llm::{Llm, LlmConfig, Prepared};
 pub use logprobs::{TokenLogprob, TopLogprob};
 pub use params::GenerationDefaults;
 pub use quire_core::{FinishReason, RequestError, TenantId, TokenId};

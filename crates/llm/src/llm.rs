@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use quire_core::metric_names::TOKENIZE_SECONDS;
-use quire_core::{CacheSalt, RequestError, TokenId};
+use quire_core::{CacheSalt, Meter, RequestError, SamplingParams, TokenId};
 use quire_engine::{EngineClient, RequestSpec};
 use quire_tokenizer::{ChatInput, ChatTemplate, TemplateError, Tokenizer};
 use serde_json::{Value, json};
@@ -27,6 +27,9 @@ const RESERVED_KWARGS: [&str; 9] = [
     "bos_token",
     "eos_token",
 ];
+
+/// Tokens of a prompt that are hashed on the spot: some tens of microseconds.
+const HASH_INLINE_TOKENS: u32 = 4096;
 
 /// What an [`Llm`] is made of.
 pub struct LlmConfig {
@@ -138,18 +141,55 @@ impl Llm {
         &self.inner.eos_token_ids
     }
 
-    /// Prepares the request in the pool and submits it.
+    /// Prepares the request in the pool and submits it: [`Llm::prepare`] and [`Llm::start`] in one, for callers who ask
+    /// nobody in between.
     ///
     /// # Errors
     /// Whatever is wrong with the request, and [`RequestError::Overloaded`], [`RequestError::Unavailable`] or
     /// [`RequestError::DeadlineExceeded`].
     pub async fn generate(&self, request: GenerateRequest) -> Result<Generation, RequestError> {
+        let prepared = self.prepare(request).await?;
+        self.start(prepared, None).await
+    }
+
+    /// Turns a request into tokens and parameters, in the pool. What it will cost is known then.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the request, [`RequestError::Overloaded`] and [`RequestError::DeadlineExceeded`].
+    pub async fn prepare(&self, request: GenerateRequest) -> Result<Prepared, RequestError> {
         let deadline = request.timeout.map(|timeout| Instant::now() + timeout);
         let llm = self.clone();
-        let submitted = self.inner.pool.run(move || llm.submit(request, deadline));
+        self.within(deadline, move || llm.make_ready(request, deadline)).await
+    }
+
+    /// Submits what was prepared. The answer feeds `meter`, which is dropped with it, or at once if it is refused.
+    ///
+    /// # Errors
+    /// A parameter is out of range; [`RequestError::Overloaded`], [`RequestError::Unavailable`] or
+    /// [`RequestError::DeadlineExceeded`].
+    pub async fn start(
+        &self,
+        prepared: Prepared,
+        meter: Option<Box<dyn Meter>>,
+    ) -> Result<Generation, RequestError> {
+        // Submitting hashes the prompt; only for a long one is another thread worth the way there.
+        if prepared.prompt_tokens() <= HASH_INLINE_TOKENS {
+            return self.submit(prepared, meter);
+        }
+        let llm = self.clone();
+        self.within(prepared.deadline, move || llm.submit(prepared, meter)).await
+    }
+
+    /// Runs `job` in the pool, and waits for it until the deadline.
+    async fn within<T: Send + 'static>(
+        &self,
+        deadline: Option<Instant>,
+        job: impl FnOnce() -> Result<T, RequestError> + Send + 'static,
+    ) -> Result<T, RequestError> {
+        let outcome = self.inner.pool.run(job);
         match deadline {
-            None => submitted.await?,
-            Some(deadline) => match tokio::time::timeout_at(deadline.into(), submitted).await {
+            None => outcome.await?,
+            Some(deadline) => match tokio::time::timeout_at(deadline.into(), outcome).await {
                 Ok(outcome) => outcome?,
                 Err(_) => Err(RequestError::DeadlineExceeded),
             },
@@ -196,11 +236,11 @@ impl Llm {
         self.inner.pool.run(move || llm.render(chat)).await?
     }
 
-    fn submit(
+    fn make_ready(
         &self,
         request: GenerateRequest,
         deadline: Option<Instant>,
-    ) -> Result<Generation, RequestError> {
+    ) -> Result<Prepared, RequestError> {
         let inner = &self.inner;
         params::validate_stop(&request.stop)?;
         let mut request = request;
@@ -211,24 +251,31 @@ impl Llm {
         let limits = inner.engine.limits();
         let params =
             params::resolve(&request, &inner.defaults, encoded.token_ids.len(), limits, &inner.seeds)?;
+        // Checked once more with the prompt when it is submitted; here so that nobody reserves for nonsense.
+        params.validate(limits)?;
+        let token_ids: Arc<[TokenId]> = encoded.token_ids.into();
+        let prompt_text = request.echo.then(|| match encoded.text {
+            Some(text) => text,
+            None => inner.tokenizer.decode(&token_ids, request.skip_special_tokens),
+        });
+        Ok(Prepared { request, token_ids, params: Arc::new(params), prompt_text, deadline })
+    }
+
+    fn submit(&self, prepared: Prepared, meter: Option<Box<dyn Meter>>) -> Result<Generation, RequestError> {
+        let inner = &self.inner;
+        let Prepared { request, token_ids, params, prompt_text, deadline } = prepared;
         let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if timeout.is_some_and(|left| left.is_zero()) {
             return Err(RequestError::DeadlineExceeded);
         }
-        let params = Arc::new(params);
-        let prompt_token_ids: Arc<[TokenId]> = encoded.token_ids.into();
         let handle = inner.engine.submit(RequestSpec {
-            prompt: Arc::clone(&prompt_token_ids),
+            prompt: Arc::clone(&token_ids),
             params: Arc::clone(&params),
             tenant: request.tenant,
             priority: request.priority,
             cache_salt: Some(self.salt(&request)),
             timeout,
         })?;
-        let prompt_text = request.echo.then(|| match encoded.text {
-            Some(text) => text,
-            None => inner.tokenizer.decode(&prompt_token_ids, request.skip_special_tokens),
-        });
         let rules = Rules {
             tokenizer: inner.tokenizer.clone(),
             params,
@@ -239,13 +286,13 @@ impl Llm {
             every_token: request.return_token_ids,
             prompt_only: request.echo && request.sampling.max_tokens == Some(0),
         };
-        Ok(Generation::new(handle, rules, prompt_token_ids, prompt_text.as_deref()))
+        Ok(Generation::new(handle, rules, token_ids, prompt_text.as_deref(), meter))
     }
 
-    /// The tenant's own namespace, split further by the client's salt.
+    /// The namespace of whoever asks, split further by the client's salt. The length sets the two apart.
     fn salt(&self, request: &GenerateRequest) -> CacheSalt {
-        let mut namespace = b"tenant".to_vec();
-        namespace.extend(request.tenant.0.to_le_bytes());
+        let mut namespace = (request.cache_namespace.len() as u64).to_le_bytes().to_vec();
+        namespace.extend(&request.cache_namespace);
         if let Some(salt) = &request.cache_salt {
             namespace.push(1);
             namespace.extend(salt.as_bytes());
@@ -293,6 +340,33 @@ impl Llm {
             TemplateError::Continue(message) => RequestError::invalid("continue_final_message", message),
             error => invalid(&error.to_string()),
         })
+    }
+}
+
+/// A request in tokens, not yet submitted.
+pub struct Prepared {
+    request: GenerateRequest,
+    token_ids: Arc<[TokenId]>,
+    params: Arc<SamplingParams>,
+    /// What `echo` repeats.
+    prompt_text: Option<String>,
+    deadline: Option<Instant>,
+}
+
+impl Prepared {
+    /// Tokens of the prompt.
+    pub fn prompt_tokens(&self) -> u32 {
+        u32::try_from(self.token_ids.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Choices, each of at most [`Prepared::max_tokens`].
+    pub fn n(&self) -> u32 {
+        self.params.n
+    }
+
+    /// Tokens of one choice at most.
+    pub fn max_tokens(&self) -> u32 {
+        self.params.max_tokens
     }
 }
 

@@ -67,7 +67,10 @@ pub(crate) fn resolve(
         // Nothing but the prompt is wanted: one token is made and dropped.
         Some(0) if request.echo => 1,
         Some(max_tokens) => max_tokens,
-        None => rest_of_context(prompt_len, limits)?,
+        None => {
+            let rest = rest_of_context(prompt_len, limits)?;
+            request.default_max_tokens.map_or(rest, |bound| rest.min(bound.max(1)))
+        }
     };
     let mut logit_bias = options.logit_bias.clone();
     logit_bias.sort_by_key(|&(id, _)| id);
@@ -155,6 +158,9 @@ mod tests {
     fn max_tokens_defaults_to_the_rest_of_the_context() {
         let limits = Limits::default();
         assert_eq!(resolved(&request(), 48).unwrap().max_tokens, limits.max_model_len - 48);
+        let bounded = GenerateRequest { default_max_tokens: Some(7), ..request() };
+        assert_eq!(resolved(&bounded, 48).unwrap().max_tokens, 7);
+        assert_eq!(resolved(&bounded, limits.max_model_len as usize - 3).unwrap().max_tokens, 3);
         let full = resolved(&request(), limits.max_model_len as usize);
         assert!(matches!(full, Err(RequestError::TooLong { needed: 2049, .. })), "{full:?}");
         let mut zero = request();

@@ -36,11 +36,15 @@ pub struct GenerateRequest {
     pub return_token_ids: bool,
     /// Who asks.
     pub tenant: TenantId,
+    /// The prefix-cache namespace of whoever asks; requests share cached prefixes only if this and `cache_salt` are equal.
+    pub cache_namespace: Vec<u8>,
+    /// Bounds an answer whose client names no `max_tokens`.
+    pub default_max_tokens: Option<u32>,
     /// Higher runs first; 0 is normal.
     pub priority: i8,
     /// Time from now after which the answer is worthless.
     pub timeout: Option<Duration>,
-    /// Splits the tenant's own prefix-cache namespace further; tenants never share one.
+    /// Splits that namespace further.
     pub cache_salt: Option<String>,
 }
 
@@ -66,6 +70,8 @@ impl GenerateRequest {
             prompt_logprobs: None,
             return_token_ids: false,
             tenant: TenantId::default(),
+            cache_namespace: Vec::new(),
+            default_max_tokens: None,
             priority: 0,
             timeout: None,
             cache_salt: None,

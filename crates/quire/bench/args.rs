@@ -24,6 +24,24 @@ pub enum BenchCommand {
     Throughput(ThroughputArgs),
     /// Where a step's time goes, operation by operation, against what this machine can do
     Kernels(KernelsArgs),
+    /// What the scheduler itself costs: a step at up to 16,384 sequences, a long prompt
+    Scheduler(SchedulerArgs),
+}
+
+const SCHEDULER_HELP: &str = "\
+Planning a step and taking its results, with prefix cache, stop checks, fair shares and counters on and nothing on the
+device, in CPU time of the thread. Rows, as in the JSON:
+  step_us/SEQUENCES                     one step in which so many sequences decode, median
+  prompt_16k_hash_us|admit_us|...       a prompt of 16,384 tokens: addresses of its blocks, admission, a full hit, release
+  prompt_131k_...                       the same of 131,072 tokens";
+
+/// `quire bench scheduler`
+#[derive(Args, Clone, Debug)]
+#[command(after_help = SCHEDULER_HELP, args_override_self = true)]
+pub struct SchedulerArgs {
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
 }
 
 const LATENCY_HELP: &str = "\

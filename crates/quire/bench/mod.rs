@@ -1,8 +1,9 @@
 //! `quire bench`: speed of the real engine on any model, in this process, without HTTP and without a tokenizer; and of a
 //! whole server, from outside ([`serve`]).
 //!
-//! Reading order: [`args`] (what can be asked), [`serve`]; `harness` (the engine, stepped), `latency`, `throughput`; `timed` (a
-//! backend that keeps time) with `kernels`; `probe` (what the machine can do); `report` (rows, tables, statistics).
+//! Reading order: [`args`] (what can be asked), [`serve`]; `harness` (the engine, stepped), `latency`, `throughput`;
+//! `timed` (a backend that keeps time) with `kernels`; `scheduler` (alone); `probe` (what the machine can do); `report`
+//! (rows, tables, statistics).
 
 pub mod args;
 mod harness;
@@ -10,6 +11,7 @@ mod kernels;
 mod latency;
 mod probe;
 mod report;
+mod scheduler;
 pub mod serve;
 mod throughput;
 mod timed;
@@ -29,6 +31,7 @@ pub(crate) fn bench(args: &BenchArgs, out: &mut impl Write) -> Result<()> {
         BenchCommand::Latency(args) => (latency::latency(args, &mut progress)?, args.model.json),
         BenchCommand::Throughput(args) => (throughput::throughput(args, &mut progress)?, args.model.json),
         BenchCommand::Kernels(args) => (kernels::kernels(args, &mut progress)?, args.model.json),
+        BenchCommand::Scheduler(args) => (scheduler::scheduler(), args.json),
     };
     report.print(json, out)
 }

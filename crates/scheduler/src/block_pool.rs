@@ -1,21 +1,21 @@
-//! Who holds which physical KV block: reference counts, the free list, the LRU order of idle cached blocks, and the
-//! quarantine of blocks that a step in flight may still touch.
+//! Who holds which physical KV block: reference counts, the free list, the idle cached blocks, and the quarantine
+//! of blocks that a step in flight may still touch.
 //!
 //! Every block is in exactly one [`Place`]. A block whose last reference goes while steps are in flight rests in
 //! quarantine until the youngest of those steps is collected: no step in flight ever loses a block to another sequence.
 
 use std::collections::VecDeque;
 
-use quire_core::{BlockId, StepId};
+use quire_core::{BlockId, Micros, StepId};
 
-const NONE: u32 = u32::MAX;
+use crate::eviction::{Choice, IdleBlocks};
 
 /// Where a block is. The four sets partition the pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     /// No reference, no content worth keeping.
     Free,
-    /// No reference, content kept for prefix hits; a link of the LRU list.
+    /// No reference, content kept for prefix hits.
     Idle,
     /// In at least one block table.
     Referenced,
@@ -26,12 +26,13 @@ enum Place {
 #[derive(Clone, Copy, Debug)]
 struct Block {
     ref_count: u32,
-    /// Neighbours in the LRU list, `NONE` at the ends.
-    prev: u32,
-    next: u32,
     place: Place,
     /// Whether the prefix cache knows its content.
     cached: bool,
+    /// Requests that used the content, at most 255.
+    uses: u8,
+    /// Its eviction class, from its latest release.
+    class: u8,
 }
 
 /// The pool of one KV group.
@@ -39,10 +40,7 @@ struct Block {
 pub(crate) struct BlockPool {
     blocks: Vec<Block>,
     free: Vec<BlockId>,
-    /// Ends of the LRU list: `oldest` is evicted first.
-    oldest: u32,
-    newest: u32,
-    num_idle: u32,
+    idle: IdleBlocks,
     /// Blocks in quarantine, each with the step that must be collected first; ascending.
     quarantine: VecDeque<(StepId, BlockId)>,
     last_scheduled: StepId,
@@ -51,13 +49,11 @@ pub(crate) struct BlockPool {
 
 impl BlockPool {
     pub(crate) fn new(num_blocks: u32) -> Self {
-        let block = Block { ref_count: 0, prev: NONE, next: NONE, place: Place::Free, cached: false };
+        let block = Block { ref_count: 0, place: Place::Free, cached: false, uses: 0, class: 0 };
         Self {
             blocks: vec![block; num_blocks as usize],
             free: (0..num_blocks).rev().map(BlockId).collect(),
-            oldest: NONE,
-            newest: NONE,
-            num_idle: 0,
+            idle: IdleBlocks::new(num_blocks),
             quarantine: VecDeque::with_capacity(num_blocks as usize),
             last_scheduled: StepId(0),
             last_collected: StepId(0),
@@ -75,7 +71,7 @@ impl BlockPool {
 
     /// Blocks without reference whose content may be hit.
     pub(crate) fn num_idle(&self) -> u32 {
-        self.num_idle
+        self.idle.len()
     }
 
     /// Blocks that come back when the steps in flight are collected.
@@ -85,12 +81,12 @@ impl BlockPool {
 
     /// Blocks in some table.
     pub(crate) fn num_referenced(&self) -> u32 {
-        self.len() - self.num_free() - self.num_idle - self.num_quarantined()
+        self.len() - self.num_free() - self.num_idle() - self.num_quarantined()
     }
 
     /// Blocks that [`Self::allocate`] can hand out now.
     pub(crate) fn num_available(&self) -> u32 {
-        self.num_free() + self.num_idle
+        self.num_free() + self.num_idle()
     }
 
     pub(crate) fn is_cached(&self, block: BlockId) -> bool {
@@ -102,30 +98,27 @@ impl BlockPool {
         self.blocks[block.0 as usize].place == Place::Idle
     }
 
-    /// A block with one reference: a free one, else the least recently used idle one. The flag says that content was
-    /// evicted, so that the caller can forget its address. `None`: nothing is available.
-    pub(crate) fn allocate(&mut self) -> Option<(BlockId, bool)> {
+    /// A block with one reference: a free one, else the idle one that `choice` gives up at `now`. The flag says that content was evicted, so that the caller can forget its address. `None`:
+    /// nothing is available.
+    pub(crate) fn allocate(&mut self, now: Micros, choice: Choice<'_>) -> Option<(BlockId, bool)> {
         let (id, evicted) = match self.free.pop() {
             Some(id) => (id, false),
-            None if self.oldest == NONE => return None,
-            None => {
-                let id = self.oldest;
-                self.unlink(id);
-                (BlockId(id), true)
-            }
+            None => (self.idle.pop(now, choice)?, true),
         };
         let block = &mut self.blocks[id.0 as usize];
         debug_assert_eq!(block.ref_count, 0);
         block.ref_count = 1;
         block.place = Place::Referenced;
         block.cached = false;
+        block.uses = 1;
+        block.class = 0;
         Some((id, evicted))
     }
 
     /// One more table holds `block`, which is referenced already or has cached content.
     pub(crate) fn acquire(&mut self, id: BlockId) {
         if self.is_idle(id) {
-            self.unlink(id.0);
+            self.idle.remove(id);
         }
         let block = &mut self.blocks[id.0 as usize];
         debug_assert!(block.place != Place::Free, "block {id} has no content to share");
@@ -133,11 +126,28 @@ impl BlockPool {
             self.quarantine.retain(|&(_, other)| other != id);
         }
         block.ref_count += 1;
+        block.uses = block.uses.saturating_add(1);
         block.place = Place::Referenced;
     }
 
-    /// One table fewer holds `block`.
-    pub(crate) fn release(&mut self, id: BlockId) {
+    /// Requests that used the content of `block`, at most 255.
+    pub(crate) fn uses(&self, block: BlockId) -> u8 {
+        self.blocks[block.0 as usize].uses
+    }
+
+    /// The class of the latest release of `block`; 0 before the first.
+    pub(crate) fn class(&self, block: BlockId) -> u8 {
+        self.blocks[block.0 as usize].class
+    }
+
+    /// Whether `block` is in one table only and its content is cached: the next release makes it idle.
+    pub(crate) fn is_last_reference(&self, block: BlockId) -> bool {
+        let block = &self.blocks[block.0 as usize];
+        block.ref_count == 1 && block.cached
+    }
+
+    /// One table fewer holds `block`. If it was the last, `class` says with whom it is evicted, counting from `now`.
+    pub(crate) fn release(&mut self, id: BlockId, class: u8, now: Micros) {
         let in_flight = self.last_scheduled > self.last_collected;
         let block = &mut self.blocks[id.0 as usize];
         debug_assert!(block.ref_count > 0, "block {id} is released more often than acquired");
@@ -145,11 +155,12 @@ impl BlockPool {
         if block.ref_count > 0 {
             return;
         }
+        block.class = class;
         if in_flight {
             block.place = Place::Quarantined;
             self.quarantine.push_back((self.last_scheduled, id));
         } else {
-            self.retire(id);
+            self.retire(id, now);
         }
     }
 
@@ -164,50 +175,26 @@ impl BlockPool {
     }
 
     /// `step` touches no block any more; what waited for it becomes available.
-    pub(crate) fn step_collected(&mut self, step: StepId) {
+    pub(crate) fn step_collected(&mut self, step: StepId, now: Micros) {
         self.last_collected = step;
         while let Some(&(release_after, id)) = self.quarantine.front()
             && release_after <= step
         {
             self.quarantine.pop_front();
-            self.retire(id);
+            self.retire(id, now);
         }
     }
 
     /// Puts an unreferenced block where it can be allocated from.
-    fn retire(&mut self, id: BlockId) {
-        if self.blocks[id.0 as usize].cached {
-            self.link_newest(id.0);
+    fn retire(&mut self, id: BlockId, now: Micros) {
+        let block = &mut self.blocks[id.0 as usize];
+        if block.cached {
+            block.place = Place::Idle;
+            self.idle.push(id, block.class, now);
         } else {
-            self.blocks[id.0 as usize].place = Place::Free;
+            block.place = Place::Free;
             self.free.push(id);
         }
-    }
-
-    fn link_newest(&mut self, id: u32) {
-        let block = &mut self.blocks[id as usize];
-        block.place = Place::Idle;
-        block.prev = self.newest;
-        block.next = NONE;
-        match self.newest {
-            NONE => self.oldest = id,
-            newest => self.blocks[newest as usize].next = id,
-        }
-        self.newest = id;
-        self.num_idle += 1;
-    }
-
-    fn unlink(&mut self, id: u32) {
-        let Block { prev, next, .. } = self.blocks[id as usize];
-        match prev {
-            NONE => self.oldest = next,
-            prev => self.blocks[prev as usize].next = next,
-        }
-        match next {
-            NONE => self.newest = prev,
-            next => self.blocks[next as usize].prev = prev,
-        }
-        self.num_idle -= 1;
     }
 
     /// Recounts everything from the blocks themselves. `tables[b]` is the number of tables that hold block `b`.
@@ -225,7 +212,7 @@ impl BlockPool {
                 return Err(format!("block {id}: {:?} with cached = {}", block.place, block.cached));
             }
         }
-        let counted = [self.num_free(), self.num_idle, self.num_referenced(), self.num_quarantined()];
+        let counted = [self.num_free(), self.num_idle(), self.num_referenced(), self.num_quarantined()];
         if places != counted {
             return Err(format!(
                 "blocks (free, idle, referenced, quarantined): {places:?} but counted {counted:?}"
@@ -234,22 +221,7 @@ impl BlockPool {
         if self.last_scheduled <= self.last_collected && !self.quarantine.is_empty() {
             return Err(format!("{} blocks in quarantine with no step in flight", self.quarantine.len()));
         }
-        self.check_lru()
-    }
-
-    fn check_lru(&self) -> Result<(), String> {
-        let (mut at, mut before, mut seen) = (self.oldest, NONE, 0);
-        while at != NONE {
-            let block = &self.blocks[at as usize];
-            if block.prev != before || block.place != Place::Idle || seen > self.num_idle {
-                return Err(format!("the LRU list is broken at block {at}"));
-            }
-            (before, at, seen) = (at, block.next, seen + 1);
-        }
-        if seen != self.num_idle || before != self.newest {
-            return Err(format!("the LRU list has {seen} blocks, {} are idle", self.num_idle));
-        }
-        Ok(())
+        self.idle.check(|id| self.blocks[id as usize].place == Place::Idle)
     }
 }
 
@@ -317,7 +289,7 @@ mod tests {
                 let in_quarantine = |b: u32| model.quarantine.iter().any(|&(_, q)| q == b);
                 let any_free = (0..pool.len())
                     .any(|b| model.refs[b as usize] == 0 && !model.lru.contains(&b) && !in_quarantine(b));
-                match pool.allocate() {
+                match pool.allocate(Micros(0), Choice::Oldest) {
                     None => assert!(!any_free && model.lru.is_empty(), "refused with blocks available"),
                     Some((got, evicted)) => {
                         assert_eq!(model.refs[got.0 as usize], 0, "a block in use was handed out");
@@ -332,7 +304,7 @@ mod tests {
                 }
             }
             2 if held => {
-                pool.release(BlockId(id));
+                pool.release(BlockId(id), 0, Micros(0));
                 model.release(id);
             }
             3 if held || model.cached[id as usize] => {
@@ -351,7 +323,7 @@ mod tests {
                     pool.step_scheduled(StepId(model.scheduled));
                 } else if model.collected < model.scheduled {
                     model.collected += 1;
-                    pool.step_collected(StepId(model.collected));
+                    pool.step_collected(StepId(model.collected), Micros(0));
                     let collected = model.collected;
                     let (done, rest) = model.quarantine.drain(..).partition(|&(step, _)| step <= collected);
                     model.quarantine = rest;
@@ -366,14 +338,14 @@ mod tests {
     #[test]
     fn a_block_freed_in_flight_waits_for_the_youngest_step() {
         let mut pool = BlockPool::new(1);
-        let (id, _) = pool.allocate().unwrap();
+        let (id, _) = pool.allocate(Micros(0), Choice::Oldest).unwrap();
         pool.step_scheduled(StepId(1));
         pool.step_scheduled(StepId(2));
-        pool.release(id);
-        assert_eq!(pool.allocate(), None);
-        pool.step_collected(StepId(1));
-        assert_eq!(pool.allocate(), None, "step 2 may still write it");
-        pool.step_collected(StepId(2));
-        assert_eq!(pool.allocate(), Some((id, false)));
+        pool.release(id, 0, Micros(0));
+        assert_eq!(pool.allocate(Micros(0), Choice::Oldest), None);
+        pool.step_collected(StepId(1), Micros(0));
+        assert_eq!(pool.allocate(Micros(0), Choice::Oldest), None, "step 2 may still write it");
+        pool.step_collected(StepId(2), Micros(0));
+        assert_eq!(pool.allocate(Micros(0), Choice::Oldest), Some((id, false)));
     }
 }

@@ -1,7 +1,7 @@
 //! The invariants, recounted from scratch. For tests and the simulator: it touches everything.
 
 use crate::scheduler::Scheduler;
-use crate::sequence::{SeqIndex, SeqState, Sequence, SequenceData};
+use crate::sequence::{SeqIndex, SeqState, Sequence, SequenceData, TAIL_LEN};
 
 impl Scheduler {
     /// Recounts blocks, references, slots and queues.
@@ -10,8 +10,10 @@ impl Scheduler {
     /// The first broken invariant, in words.
     pub fn check_invariants(&self) -> Result<(), String> {
         self.kv.check(self.seqs.iter().map(|(_, _, data)| &data.table))?;
+        self.waiting.check()?;
+        let mut accounts = vec![(0, 0); self.fair.num_tenants()];
         let mut counts = [0_u32; 3];
-        let (mut parked, mut prefilling) = (0, 0);
+        let (mut parked, mut prefilling, mut decode_context) = (0, 0, 0);
         let mut slots = vec![false; self.config.limits.max_num_seqs as usize];
         for (seq, hot, data) in self.seqs.iter() {
             self.check_sequence(seq, hot, data)?;
@@ -21,6 +23,9 @@ impl Scheduler {
                 SeqState::Waiting => counts[1] += 1,
                 SeqState::Running => {
                     counts[2] += 1;
+                    let account = &mut accounts[hot.tenant.0 as usize];
+                    decode_context += if hot.prefilling { 0 } else { u64::from(hot.num_computed_tokens) };
+                    *account = (account.0 + data.table.live().len() as u32, account.1 + 1);
                     if std::mem::replace(&mut slots[hot.slot as usize], true) {
                         return Err(format!("slot {} is taken twice", hot.slot));
                     }
@@ -47,13 +52,25 @@ impl Scheduler {
         if !slots.iter().all(|&known| known) {
             return Err("a slot is neither free nor taken".into());
         }
+        self.fair.check(&accounts)?;
+        if decode_context != self.decode_context {
+            return Err(format!("decodes have {decode_context} tokens, counted {}", self.decode_context));
+        }
+        let queued = self.pacing.as_ref().map_or(self.num_queued as usize, |pacing| pacing.num_queued());
+        if queued != self.num_queued as usize {
+            return Err(format!("{queued} requests wait to start, counted {}", self.num_queued));
+        }
         self.check_order()
     }
 
     fn check_sequence(&self, seq: SeqIndex, hot: &Sequence, data: &SequenceData) -> Result<(), String> {
         let fail = |what: &str| Err(format!("request {} continuation {}: {what}", hot.request, hot.index));
-        if hot.num_tokens as usize != data.prompt.len() + data.generated.len() {
-            return fail("num_tokens is not prompt plus generated");
+        let num_unflushed = hot.num_tokens.checked_sub(data.prompt_len() + data.generated.len() as u32);
+        if num_unflushed.is_none_or(|num| num > TAIL_LEN) {
+            return fail("num_tokens is not prompt, generated and tail");
+        }
+        if hot.has_output != (hot.num_tokens > data.prompt_len()) {
+            return fail("has_output is wrong");
         }
         if hot.num_tokens >= hot.max_total_tokens {
             return fail("it has all its tokens and still lives");
@@ -79,7 +96,7 @@ impl Scheduler {
                     return fail("it runs but is not in the batch");
                 }
             }
-            SeqState::Waiting if self.waiting.get(&data.key) != Some(&seq) => {
+            SeqState::Waiting if self.waiting.get(&data.key) != Some(seq) => {
                 return fail("it waits but is not in the queue");
             }
             SeqState::Waiting if data.parked != (hot.num_blocks > 0) => {
@@ -100,6 +117,9 @@ impl Scheduler {
         let in_flight: usize = self.in_flight.len() + self.spare_steps.len();
         if in_flight != self.config.limits.max_steps_in_flight as usize {
             return Err(format!("{in_flight} step buffers"));
+        }
+        if !self.to_publish.is_empty() {
+            return Err("full blocks were not published".into());
         }
         if self.seqs.len() == 0 && self.in_flight.is_empty() && self.kv.pool().num_referenced() > 0 {
             return Err("idle, but blocks are still referenced".into());

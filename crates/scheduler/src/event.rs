@@ -2,8 +2,8 @@
 
 use quire_core::{FinishReason, RequestId, TokenId, Usage};
 
-/// Something that happened to continuation `index` of `request`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Something that happened to continuation `index` of `request`. Small, because there is one per sequence and step.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SeqEvent {
     /// The request.
     pub request: RequestId,
@@ -14,7 +14,7 @@ pub struct SeqEvent {
 }
 
 /// The kinds of events, in the order in which a sequence sees them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SeqEventKind {
     /// Scheduled for the first time.
     Started {
@@ -40,6 +40,16 @@ pub enum SeqEventKind {
         /// The stop token that ended it, if one did.
         stop_token: Option<TokenId>,
         /// What it cost.
-        usage: Usage,
+        usage: Box<Usage>,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_small() {
+        assert!(size_of::<SeqEvent>() <= 40);
+    }
 }

@@ -67,24 +67,33 @@ impl Scheduler {
             SeqState::Follower => self.num_followers -= 1,
             SeqState::Waiting => {
                 let (_, data) = self.seqs.both_mut(seq);
-                self.waiting.remove(&data.key);
+                let key = data.key;
+                self.waiting.remove(&key);
+                let (_, data) = self.seqs.both_mut(seq);
                 self.num_parked -= u32::from(data.parked);
-                self.kv.release_table(&mut data.table);
+                self.kv.release_table(&mut data.table, data.prompt.len() as u32, 0);
             }
             SeqState::Running => self.leave_batch(seq),
         }
-        let (request, index) = (self.seqs.hot(seq).request, self.seqs.hot(seq).index);
+        let hot = self.seqs.hot(seq);
+        let (request, index, num_tokens, tenant) = (hot.request, hot.index, hot.num_tokens, hot.tenant);
         let Some(data) = self.seqs.remove(seq) else { return };
         let mut usage = data.usage;
         usage.finished = self.now;
-        usage.generated_tokens = data.generated.len() as u32;
-        if data.generated.is_empty() {
+        usage.generated_tokens = num_tokens - data.prompt_len();
+        let num_prompt_tokens = if data.started { data.prompt_len() - usage.cached_tokens } else { 0 };
+        self.fair.note_cost(tenant, num_prompt_tokens, usage.generated_tokens);
+        if usage.generated_tokens == 0 {
             usage.first_token = self.now;
         }
         if !data.started {
             usage.first_scheduled = self.now;
         }
-        events.push(SeqEvent { request, index, kind: SeqEventKind::Finished { reason, stop_token, usage } });
+        events.push(SeqEvent {
+            request,
+            index,
+            kind: SeqEventKind::Finished { reason, stop_token, usage: Box::new(usage) },
+        });
         self.forget_continuation(data.request, index);
     }
 
@@ -96,6 +105,10 @@ impl Scheduler {
             return;
         }
         let (id, deadline, started) = (entry.request.id, entry.request.deadline, entry.started);
+        let due = entry.due;
+        if let (Some(pacing), Some(due)) = (&mut self.pacing, &due) {
+            pacing.dequeue(id, due);
+        }
         if let Some(deadline) = deadline {
             self.deadlines.remove(&(deadline, id));
         }
@@ -108,21 +121,30 @@ impl Scheduler {
     /// Gives back blocks and slot of a running sequence. The caller sets its next state.
     pub(crate) fn leave_batch(&mut self, seq: SeqIndex) {
         let (hot, data) = self.seqs.both_mut(seq);
-        self.kv.release_table(&mut data.table);
+        self.fair.left(hot.tenant, data.table.live().len() as u32);
+        let prompt_tokens = data.prompt_len();
+        self.kv.release_table(&mut data.table, prompt_tokens, hot.num_tokens - prompt_tokens);
         hot.num_blocks = 0;
         self.free_slots.push(Slot(hot.slot));
         self.freed_slots.push(Slot(hot.slot));
         self.num_running -= 1;
         self.num_prefilling -= u32::from(hot.prefilling);
+        if !hot.prefilling {
+            self.decode_context -= u64::from(hot.num_computed_tokens);
+        }
         hot.prefilling = false;
     }
 
-    /// Ends the requests whose deadline has passed.
+    /// Ends the requests whose deadline has passed, and those that can no longer start in time.
     pub(crate) fn expire(&mut self, events: &mut Vec<SeqEvent>) {
         while let Some(&(deadline, id)) = self.deadlines.first()
             && deadline <= self.now
         {
             self.end_request(id, None, FinishReason::Deadline, events);
+        }
+        while let Some(id) = self.pacing.as_ref().and_then(|pacing| pacing.hopeless(self.now)) {
+            self.end_request(id, None, FinishReason::Rejected, events);
+            self.stats.num_rejected += 1;
         }
     }
 }

@@ -51,10 +51,10 @@ impl Scheduler {
         if self.num_parked == 0 {
             return;
         }
-        for &seq in self.waiting.values() {
+        for seq in self.waiting.seqs() {
             let (hot, data) = self.seqs.both_mut(seq);
             if std::mem::take(&mut data.parked) {
-                self.kv.release_table(&mut data.table);
+                self.kv.release_table(&mut data.table, data.prompt.len() as u32, 0);
                 hot.num_blocks = 0;
             }
         }
@@ -67,9 +67,8 @@ impl Scheduler {
     }
 
     fn enqueue_follower(&mut self, seq: SeqIndex) {
-        let (hot, data) = self.seqs.both_mut(seq);
-        hot.state = SeqState::Waiting;
-        self.waiting.insert(data.key, seq);
+        self.seqs.hot_mut(seq).state = SeqState::Waiting;
+        self.enqueue(seq);
         self.num_followers -= 1;
     }
 }

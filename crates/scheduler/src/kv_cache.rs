@@ -3,10 +3,14 @@
 //! There is one KV group today. With a sliding window of `w` tokens, the row at position `p` sees positions
 //! `p - w + 1 ..= p`; blocks wholly below are given back and their table entries turn stale.
 
-use quire_core::{BlockHash, BlockHasher, BlockId, StepId, TokenId};
+use quire_core::{BlockCopy, BlockHash, BlockId, Micros, StepId};
 
 use crate::block_pool::BlockPool;
+use crate::duel::Duel;
+use crate::eviction::{Choice, EvictionPolicy};
+use crate::history::History;
 use crate::prefix_cache::PrefixCache;
+use crate::reuse::{Levels, ReuseModel, Visit};
 use crate::scheduler::SchedulerConfig;
 
 /// What an entry of a table holds where the content was never present.
@@ -19,6 +23,8 @@ pub(crate) struct BlockTable {
     pub(crate) blocks: Vec<BlockId>,
     /// First entry that holds a reference.
     pub(crate) first_live: u32,
+    /// What admission learned about the request, for the blocks' release.
+    pub(crate) visit: Visit,
 }
 
 impl BlockTable {
@@ -39,15 +45,32 @@ pub(crate) struct PrefixHit {
     pub(crate) num_idle: u32,
 }
 
+/// What a chain's deeper blocks say of a block: it is used at least as often, and worth at least as much.
+#[derive(Clone, Copy, Default)]
+struct Deeper {
+    uses: u8,
+    levels: Levels,
+    class: u8,
+}
+
+#[derive(Debug)]
+struct Learning {
+    model: ReuseModel,
+    history: History,
+    duel: Duel,
+}
+
 /// Owns the blocks of one KV group.
 #[derive(Debug)]
 pub(crate) struct KvCacheManager {
     pool: BlockPool,
     cache: PrefixCache,
-    hasher: BlockHasher,
     block_size: u32,
     window: Option<u32>,
     caching: bool,
+    /// What is learned of reuse, and from what; `None` under LRU.
+    learning: Option<Box<Learning>>,
+    now: Micros,
     /// The longest row of one sequence and step.
     max_chunk: u32,
     num_evictions: u64,
@@ -58,13 +81,19 @@ pub(crate) struct KvCacheManager {
 impl KvCacheManager {
     pub(crate) fn new(config: &SchedulerConfig) -> Self {
         let limits = &config.limits;
+        let learning = config.enable_prefix_caching && config.eviction == EvictionPolicy::Learned;
         Self {
             pool: BlockPool::new(limits.num_blocks),
             cache: PrefixCache::new(limits.num_blocks),
-            hasher: config.hasher,
             block_size: limits.block_size,
             window: limits.kv_groups[0],
             caching: config.enable_prefix_caching,
+            learning: learning.then(|| {
+                let history = History::new(limits.num_blocks, limits.block_size);
+                let duel = Duel::new(history.num_sampled());
+                Box::new(Learning { model: ReuseModel::new(), history, duel })
+            }),
+            now: Micros(0),
             max_chunk: config.max_prefill_chunk.min(limits.max_num_batched_tokens),
             num_evictions: 0,
             found: Vec::with_capacity(limits.max_model_len.div_ceil(limits.block_size) as usize),
@@ -105,6 +134,46 @@ impl KvCacheManager {
         self.window.map_or(0, |window| (num_computed_tokens + 1).saturating_sub(window) / self.block_size)
     }
 
+    /// Time has come to `now`; later calls count from there.
+    pub(crate) fn advance(&mut self, now: Micros) {
+        self.now = now;
+        if let Some(learning) = &mut self.learning {
+            learning.history.advance(now, &mut learning.model);
+        }
+    }
+
+    /// Learns from the admission of a request with these addresses, of `num_tokens` known tokens, which took `hit`; what
+    /// it learned is for the request's table.
+    pub(crate) fn visit(
+        &mut self,
+        hashes: impl Iterator<Item = BlockHash>,
+        num_tokens: u32,
+        hit: PrefixHit,
+    ) -> Visit {
+        let Some(Learning { model, history, duel }) = self.learning.as_deref_mut() else {
+            return Visit::default();
+        };
+        let (mut deepest, mut num_known) = (None, hit.num_blocks);
+        for (hash, at) in hashes.zip(1..) {
+            if !history.samples(hash) {
+                continue;
+            }
+            let memory = history.touch(hash, self.now, model);
+            duel.count(at <= hit.num_blocks, memory.is_some_and(|memory| memory.under_lru));
+            if memory.is_some() {
+                deepest = memory;
+                num_known = num_known.max(at);
+            }
+        }
+        let (turn, goes_on) = deepest.map_or((1, false), |memory| memory.next_turn());
+        let pause = deepest.filter(|_| goes_on);
+        Visit {
+            turn,
+            pause: pause.map(|memory| (self.now.0.saturating_sub(memory.at.0) / 1_000_000) as u32),
+            num_new_tokens: num_tokens.saturating_sub(num_known * self.block_size),
+        }
+    }
+
     /// Finds the longest cached prefix of at most `max_tokens` tokens. Only whole blocks count, and only those that
     /// later rows can see need to be present: without a window all, with one the last few.
     pub(crate) fn lookup(&mut self, hashes: impl Iterator<Item = BlockHash>, max_tokens: u32) -> PrefixHit {
@@ -142,6 +211,23 @@ impl KvCacheManager {
         }
     }
 
+    /// Appends a copy of the cached block with this address, for writing; the caller has checked that two blocks are
+    /// available. The copy's source is referenced until the caller releases it. `None`: it is not cached.
+    pub(crate) fn copy_cached(
+        &mut self,
+        hash: Option<BlockHash>,
+        table: &mut BlockTable,
+    ) -> Option<BlockCopy> {
+        if !self.caching || self.has_window() {
+            return None;
+        }
+        let src = self.cache.get(hash?)?;
+        self.pool.acquire(src);
+        let dst = self.allocate();
+        table.blocks.push(dst);
+        Some(BlockCopy { group: 0, src, dst })
+    }
+
     /// Shares the first `num_blocks` blocks of `from`, of which those from `first_live` on must be live there.
     pub(crate) fn share(&mut self, from: &[BlockId], first_live: u32, table: &mut BlockTable) {
         debug_assert!(table.blocks.is_empty());
@@ -154,7 +240,12 @@ impl KvCacheManager {
 
     /// A block for the end of a table. The caller has checked that one is available.
     pub(crate) fn allocate(&mut self) -> BlockId {
-        let (block, evicted) = self.pool.allocate().expect("the caller checked num_available()");
+        let choice = match &self.learning {
+            Some(learning) if !learning.duel.prefers_lru() => Choice::Least(&learning.model),
+            _ => Choice::Oldest,
+        };
+        let (block, evicted) =
+            self.pool.allocate(self.now, choice).expect("the caller checked num_available()");
         if evicted {
             self.cache.remove(block);
             self.num_evictions += 1;
@@ -162,32 +253,60 @@ impl KvCacheManager {
         block
     }
 
-    /// One table fewer holds `block`.
+    /// One reference fewer to `block`, for another reason than the end of its request: nothing is learned.
     pub(crate) fn release(&mut self, block: BlockId) {
-        self.pool.release(block);
+        self.pool.release(block, self.pool.class(block), self.now);
     }
 
-    /// Gives back all blocks, last first: the tail of a chain is worth least, so it is evicted first.
-    pub(crate) fn release_table(&mut self, table: &mut BlockTable) {
+    /// Gives back all blocks after a prompt of `prompt_tokens` and an answer of `output_tokens`; last first, because the
+    /// tail of a chain is worth least.
+    pub(crate) fn release_table(&mut self, table: &mut BlockTable, prompt_tokens: u32, output_tokens: u32) {
+        let mut deeper = Deeper::default();
         for at in (table.first_live as usize..table.blocks.len()).rev() {
-            self.pool.release(table.blocks[at]);
+            let block = table.blocks[at];
+            deeper = self.release_after(block, table.visit, prompt_tokens, output_tokens, deeper);
         }
         table.blocks.clear();
         table.first_live = 0;
+        table.visit = Visit::default();
+    }
+
+    /// Gives back one block after those `deeper` in its chain.
+    fn release_after(
+        &mut self,
+        block: BlockId,
+        visit: Visit,
+        prompt_tokens: u32,
+        output_tokens: u32,
+        mut deeper: Deeper,
+    ) -> Deeper {
+        if let Some(Learning { model, history, .. }) = self.learning.as_deref_mut()
+            && self.pool.is_last_reference(block)
+        {
+            let sampled = self.cache.hash_of(block).filter(|&hash| history.samples(hash));
+            // The pool forgets its count with an eviction.
+            let remembered = sampled.map_or(0, |hash| history.uses(hash).saturating_add(1));
+            let uses = deeper.uses.max(self.pool.uses(block)).max(remembered);
+            if uses > deeper.uses {
+                deeper.uses = uses;
+                deeper.levels = visit.levels(prompt_tokens, output_tokens, uses);
+                deeper.class = deeper.class.max(model.class(deeper.levels, uses));
+            }
+            if let Some(hash) = sampled {
+                history.release(hash, self.now, visit.turn, deeper.levels, deeper.class);
+            }
+        }
+        self.pool.release(block, deeper.class, self.now);
+        deeper
     }
 
     /// Gives back the blocks that no row from `num_computed_tokens` on can see.
     pub(crate) fn release_below_window(&mut self, table: &mut BlockTable, num_computed_tokens: u32) {
         let first = self.first_visible_block(num_computed_tokens).min(table.blocks.len() as u32);
         while table.first_live < first {
-            self.pool.release(table.blocks[table.first_live as usize]);
+            self.release(table.blocks[table.first_live as usize]);
             table.first_live += 1;
         }
-    }
-
-    /// The address of a block after `parent` (the salt's root if there is none).
-    pub(crate) fn hash_block(&self, parent: BlockHash, tokens: &[TokenId]) -> BlockHash {
-        self.hasher.next(parent, tokens)
     }
 
     /// Makes the content of a full, computed block available to others. If another block has it already, that one
@@ -203,7 +322,7 @@ impl KvCacheManager {
     }
 
     pub(crate) fn step_collected(&mut self, step: StepId) {
-        self.pool.step_collected(step);
+        self.pool.step_collected(step, self.now);
     }
 
     /// Recounts references from the tables of all sequences, and compares cache and pool.

@@ -10,30 +10,54 @@
 //! * a block that a step in flight may touch belongs to nobody else until that step is collected;
 //! * a block is shared only whole, immutable and under the same salt; whoever writes has a block of its own;
 //! * every accepted request ends with exactly one [`SeqEventKind::Finished`] per continuation;
-//! * a sequence takes blocks only from those after it in the order, so the first one always advances.
+//! * a sequence takes blocks only from those after it in the order, so the first one always advances;
+//! * of two tenants that always have something waiting, neither gets ahead by more than a request or two.
 //!
-//! Reading order: [`event`], [`stats`], then `policy` (the order), `sequence` (the state), `block_pool`,
-//! `prefix_cache`, `kv_cache` (the blocks), [`scheduler`] (the parts and the way in), `schedule` (a step goes out),
-//! `fork` (continuations share a prompt), `update` (its results come back), `finish`, `check`.
+//! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), [`policy`] (the order), [`pacing`] (latency
+//! targets), [`fair`] and `waiting` (who is next), `sequence` and `sequence_table` (the state), `block_pool`,
+//! `prefix_cache`, `kv_cache` (the blocks), `reuse`, `history`, `duel`, `eviction` (which of them to keep),
+//! [`cache_replay`], [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `admit` (prompts in it),
+//! `preempt` (who makes room), `fork` (continuations share a prompt), `update` (its results come back), `finish`,
+//! `check`.
 #![forbid(unsafe_code)]
 
+mod admit;
 mod block_pool;
+pub mod cache_replay;
 mod check;
+pub mod cost;
+mod duel;
 pub mod event;
+mod eviction;
+pub mod fair;
 mod finish;
 mod fork;
+mod history;
 mod kv_cache;
-mod policy;
+pub mod pacing;
+pub mod policy;
+mod preempt;
 mod prefix_cache;
+mod reuse;
 mod schedule;
 pub mod scheduler;
 mod sequence;
+mod sequence_table;
 pub mod stats;
 mod update;
+mod waiting;
 
+#[cfg(test)]
+mod policy_tests;
 #[cfg(test)]
 mod tests;
 
+pub use cache_replay::CacheReplay;
+pub use cost::{Calibration, CostModel, OnlineCostModel, StepShape};
 pub use event::{SeqEvent, SeqEventKind};
+pub use eviction::EvictionPolicy;
+pub use fair::FairnessConfig;
+pub use pacing::LatencyTargets;
+pub use policy::Policy;
 pub use scheduler::{Scheduler, SchedulerConfig};
 pub use stats::SchedulerStats;

@@ -4,15 +4,21 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use quire_core::{
-    BlockHasher, BlockId, ExecutorLimits, Micros, Request, RequestError, RequestId, Slot, StepId, TokenId,
-    Usage,
+    BlockHash, BlockHasher, BlockId, ExecutorLimits, Micros, Request, RequestError, RequestId, Slot, StepId,
+    TenantShare, TokenId, Usage,
 };
 
+use crate::cost::StepShape;
 use crate::event::SeqEvent;
+use crate::eviction::EvictionPolicy;
+use crate::fair::{FairShare, FairnessConfig};
 use crate::kv_cache::{BlockTable, KvCacheManager};
-use crate::policy::OrderKey;
-use crate::sequence::{SeqIndex, SeqState, SequenceData, SequenceTable};
+use crate::pacing::{Due, Pacing};
+use crate::policy::{OrderKey, Policy};
+use crate::sequence::{SeqIndex, SeqState, SequenceData};
+use crate::sequence_table::SequenceTable;
 use crate::stats::SchedulerStats;
+use crate::waiting::WaitingQueue;
 
 /// The entry of [`RequestEntry::seqs`] of a continuation that ended.
 pub(crate) const ENDED: SeqIndex = SeqIndex::MAX;
@@ -26,10 +32,16 @@ pub struct SchedulerConfig {
     pub hasher: BlockHasher,
     /// Whether computed blocks are kept and found again.
     pub enable_prefix_caching: bool,
+    /// Which of the kept blocks go first when room is needed.
+    pub eviction: EvictionPolicy,
     /// Tokens of one sequence in one step at most; `u32::MAX` leaves only the step's own budget.
     pub max_prefill_chunk: u32,
     /// Requests that may wait for their first place; more are refused.
     pub max_queued_requests: u32,
+    /// How service is shared between tenants.
+    pub fairness: FairnessConfig,
+    /// The order among requests of one tenant.
+    pub policy: Policy,
 }
 
 impl SchedulerConfig {
@@ -39,8 +51,11 @@ impl SchedulerConfig {
             limits,
             hasher,
             enable_prefix_caching: true,
+            eviction: EvictionPolicy::default(),
             max_prefill_chunk: u32::MAX,
             max_queued_requests: 1024,
+            fairness: FairnessConfig::default(),
+            policy: Policy::Fcfs,
         }
     }
 }
@@ -54,6 +69,8 @@ pub(crate) struct RequestEntry {
     pub(crate) num_live: u32,
     /// Whether any continuation ever entered the batch.
     pub(crate) started: bool,
+    /// When its first token is due, where there are latency targets.
+    pub(crate) due: Option<Due>,
 }
 
 /// One row of a step in flight.
@@ -73,6 +90,8 @@ pub(crate) struct InFlightRow {
 #[derive(Debug, Default)]
 pub(crate) struct InFlightStep {
     pub(crate) step: StepId,
+    pub(crate) planned: Micros,
+    pub(crate) shape: StepShape,
     pub(crate) rows: Vec<InFlightRow>,
 }
 
@@ -89,7 +108,10 @@ pub struct Scheduler {
     pub(crate) deadlines: BTreeSet<(Micros, RequestId)>,
     /// Requests that never entered the batch.
     pub(crate) num_queued: u32,
-    pub(crate) waiting: BTreeMap<OrderKey, SeqIndex>,
+    pub(crate) waiting: WaitingQueue,
+    pub(crate) fair: FairShare,
+    /// Sequences that must leave the batch for somebody who was served far less.
+    pub(crate) num_owed_places: u32,
     pub(crate) num_followers: u32,
     /// Waiting sequences that hold blocks of their leader.
     pub(crate) num_parked: u32,
@@ -97,6 +119,9 @@ pub struct Scheduler {
     pub(crate) running: Vec<SeqIndex>,
     pub(crate) num_running: u32,
     pub(crate) num_prefilling: u32,
+    /// Tokens computed of all sequences that decode.
+    pub(crate) decode_context: u64,
+    pub(crate) pacing: Option<Pacing>,
     pub(crate) free_slots: Vec<Slot>,
     /// Slots that left the batch and that the executor has not been told about.
     pub(crate) freed_slots: Vec<Slot>,
@@ -105,10 +130,14 @@ pub struct Scheduler {
     pub(crate) next_step: StepId,
     /// Sources of this step's block copies, released once the step counts as in flight.
     pub(crate) copy_sources: Vec<BlockId>,
+    /// Sequences of the batch whose prompts this step has put off until the decodes have their rows.
+    pub(crate) prompts: Vec<SeqIndex>,
     /// Events of `finish`, delivered by the next `schedule` or `update`.
     pub(crate) ended: Vec<SeqEvent>,
     pub(crate) now: Micros,
     pub(crate) stats: SchedulerStats,
+    /// Full blocks whose addresses are known and not yet in the prefix cache.
+    pub(crate) to_publish: Vec<(BlockHash, BlockId)>,
     /// Tokens of one block, for hashing.
     pub(crate) block_tokens: Vec<TokenId>,
 }
@@ -140,23 +169,32 @@ impl Scheduler {
             by_id: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             num_queued: 0,
-            waiting: BTreeMap::new(),
+            waiting: WaitingQueue::default(),
+            num_owed_places: 0,
+            fair: FairShare::new(config.fairness, limits.num_blocks),
             num_followers: 0,
             num_parked: 0,
             running: Vec::with_capacity(slots),
             num_running: 0,
             num_prefilling: 0,
+            decode_context: 0,
+            pacing: match config.policy {
+                Policy::Fcfs => None,
+                Policy::DeadlineSlack(targets) => Some(Pacing::new(targets)),
+            },
             free_slots: (0..limits.max_num_seqs).rev().map(Slot).collect(),
             freed_slots: Vec::with_capacity(slots),
             in_flight: VecDeque::with_capacity(limits.max_steps_in_flight as usize),
             spare_steps: (0..limits.max_steps_in_flight)
-                .map(|_| InFlightStep { step: StepId(0), rows: Vec::with_capacity(slots) })
+                .map(|_| InFlightStep { rows: Vec::with_capacity(slots), ..InFlightStep::default() })
                 .collect(),
             next_step: StepId(1),
             copy_sources: Vec::new(),
+            prompts: Vec::new(),
             ended: Vec::new(),
             now: Micros(0),
             stats: SchedulerStats::default(),
+            to_publish: Vec::with_capacity(slots),
             block_tokens: Vec::with_capacity(limits.block_size as usize),
             config,
         }
@@ -174,6 +212,7 @@ impl Scheduler {
     /// [`RequestError::Invalid`] where `Request::validate` would have said so, or for an id already in use.
     pub fn add(&mut self, request: Request) -> Result<(), RequestError> {
         self.check_request(&request)?;
+        let due = self.check_latency(&request)?;
         let n = request.params.n;
         let entry = match self.vacant_requests.pop() {
             Some(entry) => entry,
@@ -182,16 +221,35 @@ impl Scheduler {
                 self.requests.len() as u32 - 1
             }
         };
-        let seqs: Vec<SeqIndex> = (0..n).map(|index| self.insert_sequence(&request, entry, index)).collect();
-        self.waiting.insert(OrderKey::new(&request, 0), seqs[0]);
+        let seqs: Vec<SeqIndex> = {
+            let due = due.map_or(request.arrival, |due| due.first_token);
+            (0..n).map(|index| self.insert_sequence(&request, entry, index, due)).collect()
+        };
+        self.enqueue(seqs[0]);
         self.num_followers += n - 1;
         if let Some(deadline) = request.deadline {
             self.deadlines.insert((deadline, request.id));
         }
+        if let (Some(pacing), Some(due)) = (&mut self.pacing, &due) {
+            pacing.enqueue(request.id, due);
+        }
         self.by_id.insert(request.id, entry);
-        self.requests[entry as usize] = Some(RequestEntry { request, seqs, num_live: n, started: false });
+        self.requests[entry as usize] =
+            Some(RequestEntry { request, seqs, num_live: n, started: false, due });
         self.num_queued += 1;
         Ok(())
+    }
+
+    /// Sets the shares of all tenants, from now on; what they were served so far stays on their account.
+    pub fn set_tenants(&mut self, shares: &[TenantShare]) {
+        self.fair.set_shares(shares);
+    }
+
+    /// Puts a sequence into the waiting queue.
+    pub(crate) fn enqueue(&mut self, seq: SeqIndex) {
+        let key = self.seqs.data(seq).key;
+        let fresh = self.seqs.data(seq).usage.num_preemptions == 0;
+        self.waiting.insert(key, seq, fresh, &mut self.fair);
     }
 
     /// Whether any request lives, any step is in flight, or any event waits for delivery.
@@ -212,6 +270,7 @@ impl Scheduler {
             kv_blocks_quarantined: pool.num_quarantined(),
             kv_usage: f64::from(pool.num_referenced()) / f64::from(pool.len()),
             num_evictions: self.kv.num_evictions(),
+            step_time_error_p90: self.pacing.as_ref().map_or(0.0, |pacing| pacing.model().error_p90()),
             ..self.stats
         }
     }
@@ -258,11 +317,45 @@ impl Scheduler {
         Ok(())
     }
 
-    fn insert_sequence(&mut self, request: &Request, entry: u32, index: u32) -> SeqIndex {
+    /// When the request is due. Under latency targets, one that cannot be served in time is refused.
+    fn check_latency(&mut self, request: &Request) -> Result<Option<Due>, RequestError> {
+        let decodes = self.decode_shape();
+        let Some(pacing) = &mut self.pacing else { return Ok(None) };
+        let due = pacing.due(request);
+        pacing.arrived(&due);
+        // The clock of the latest step; a request may have come in since.
+        let now = self.now.max(request.arrival);
+        if due.start_by < now {
+            return Err(RequestError::DeadlineExceeded);
+        }
+        let late = pacing.lateness(&due, now, &decodes);
+        if late > 0.0 {
+            return Err(RequestError::Overloaded {
+                queued: self.num_queued,
+                limit: self.config.max_queued_requests,
+                retry_after: Duration::from_secs_f64((late / 1e6).clamp(1.0, 60.0)),
+            });
+        }
+        Ok(Some(due))
+    }
+
+    /// What the decodes of the next step are.
+    pub(crate) fn decode_shape(&self) -> StepShape {
+        let num_decodes = self.num_running - self.num_prefilling;
+        StepShape {
+            num_rows: num_decodes,
+            num_tokens: num_decodes,
+            num_context_tokens: self.decode_context,
+            num_attended_pairs: 0.0,
+        }
+    }
+
+    fn insert_sequence(&mut self, request: &Request, entry: u32, index: u32, due: Micros) -> SeqIndex {
         let prompt_len = request.prompt.len() as u32;
+        let tenant = self.fair.register(request.tenant);
         let seq = self.seqs.insert(SequenceData {
             request: entry,
-            key: OrderKey::new(request, index),
+            key: OrderKey::new(request, index, tenant, due),
             prompt: request.prompt.clone(),
             prompt_hashes: request.block_hashes.clone(),
             salt: request.salt,
@@ -272,12 +365,14 @@ impl Scheduler {
             table: BlockTable::default(),
             parked: false,
             num_reported_rows: 0,
+            num_charged_tokens: 0,
             usage: Usage { prompt_tokens: prompt_len, arrival: request.arrival, ..Usage::default() },
             started: false,
         });
         let hot = self.seqs.hot_mut(seq);
         hot.request = request.id;
         hot.index = index;
+        hot.tenant = tenant;
         hot.num_tokens = prompt_len;
         hot.max_total_tokens = prompt_len + request.params.max_tokens;
         hot.set_stops(&request.params, prompt_len);

@@ -1,11 +1,15 @@
 //! What the scheduler knows of each sequence, split by how often it is touched.
 //!
-//! A decode step reads and writes one cache line per sequence ([`Sequence`]); everything else sits in [`SequenceData`]
-//! and is touched on admission, at block boundaries and at the end. Both live in slabs under the same index.
+//! A decode step reads and writes one cache line per sequence ([`Sequence`]) and writes its token into another
+//! ([`TokenTail`]); a [`Boundary`] is touched when a block is full. Everything else sits in [`SequenceData`]: for
+//! admission, a new block, every sixty-fourth token and the end. All live in slabs under the same index
+//! (`sequence_table`).
 
 use std::sync::Arc;
 
-use quire_core::{BlockHash, CacheSalt, RequestId, SamplingParams, TokenId, Usage};
+use quire_core::{
+    BlockHash, BlockHasher, BlockId, CacheSalt, RequestId, SamplingParams, TenantId, TokenId, Usage,
+};
 
 use crate::kv_cache::BlockTable;
 use crate::policy::OrderKey;
@@ -15,7 +19,8 @@ pub(crate) type SeqIndex = u32;
 
 /// Stop ids kept in the hot line; sequences with more look into their parameters.
 const NUM_INLINE_STOPS: usize = 2;
-const MORE_STOPS: u8 = u8::MAX;
+/// Fills unused places of the inline stop ids; no vocabulary is that large.
+const NO_TOKEN: TokenId = TokenId::MAX;
 
 /// Where a sequence stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,10 +54,12 @@ pub(crate) struct Sequence {
     pub(crate) stop_from: u32,
     pub(crate) slot: u32,
     pub(crate) index: u32,
+    pub(crate) tenant: TenantId,
     /// Tells users of one slab entry apart.
     pub(crate) identity: u32,
-    stop_ids: [TokenId; NUM_INLINE_STOPS],
-    num_stops: u8,
+    pub(crate) stop_ids: [TokenId; NUM_INLINE_STOPS],
+    /// It has more stop ids than fit here.
+    pub(crate) more_stops: bool,
     /// Tells block tables of one sequence apart (a preemption ends one).
     pub(crate) epoch: u8,
     /// Sampled tokens on their way.
@@ -62,10 +69,31 @@ pub(crate) struct Sequence {
     pub(crate) prefilling: bool,
     /// Other continuations wait for this one's prompt.
     pub(crate) leads: bool,
+    /// At least one token was accepted.
+    pub(crate) has_output: bool,
+}
+
+/// Tokens that [`TokenTail`] holds.
+pub(crate) const TAIL_LEN: u32 = 64;
+
+/// The latest generated tokens, by position modulo [`TAIL_LEN`], those that are not in [`SequenceData::generated`] yet
+/// among them. These never span more than one aligned window, because they are moved before a window begins.
+#[derive(Clone, Debug)]
+#[repr(align(64))]
+pub(crate) struct TokenTail(pub(crate) [TokenId; TAIL_LEN as usize]);
+
+/// What a full block needs to be published without a look at [`SequenceData`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Boundary {
+    /// Address of the block before the next one to be published; the root before the first.
+    pub(crate) last_hash: BlockHash,
+    pub(crate) prompt_len: u32,
+    /// The last two entries of the block table, latest first.
+    pub(crate) last_blocks: [BlockId; 2],
 }
 
 impl Sequence {
-    fn vacant(identity: u32) -> Self {
+    pub(crate) fn vacant(identity: u32) -> Self {
         Self {
             request: RequestId(0),
             num_computed_tokens: 0,
@@ -76,14 +104,16 @@ impl Sequence {
             stop_from: u32::MAX,
             slot: 0,
             index: 0,
+            tenant: TenantId(0),
             identity,
-            stop_ids: [0; NUM_INLINE_STOPS],
-            num_stops: 0,
+            stop_ids: [NO_TOKEN; NUM_INLINE_STOPS],
+            more_stops: false,
             epoch: 0,
             num_in_flight: 0,
             state: SeqState::Vacant,
             prefilling: false,
             leads: false,
+            has_output: false,
         }
     }
 
@@ -100,22 +130,29 @@ impl Sequence {
     pub(crate) fn set_stops(&mut self, params: &SamplingParams, prompt_len: u32) {
         let ids = &params.stop_token_ids;
         self.stop_from = prompt_len.saturating_add(params.min_tokens);
-        self.num_stops = MORE_STOPS;
-        if ids.len() <= NUM_INLINE_STOPS {
-            self.num_stops = ids.len() as u8;
+        self.more_stops = ids.len() > NUM_INLINE_STOPS;
+        self.stop_ids = [NO_TOKEN; NUM_INLINE_STOPS];
+        if !self.more_stops {
             self.stop_ids[..ids.len()].copy_from_slice(ids);
         }
     }
 
-    /// Whether `token`, at the position after the known ones, ends the sequence.
-    pub(crate) fn is_stop(&self, token: TokenId, data: &SequenceData) -> bool {
-        if self.num_stops == 0 || self.num_tokens < self.stop_from {
-            return false;
-        }
-        match self.num_stops {
-            MORE_STOPS => data.params.stop_token_ids.contains(&token),
-            n => self.stop_ids[..usize::from(n)].contains(&token),
-        }
+    /// Whether this line alone says what the next row is: one token, into a block that is there.
+    pub(crate) fn decodes_in_place(&self, block_size: u32) -> bool {
+        !self.prefilling
+            && self.num_computed_tokens < self.num_blocks * block_size
+            && self.num_schedulable() == 1
+    }
+
+    /// Whether this line and the tail alone take in `token`: it is neither the first
+    /// nor the last one, and nobody waits for it.
+    pub(crate) fn takes_in_place(&self, token: TokenId) -> bool {
+        let usual = self.has_output & !self.leads & !self.more_stops;
+        let stops = self.stop_ids.iter().fold(false, |stops, &stop| stops | (stop == token));
+        usual
+            && !stops
+            && self.num_tokens + 1 < self.max_total_tokens
+            && !self.num_tokens.is_multiple_of(TAIL_LEN)
     }
 }
 
@@ -129,15 +166,17 @@ pub(crate) struct SequenceData {
     pub(crate) prompt_hashes: Arc<[BlockHash]>,
     pub(crate) salt: CacheSalt,
     pub(crate) params: Arc<SamplingParams>,
-    /// Accepted tokens; survive preemption.
+    /// Accepted tokens but for those in the tail ([`SequenceTable::flush_tail`]); survive preemption.
     pub(crate) generated: Vec<TokenId>,
-    /// Addresses of full blocks after those of `prompt_hashes`.
+    /// Addresses of full blocks after those of `prompt_hashes`, as far as [`Self::extend_hashes`] has computed them.
     pub(crate) later_hashes: Vec<BlockHash>,
     pub(crate) table: BlockTable,
     /// Waiting, but already holding the blocks of its leader's prompt.
     pub(crate) parked: bool,
     /// Rows of the prompt whose log-probabilities were reported.
     pub(crate) num_reported_rows: u32,
+    /// Prompt tokens that were computed once, or found; its tenant has paid for them.
+    pub(crate) num_charged_tokens: u32,
     pub(crate) usage: Usage,
     /// Whether it was ever in the batch.
     pub(crate) started: bool,
@@ -171,79 +210,48 @@ impl SequenceData {
         }
     }
 
-    /// Copies tokens `start..start + out.len()`.
-    pub(crate) fn copy_tokens(&self, start: usize, out: &mut Vec<TokenId>, len: usize) {
+    /// The address of block `at`, whose tokens are known, after the block with address `parent`. `tokens`: scratch.
+    pub(crate) fn hash_block(
+        &self,
+        at: usize,
+        parent: BlockHash,
+        hasher: &BlockHasher,
+        tokens: &mut Vec<TokenId>,
+    ) -> BlockHash {
+        let size = hasher.block_size() as usize;
+        let start = at * size;
+        // Nearly always the block lies on one side.
+        if let Some(start) = start.checked_sub(self.prompt.len()) {
+            return hasher.next(parent, &self.generated[start..start + size]);
+        }
+        self.copy_tokens(start, tokens, size);
+        hasher.next(parent, tokens)
+    }
+
+    /// Computes the addresses of all full blocks, so that they can be looked up.
+    pub(crate) fn extend_hashes(&mut self, hasher: &BlockHasher, tokens: &mut Vec<TokenId>) {
+        if self.prompt_hashes.is_empty() {
+            return;
+        }
+        let num_full = (self.prompt.len() + self.generated.len()) / hasher.block_size() as usize;
+        for at in self.prompt_hashes.len() + self.later_hashes.len()..num_full {
+            let parent = at.checked_sub(1).and_then(|before| self.hash(before));
+            let parent = parent.unwrap_or_else(|| hasher.root(self.salt));
+            let hash = self.hash_block(at, parent, hasher, tokens);
+            self.later_hashes.push(hash);
+        }
+    }
+
+    /// Copies tokens `start..start + len`.
+    fn copy_tokens(&self, start: usize, out: &mut Vec<TokenId>, len: usize) {
         out.clear();
-        out.extend(self.prompt.iter().chain(&self.generated).skip(start).take(len));
-    }
-}
-
-/// The two slabs.
-#[derive(Debug)]
-pub(crate) struct SequenceTable {
-    hot: Vec<Sequence>,
-    data: Vec<Option<SequenceData>>,
-    vacant: Vec<SeqIndex>,
-}
-
-impl SequenceTable {
-    pub(crate) fn with_capacity(capacity: usize) -> Self {
-        Self {
-            hot: Vec::with_capacity(capacity),
-            data: Vec::with_capacity(capacity),
-            vacant: Vec::with_capacity(capacity),
+        let in_prompt = self.prompt.get(start..).unwrap_or_default();
+        let in_prompt = &in_prompt[..in_prompt.len().min(len)];
+        out.extend_from_slice(in_prompt);
+        if in_prompt.len() < len {
+            let start = start + in_prompt.len() - self.prompt.len();
+            out.extend_from_slice(&self.generated[start..start + len - in_prompt.len()]);
         }
-    }
-
-    /// Number of live sequences.
-    pub(crate) fn len(&self) -> usize {
-        self.hot.len() - self.vacant.len()
-    }
-
-    /// Takes an entry; the caller fills the hot line.
-    pub(crate) fn insert(&mut self, data: SequenceData) -> SeqIndex {
-        if let Some(seq) = self.vacant.pop() {
-            self.data[seq as usize] = Some(data);
-            return seq;
-        }
-        self.hot.push(Sequence::vacant(0));
-        self.data.push(Some(data));
-        self.hot.len() as SeqIndex - 1
-    }
-
-    pub(crate) fn remove(&mut self, seq: SeqIndex) -> Option<SequenceData> {
-        let hot = &mut self.hot[seq as usize];
-        *hot = Sequence::vacant(hot.identity.wrapping_add(1));
-        self.vacant.push(seq);
-        self.data[seq as usize].take()
-    }
-
-    pub(crate) fn hot(&self, seq: SeqIndex) -> &Sequence {
-        &self.hot[seq as usize]
-    }
-
-    pub(crate) fn hot_mut(&mut self, seq: SeqIndex) -> &mut Sequence {
-        &mut self.hot[seq as usize]
-    }
-
-    pub(crate) fn data(&self, seq: SeqIndex) -> &SequenceData {
-        self.data[seq as usize].as_ref().expect("a live sequence has data")
-    }
-
-    pub(crate) fn data_mut(&mut self, seq: SeqIndex) -> &mut SequenceData {
-        self.data[seq as usize].as_mut().expect("a live sequence has data")
-    }
-
-    /// Both parts at once.
-    pub(crate) fn both_mut(&mut self, seq: SeqIndex) -> (&mut Sequence, &mut SequenceData) {
-        let data = self.data[seq as usize].as_mut().expect("a live sequence has data");
-        (&mut self.hot[seq as usize], data)
-    }
-
-    /// All live sequences, by index.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (SeqIndex, &Sequence, &SequenceData)> {
-        let both = self.hot.iter().zip(&self.data).zip(0..);
-        both.filter_map(|((hot, data), seq)| data.as_ref().map(|data| (seq, hot, data)))
     }
 }
 

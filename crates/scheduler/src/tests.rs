@@ -10,7 +10,7 @@ use quire_core::{
 use crate::event::SeqEventKind;
 use crate::{Scheduler, SchedulerConfig, SeqEvent};
 
-fn limits() -> ExecutorLimits {
+pub(crate) fn limits() -> ExecutorLimits {
     ExecutorLimits {
         block_size: 4,
         num_blocks: 64,
@@ -23,12 +23,12 @@ fn limits() -> ExecutorLimits {
     }
 }
 
-struct Rig {
-    scheduler: Scheduler,
+pub(crate) struct Rig {
+    pub(crate) scheduler: Scheduler,
     hasher: BlockHasher,
-    now: u64,
+    pub(crate) now: u64,
     out: SchedulerOutput,
-    events: Vec<SeqEvent>,
+    pub(crate) events: Vec<SeqEvent>,
     next_token: TokenId,
 }
 
@@ -37,7 +37,7 @@ impl Rig {
         Self::with(limits, |_| {})
     }
 
-    fn with(limits: ExecutorLimits, change: impl Fn(&mut SchedulerConfig)) -> Self {
+    pub(crate) fn with(limits: ExecutorLimits, change: impl Fn(&mut SchedulerConfig)) -> Self {
         let hasher = BlockHasher::new((1, 2), limits.block_size);
         let mut config = SchedulerConfig::new(limits, hasher);
         change(&mut config);
@@ -45,7 +45,12 @@ impl Rig {
         Self { scheduler: Scheduler::new(config), hasher, now: 0, out, events: Vec::new(), next_token: 500 }
     }
 
-    fn request(&self, id: u64, prompt: impl IntoIterator<Item = TokenId>, params: SamplingParams) -> Request {
+    pub(crate) fn request(
+        &self,
+        id: u64,
+        prompt: impl IntoIterator<Item = TokenId>,
+        params: SamplingParams,
+    ) -> Request {
         let prompt: Vec<TokenId> = prompt.into_iter().collect();
         let salt = self.hasher.salt(b"");
         Request {
@@ -97,7 +102,7 @@ impl Rig {
         self.scheduler.check_invariants().unwrap();
     }
 
-    fn step(&mut self) -> Vec<(u32, u32, bool)> {
+    pub(crate) fn step(&mut self) -> Vec<(u32, u32, bool)> {
         let rows = self.schedule();
         if !rows.is_empty() {
             let output = self.answer();
@@ -106,7 +111,7 @@ impl Rig {
         rows
     }
 
-    fn run(&mut self) {
+    pub(crate) fn run(&mut self) {
         for _ in 0..10_000 {
             if !self.scheduler.has_work() {
                 return;
@@ -116,10 +121,10 @@ impl Rig {
         panic!("the scheduler does not come to an end: {:?}", self.scheduler.stats());
     }
 
-    fn finished(&self) -> Vec<(u64, u32, FinishReason, u32)> {
-        let finished = self.events.iter().filter_map(|event| match event.kind {
+    pub(crate) fn finished(&self) -> Vec<(u64, u32, FinishReason, u32)> {
+        let finished = self.events.iter().filter_map(|event| match &event.kind {
             SeqEventKind::Finished { reason, usage, .. } => {
-                Some((event.request.0, event.index, reason, usage.generated_tokens))
+                Some((event.request.0, event.index, *reason, usage.generated_tokens))
             }
             _ => None,
         });
@@ -152,7 +157,7 @@ fn a_cached_prompt_still_computes_its_last_token() {
     // Prompt and outputs 500..505 (the last one was never an input): three full blocks.
     let turn: Vec<TokenId> = (0..8).chain(500..506).collect();
     rig.add(2, turn[..8].iter().copied(), SamplingParams::greedy(1));
-    assert_eq!(rig.step(), [(4, 4, true)], "block 1 holds the last token");
+    assert_eq!(rig.step(), [(7, 1, true)], "block 1 is copied, since its last token is computed");
     rig.add(3, turn[..13].iter().copied(), SamplingParams::greedy(1));
     assert_eq!(rig.step(), [(12, 1, true)], "generated blocks are found too");
     let mut other = rig.request(4, turn, SamplingParams::greedy(1));
@@ -160,7 +165,32 @@ fn a_cached_prompt_still_computes_its_last_token() {
     other.block_hashes = rig.hasher.chain(other.salt, &other.prompt).into();
     rig.scheduler.add(other).unwrap();
     assert_eq!(rig.step(), [(0, 14, true)], "nothing is shared across salts");
-    assert_eq!(rig.scheduler.stats().prefix_cache_hits, 16);
+    assert_eq!(rig.scheduler.stats().prefix_cache_hits, 7 + 12);
+}
+
+#[test]
+fn a_prompt_cached_whole_computes_one_token_into_a_copy() {
+    let mut rig = Rig::new(limits());
+    rig.add(1, 0..12, SamplingParams::greedy(2));
+    rig.run();
+    rig.add(2, 0..12, SamplingParams::greedy(2));
+    assert_eq!(rig.schedule(), [(11, 1, true)]);
+    let [copy] = rig.out.block_copies[..] else { panic!("{:?}", rig.out.block_copies) };
+    let table = &rig.out.new[0].block_tables[0];
+    assert_eq!((table.len(), table[2]), (3, copy.dst));
+    assert!(!table.contains(&copy.src), "the original belongs to the cache");
+    let output = rig.answer();
+    rig.update(&output);
+    rig.run();
+    // Another tail: nothing to copy, and the block is computed.
+    rig.add(3, (0..11).chain([99]), SamplingParams::greedy(2));
+    assert_eq!(rig.schedule(), [(8, 4, true)]);
+    // No block to spare for the copy's source: the last block is computed as before.
+    let mut rig = Rig::new(ExecutorLimits { num_blocks: 3, ..limits() });
+    rig.add(1, 0..12, SamplingParams::greedy(1));
+    rig.run();
+    rig.add(2, 0..12, SamplingParams::greedy(1));
+    assert_eq!(rig.step(), [(8, 4, true)]);
 }
 
 #[test]

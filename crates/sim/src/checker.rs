@@ -2,13 +2,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use quire_core::{FinishReason, Micros, ModelRunnerOutput, Request, RequestId, TokenId, Usage};
-use quire_scheduler::{SeqEvent, SeqEventKind};
+use quire_core::{FinishReason, ModelRunnerOutput, Request, RequestId, TokenId, Usage};
+use quire_scheduler::{Policy, SeqEvent, SeqEventKind};
 
 use crate::oracle;
+use crate::workload::Workload;
 
 /// Calls of `step` that a request may need beyond three for each token before it in the order.
 const STEP_ALLOWANCE: u64 = 30;
+
+/// How many times longer things may take among several tenants.
+const FAIRNESS_ALLOWANCE: u64 = 8;
+
+/// No run takes longer, in microseconds.
+const MAX_RUN_TIME: u64 = 20_000_000;
 
 /// One continuation as its client sees it.
 struct Continuation {
@@ -46,6 +53,11 @@ pub(crate) struct Checker {
     live: BTreeMap<RequestId, Client>,
     num_live_continuations: u32,
     vocab_size: u32,
+    num_tenants: usize,
+    /// Who waited so long may overtake higher priorities.
+    max_queue_age: u64,
+    /// With latency targets: nobody waits longer for the first place.
+    max_wait: Option<u64>,
     pub(crate) num_tokens: u64,
     pub(crate) num_accepted: u64,
     answers: Vec<Answer>,
@@ -54,8 +66,17 @@ pub(crate) struct Checker {
 type Verdict = Result<(), String>;
 
 impl Checker {
-    pub(crate) fn new(vocab_size: u32) -> Self {
-        Self { vocab_size, ..Self::default() }
+    pub(crate) fn new(vocab_size: u32, workload: &Workload) -> Self {
+        Self {
+            vocab_size,
+            num_tenants: workload.tenants.len(),
+            max_queue_age: workload.config.fairness.max_queue_age,
+            max_wait: match workload.config.policy {
+                Policy::Fcfs => None,
+                Policy::DeadlineSlack(targets) => Some(targets.max_wait.0),
+            },
+            ..Self::default()
+        }
     }
 
     pub(crate) fn accepted(&mut self, request: Request) {
@@ -73,17 +94,24 @@ impl Checker {
         // What already runs may be in front. Of what comes later, only what precedes in the order, and what enters the
         // batch while continuations still wait for their leader.
         let before: u64 = self.live.values().map(|client| work_of(&client.request)).sum();
+        // Between tenants, and among those who waited long, the order depends on what was served so far.
+        let fixed_order =
+            self.num_tenants == 1 && self.max_queue_age > MAX_RUN_TIME && self.max_wait.is_none();
         for client in self.live.values_mut() {
             let partly_queued = client.continuations.iter().any(|c| !c.started && !c.finished);
             let many = client.continuations.len() > 1;
-            if precedes(&request, &client.request) || (many && partly_queued) {
-                client.bound += work;
+            if !fixed_order || precedes(&request, &client.request) || (many && partly_queued) {
+                client.bound += if self.num_tenants > 1 { FAIRNESS_ALLOWANCE * work } else { work };
             }
         }
         let continuations: Vec<_> = (0..request.params.n).map(|_| new()).collect();
         self.num_accepted += 1;
         self.num_live_continuations += request.params.n;
-        let bound = STEP_ALLOWANCE + work + before;
+        let mut bound = STEP_ALLOWANCE + work + before;
+        if self.num_tenants > 1 {
+            // Places change hands, and what loses its place computes its tokens anew.
+            bound *= FAIRNESS_ALLOWANCE;
+        }
         self.live.insert(request.id, Client { request, continuations, asked: Vec::new(), age: 0, bound });
     }
 
@@ -112,7 +140,7 @@ impl Checker {
         output: &ModelRunnerOutput,
     ) -> Verdict {
         for event in events {
-            self.check_event(now, event, output).map_err(|violation| {
+            self.check_event(began, now, event, output).map_err(|violation| {
                 format!("request {} continuation {}: {violation}", event.request, event.index)
             })?;
         }
@@ -121,6 +149,10 @@ impl Checker {
             if client.request.deadline.is_some_and(|deadline| deadline.0 <= began) {
                 return Err(format!("request {id} outlives its deadline"));
             }
+            let waits = client.continuations.iter().all(|c| !c.started);
+            if self.max_wait.is_some_and(|max| waits && client.request.arrival.0 + max < began) {
+                return Err(format!("request {id} waits longer than promised"));
+            }
             if client.age > client.bound {
                 return Err(format!("request {id} starves: not done after {} steps", client.age));
             }
@@ -128,7 +160,7 @@ impl Checker {
         Ok(())
     }
 
-    fn check_event(&mut self, now: u64, event: &SeqEvent, output: &ModelRunnerOutput) -> Verdict {
+    fn check_event(&mut self, began: u64, now: u64, event: &SeqEvent, output: &ModelRunnerOutput) -> Verdict {
         let vocab_size = self.vocab_size;
         let client = self.live.get_mut(&event.request).ok_or("an event after the end, or of nobody")?;
         let (request, asked) = (&client.request, &client.asked);
@@ -137,7 +169,7 @@ impl Checker {
         if continuation.finished {
             return Err("an event after Finished".into());
         }
-        match event.kind {
+        match event.kind.clone() {
             SeqEventKind::Started { cached_tokens } => {
                 if std::mem::replace(&mut continuation.started, true) {
                     return Err("Started twice".into());
@@ -145,8 +177,8 @@ impl Checker {
                 if cached_tokens as usize >= request.prompt.len() {
                     return Err("the last prompt token was taken from the cache".into());
                 }
-                let key = (request.priority, request.arrival, request.id);
-                self.check_nobody_was_overtaken(key)
+                let starter = request.clone();
+                self.check_nobody_was_overtaken(began, &starter)
             }
             SeqEventKind::PromptLogprobs { entry } => check_logprobs(continuation, request, output, entry),
             SeqEventKind::Tokens { row, num_tokens } => {
@@ -159,6 +191,9 @@ impl Checker {
                 Ok(())
             }
             SeqEventKind::Finished { reason, stop_token, usage } => {
+                if reason == FinishReason::Rejected && self.max_wait.is_none() {
+                    return Err("it was given up without latency targets".into());
+                }
                 check_reason(continuation, request, asked, event.index, reason, stop_token, now)?;
                 check_usage(continuation, request, &usage)?;
                 if event.index == 0 && reason != FinishReason::Error {
@@ -173,13 +208,18 @@ impl Checker {
     }
 
     /// Whoever starts must precede all that never started; continuations wait for their leader, so they do not count.
-    fn check_nobody_was_overtaken(&self, starter: (i8, Micros, RequestId)) -> Verdict {
-        let order =
-            |(priority, arrival, id): (i8, Micros, RequestId)| (std::cmp::Reverse(priority), arrival, id);
+    /// Between tenants only priorities count, and they only while no tenant may be held back by its share.
+    fn check_nobody_was_overtaken(&self, began: u64, starter: &Request) -> Verdict {
+        if self.max_wait.is_some() {
+            return Ok(());
+        }
+        let aged = began.saturating_sub(starter.arrival.0) >= self.max_queue_age;
         for client in self.live.values() {
             let request = &client.request;
             let waits = client.continuations.iter().all(|c| !c.started);
-            if waits && order((request.priority, request.arrival, request.id)) < order(starter) {
+            let comparable =
+                request.tenant == starter.tenant && (request.priority == starter.priority || !aged);
+            if waits && comparable && precedes(request, starter) {
                 return Err(format!("it overtook request {}", request.id));
             }
         }
@@ -274,6 +314,8 @@ fn check_reason(
             request.deadline.is_some_and(|deadline| deadline.0 <= now) && !continuation.stopped && !full
         }
         FinishReason::Error => false,
+        // Only what never started is given up for being late.
+        FinishReason::Rejected => !continuation.started,
     };
     if justified {
         return Ok(());

@@ -12,17 +12,35 @@
 //!   bounded time;
 //! * `Scheduler::check_invariants` after every step.
 //!
-//! Reading order: [`oracle`], [`shadow_kv`], `executor`, `workload`, `checker`, [`run`], then [`mock`].
+//! Traces are the other kind of input: [`trace`] reads recorded ones, [`generate`] makes some from a seed. [`replay`]
+//! measures the prefix cache alone on them; [`serve_trace`] serves them with the whole engine under the cost model, for
+//! [`capacity`] to find out how much of one a device takes.
+//!
+//! Reading order: [`oracle`], [`shadow_kv`], `executor`, `workload`, `checker`, [`run`], then [`mock`],
+//! [`bench_scheduler`], [`trace`], [`replay`], [`serve_trace`].
 #![forbid(unsafe_code)]
 
+pub mod bench_scheduler;
+pub mod capacity;
 mod checker;
 mod executor;
+pub mod generate;
 pub mod mock;
 pub mod oracle;
+pub mod replay;
 mod rng;
 pub mod run;
+pub mod serve_report;
+pub mod serve_trace;
 pub mod shadow_kv;
+pub mod trace;
 mod workload;
 
+pub use capacity::capacity;
+pub use generate::{Workload as GeneratedWorkload, generate};
 pub use mock::{MockExecutor, MockTiming};
+pub use replay::{HitRate, Sharing, replay_cache, replay_optimum};
 pub use run::{Failure, Report, run_seed};
+pub use serve_report::ServeReport;
+pub use serve_trace::{ServeConfig, serve_trace};
+pub use trace::{TraceError, TraceRequest, read_trace};

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use quire_core::{Micros, Request, RequestError, RequestId};
 use quire_engine::EngineCore;
-use quire_scheduler::{SchedulerConfig, SchedulerStats};
+use quire_scheduler::{Policy, SchedulerConfig, SchedulerStats};
 
 use crate::checker::Checker;
 use crate::executor::{SharedWorld, SimExecutor, World, lock};
@@ -115,9 +115,10 @@ impl Run {
         let workload = Workload::new(seed);
         let world = Arc::new(Mutex::new(World::default()));
         let limits = workload.config.limits.clone();
-        let checker = Checker::new(limits.vocab_size);
+        let checker = Checker::new(limits.vocab_size, &workload);
         let executor = SimExecutor::new(limits, workload.cost, Arc::clone(&world));
-        let core = EngineCore::new(workload.config.clone(), Box::new(executor));
+        let mut core = EngineCore::new(workload.config.clone(), Box::new(executor));
+        core.set_tenants(&workload.tenants);
         Self {
             seed,
             workload,
@@ -169,6 +170,11 @@ impl Run {
                 self.checker.accepted(request);
             }
             Err(RequestError::Overloaded { queued, limit, .. }) if queued >= limit => self.num_refused += 1,
+            Err(RequestError::Overloaded { .. } | RequestError::DeadlineExceeded)
+                if self.workload.config.policy != Policy::Fcfs =>
+            {
+                self.num_refused += 1;
+            }
             Err(error) => return Err(format!("request {} was refused: {error}", request.id)),
         }
         Ok(())

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use quire_core::{
     BlockHasher, CacheSalt, ExecutorLimits, FinishReason, Micros, Request, RequestId, SamplingParams,
-    TenantId, TokenId,
+    TenantId, TenantShare, TokenId,
 };
-use quire_scheduler::SchedulerConfig;
+use quire_scheduler::{FairnessConfig, LatencyTargets, Policy, SchedulerConfig};
 
 use crate::executor::CostModel;
-use crate::rng::Rng;
+use crate::rng::{Rng, mix};
 
 /// Something a client does.
 #[derive(Debug)]
@@ -26,6 +26,7 @@ pub(crate) enum Action {
 pub(crate) struct Workload {
     pub(crate) config: SchedulerConfig,
     pub(crate) cost: CostModel,
+    pub(crate) tenants: Vec<TenantShare>,
     /// Ascending in time.
     pub(crate) actions: VecDeque<(u64, Action)>,
     rng: Rng,
@@ -35,6 +36,8 @@ pub(crate) struct Workload {
     /// Beginnings that several prompts share.
     prefixes: Vec<Vec<TokenId>>,
     salts: Vec<CacheSalt>,
+    /// Whose request is next.
+    tenant_rng: Rng,
     features: Features,
 }
 
@@ -71,12 +74,17 @@ impl Workload {
     pub(crate) fn new(seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let max_request_tokens = rng.range(4, 120);
-        let config = random_config(&mut rng, max_request_tokens);
+        let mut config = random_config(&mut rng, max_request_tokens);
+        // A stream of its own, so that what older seeds mean did not change when tenants came.
+        let mut tenant_rng = Rng::new(mix(seed));
+        let tenants = random_tenants(&mut tenant_rng);
         let cost = CostModel {
             fixed: 50,
             per_token: u64::from(rng.range(0, 20)),
             per_seq: u64::from(rng.range(0, 10)),
         };
+        config.fairness = random_fairness(&mut tenant_rng);
+        config.policy = random_policy(&mut tenant_rng, cost);
         let vocab_size = config.limits.vocab_size;
         let prefixes =
             (0..rng.range(1, 3)).map(|_| random_tokens(&mut rng, max_request_tokens, vocab_size)).collect();
@@ -85,12 +93,14 @@ impl Workload {
         let mut workload = Self {
             config,
             cost,
+            tenants,
             actions: VecDeque::new(),
             rng,
             next_id: 1,
             max_request_tokens,
             prefixes,
             salts,
+            tenant_rng,
             features,
         };
         workload.fill();
@@ -187,7 +197,7 @@ impl Workload {
             block_hashes: block_hashes.into(),
             salt,
             params: Arc::new(params),
-            tenant: TenantId(0),
+            tenant: TenantId(self.tenant_rng.range(0, self.tenants.len() as u32 - 1)),
             priority,
             arrival: Micros(at),
             deadline,
@@ -225,4 +235,44 @@ fn random_config(rng: &mut Rng, max_request_tokens: u32) -> SchedulerConfig {
     config.max_prefill_chunk = *rng.pick(&[1, 3, 8, 32, u32::MAX, u32::MAX]);
     config.max_queued_requests = *rng.pick(&[3, 10, 1000, 1000]);
     config
+}
+
+fn random_tenants(rng: &mut Rng) -> Vec<TenantShare> {
+    let num_tenants = if rng.one_in(2) { 1 } else { rng.range(2, 6) };
+    let capped = rng.one_in(2);
+    let share = |_| TenantShare {
+        weight: *rng.pick(&[0.25, 1.0, 1.0, 3.0]),
+        kv_blocks_share: if capped { *rng.pick(&[0.01, 0.3, 0.6, 1.0]) } else { 1.0 },
+    };
+    (0..num_tenants).map(share).collect()
+}
+
+fn random_fairness(rng: &mut Rng) -> FairnessConfig {
+    FairnessConfig {
+        quantum: *rng.pick(&[0.0, 20.0, 200.0, 4096.0]),
+        max_queue_age: *rng.pick(&[300, 5000, 30_000_000, 30_000_000]),
+        ..FairnessConfig::default()
+    }
+}
+
+/// Latency targets in a third of the runs; the scheduler's idea of what steps cost may be far off.
+fn random_policy(rng: &mut Rng, cost: CostModel) -> Policy {
+    if !rng.one_in(3) {
+        return Policy::Fcfs;
+    }
+    let wrong = *rng.pick(&[1.0, 1.0, 0.1, 10.0]);
+    let model = quire_scheduler::CostModel {
+        fixed: wrong * cost.fixed as f64,
+        per_row: wrong * cost.per_seq as f64,
+        weights: 0.0,
+        per_token: wrong * cost.per_token as f64,
+        per_context_token: 0.0,
+        per_attention: 0.0,
+    };
+    Policy::DeadlineSlack(LatencyTargets {
+        ttft: Micros(u64::from(rng.range(500, 20_000))),
+        itl: Micros(u64::from(rng.range(60, 1000))),
+        max_wait: Micros(u64::from(rng.range(2000, 100_000))),
+        ..LatencyTargets::new(model)
+    })
 }

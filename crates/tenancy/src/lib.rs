@@ -1,146 +1,45 @@
-//! Who asks: credentials to tenants.
+//! Who asks, and how much they may have: credentials to tenants, demands to permits.
+//!
+//! Both front ends go through the same two doors: [`Tenancy::authenticate`] for every call, [`Tenancy::admit`] for every
+//! request that is to be queued. What was reserved is settled when the [`Permit`] is gone, however the request ended.
 //!
 //! Invariants:
-//! * keys are kept as SHA-256 digests and compared in constant time, every one of them on every attempt, so that
-//!   neither the answer's time nor a core dump tells a key;
-//! * without keys everybody is the anonymous tenant; with keys nobody is;
-//! * no error and no `Debug` output holds a credential.
+//! * keys are hashed when they come in and looked up by SHA-256; no error and no `Debug` output holds one;
+//! * without keys everybody is the anonymous tenant; with keys nobody is, and no reload opens a server that was closed;
+//! * a refused request takes nothing; an admitted one gives back what it did not use, once;
+//! * a reload keeps ids, what is in use, and permits; a file that cannot be used changes nothing;
+//! * time is an argument of everything that counts (`gcra`, `ledger`); no lock is held across an await;
+//! * bounded: tenants, keys, ids, labels, settlements in wait.
 //!
-//! Reading order: [`Keys`], [`bearer`].
+//! Reading order: [`file`] with `values`, [`limits`] and [`network`]; [`gcra`], `ledger`, [`demand`]; [`tenancy`], `table`,
+//! [`tenant`], [`permit`]; `shared` with its scripts, [`watch`], `metrics`.
 #![forbid(unsafe_code)]
 
-use quire_core::TenantId;
-use sha2::{Digest, Sha256};
-use subtle::{Choice, ConstantTimeEq};
+mod credential;
+pub mod demand;
+pub mod file;
+pub mod gcra;
+mod ledger;
+pub mod limits;
+mod metrics;
+pub mod network;
+pub mod permit;
+mod shared;
+mod table;
+pub mod tenancy;
+pub mod tenant;
+mod values;
+pub mod watch;
 
-/// Who asks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tenant {
-    /// As the engine knows the tenant.
-    pub id: TenantId,
-    /// As people and metrics know it.
-    pub name: &'static str,
-}
-
-impl Tenant {
-    /// Everybody, where no key is configured.
-    pub const ANONYMOUS: Self = Self { id: TenantId(0), name: "anonymous" };
-    /// Whoever holds one of the keys of `--api-key`.
-    pub const DEFAULT: Self = Self { id: TenantId(0), name: "default" };
-}
-
-/// Why a request may not go on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum AuthError {
-    /// No credential came along.
-    #[error("no API key: send it in the header `Authorization: Bearer KEY`")]
-    Missing,
-    /// The credential is none of ours.
-    #[error("the API key is not valid")]
-    Invalid,
-}
-
-/// A key that cannot be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("API key {index} is empty or holds a space or a control character; no client could send it")]
-pub struct KeyError {
-    /// Its place in the list.
-    pub index: usize,
-}
-
-/// The keys that open the door.
-#[derive(Clone, Default)]
-pub struct Keys {
-    digests: Vec<[u8; 32]>,
-}
-
-impl Keys {
-    /// Takes the keys of `--api-key`. None at all: everybody may come in.
-    ///
-    /// # Errors
-    /// A key that cannot be sent in a header.
-    pub fn new<K: AsRef<str>>(keys: impl IntoIterator<Item = K>) -> Result<Self, KeyError> {
-        let digest = |(index, key): (usize, K)| {
-            let key = key.as_ref();
-            let sendable = !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic());
-            if sendable { Ok(Sha256::digest(key).into()) } else { Err(KeyError { index }) }
-        };
-        Ok(Self { digests: keys.into_iter().enumerate().map(digest).collect::<Result<_, _>>()? })
-    }
-
-    /// Whether a credential is needed.
-    pub fn required(&self) -> bool {
-        !self.digests.is_empty()
-    }
-
-    /// The tenant behind a bearer token (see [`bearer`]).
-    ///
-    /// # Errors
-    /// A key is needed and none, or a wrong one, came.
-    pub fn authenticate(&self, token: Option<&str>) -> Result<Tenant, AuthError> {
-        if !self.required() {
-            return Ok(Tenant::ANONYMOUS);
-        }
-        let token = token.ok_or(AuthError::Missing)?;
-        let digest: [u8; 32] = Sha256::digest(token).into();
-        let any = self.digests.iter().fold(Choice::from(0), |any, key| any | key.ct_eq(&digest));
-        if any.into() { Ok(Tenant::DEFAULT) } else { Err(AuthError::Invalid) }
-    }
-}
-
-impl std::fmt::Debug for Keys {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Keys({})", self.digests.len())
-    }
-}
-
-/// The token in an `Authorization` header: `Bearer TOKEN`, the scheme in any case (RFC 6750, RFC 9110 section 11.1).
-pub fn bearer(header: &str) -> Option<&str> {
-    let (scheme, token) = header.trim().split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn without_keys_everybody_is_anonymous() {
-        let keys = Keys::default();
-        assert!(!keys.required());
-        assert_eq!(keys.authenticate(None), Ok(Tenant::ANONYMOUS));
-        assert_eq!(keys.authenticate(Some("anything")), Ok(Tenant::ANONYMOUS));
-    }
-
-    #[test]
-    fn a_key_must_match_whole() {
-        let keys = Keys::new(["sk-first", "sk-second"]).unwrap();
-        assert_eq!(keys.authenticate(Some("sk-first")), Ok(Tenant::DEFAULT));
-        assert_eq!(keys.authenticate(Some("sk-second")), Ok(Tenant::DEFAULT));
-        assert_eq!(keys.authenticate(None), Err(AuthError::Missing));
-        for wrong in ["", "sk", "sk-firs", "sk-first ", "sk-firstx", "SK-FIRST"] {
-            assert_eq!(keys.authenticate(Some(wrong)), Err(AuthError::Invalid), "{wrong:?}");
-        }
-    }
-
-    #[test]
-    fn keys_that_no_header_can_carry_are_refused() {
-        for bad in ["", "a b", "a\n", "ключ"] {
-            assert_eq!(Keys::new(["ok", bad]).unwrap_err(), KeyError { index: 1 }, "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn bearer_tokens_are_found_and_others_are_not() {
-        assert_eq!(bearer("Bearer k"), Some("k"));
-        assert_eq!(bearer("bEARER   k "), Some("k"));
-        for not in ["k", "Basic k", "Bearer", "Bearerk", ""] {
-            assert_eq!(bearer(not), None, "{not:?}");
-        }
-    }
-
-    #[test]
-    fn debug_output_holds_no_secret() {
-        assert_eq!(format!("{:?}", Keys::new(["secret"]).unwrap()), "Keys(1)");
-    }
-}
+pub use credential::{AuthError, KeyDigest, KeyError, Keys, bearer};
+pub use demand::{Demand, Denied};
+pub use file::{FileError, TenantsFile};
+pub use gcra::Level;
+pub use ledger::Standing;
+pub use limits::{Quota, Scope};
+pub use permit::Permit;
+pub use shared::{SharedStore, StoreError};
+pub use table::TableError;
+pub use tenancy::Tenancy;
+pub use tenant::{Access, Tenant};
+pub use watch::Watch;

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use axum::extract::FromRequestParts;
 use http::request::Parts;
-use quire_tenancy::Tenant;
+use quire_llm::{GenerateRequest, Generation, Llm, Prepared, RequestError};
+use quire_tenancy::{Access, Demand, Permit, Scope, Tenancy};
 
 use crate::error::ApiError;
 use crate::observe::RequestId;
@@ -17,7 +18,7 @@ const MAX_TIMEOUT_MS: u64 = 86_400_000;
 
 /// Who asks, and how.
 pub(crate) struct Caller {
-    pub(crate) tenant: Tenant,
+    pub(crate) access: Access,
     pub(crate) request_id: RequestId,
     /// From now.
     pub(crate) timeout: Option<Duration>,
@@ -27,14 +28,54 @@ impl FromRequestParts<AppState> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &AppState) -> Result<Self, ApiError> {
-        let (Some(&tenant), Some(request_id)) = (parts.extensions.get(), parts.extensions.get::<RequestId>())
+        let (Some(access), Some(request_id)) =
+            (parts.extensions.get::<Access>(), parts.extensions.get::<RequestId>())
         else {
             return Err(ApiError::internal("the request passed by the door"));
         };
         let timeout =
             parts.headers.get(TIMEOUT).map(|value| parse_timeout(value.to_str().ok())).transpose()?;
-        Ok(Self { tenant, request_id: request_id.clone(), timeout })
+        Ok(Self { access: access.clone(), request_id: request_id.clone(), timeout })
     }
+}
+
+impl Caller {
+    /// Whether the key is for this, and the tenant's limits leave any hope: before work is spent on the request.
+    pub(crate) fn knock(&self, scope: Scope, tenancy: &Tenancy) -> Result<(), ApiError> {
+        self.access.require(scope)?;
+        Ok(tenancy.precheck(&self.access)?)
+    }
+
+    /// The names of the model that exist for this caller.
+    pub(crate) fn models<'a>(&self, llm: &'a Llm) -> Vec<&'a str> {
+        let names = llm.names().iter().map(String::as_str);
+        names.filter(|name| self.access.tenant().may_use(name)).collect()
+    }
+
+    /// Sets what depends on who asks; `prompts` requests like this one belong together.
+    pub(crate) fn sign(&self, request: &mut GenerateRequest, prompts: usize) {
+        let tenant = self.access.tenant();
+        let choices =
+            request.sampling.n.unwrap_or(1).saturating_mul(u32::try_from(prompts).unwrap_or(u32::MAX));
+        request.tenant = tenant.id();
+        request.priority = tenant.priority(request.priority);
+        request.cache_namespace = self.access.cache_namespace();
+        request.default_max_tokens = tenant.default_max_tokens(choices);
+        request.timeout = self.timeout;
+    }
+
+    /// Reserves what the prompts of one request may use.
+    pub(crate) async fn admit(&self, tenancy: &Tenancy, prompts: &[Prepared]) -> Result<Permit, ApiError> {
+        let mut demand = Demand::default();
+        prompts.iter().for_each(|prompt| demand.add(prompt.prompt_tokens(), prompt.n(), prompt.max_tokens()));
+        Ok(tenancy.admit(&self.access, demand).await?)
+    }
+}
+
+/// Submits a prompt under the permit of its request.
+pub(crate) async fn start(llm: &Llm, permit: &Permit, prompt: Prepared) -> Result<Generation, RequestError> {
+    let meter = permit.meter(prompt.prompt_tokens(), prompt.n());
+    llm.start(prompt, Some(meter)).await
 }
 
 fn parse_timeout(value: Option<&str>) -> Result<Duration, ApiError> {

@@ -4,13 +4,14 @@ use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use quire_llm::{ChoiceDelta, Finish, GenerateRequest, Generation, Llm, Prompt, TokenId};
+use quire_tenancy::Scope;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::body::JsonFields;
-use crate::error::ApiError;
+use crate::error::{ApiError, with_standing};
 use crate::fields::Fields;
-use crate::openai::caller::Caller;
+use crate::openai::caller::{Caller, start};
 use crate::openai::logprobs::{ChatLogprobs, prompt_logprobs};
 use crate::openai::sampling::{StreamOptions, take_common, take_stream};
 use crate::openai::stream::{self, Answer, Shape};
@@ -29,10 +30,11 @@ struct ChatCompletionRequest {
 
 impl ChatCompletionRequest {
     fn parse(mut fields: Fields, llm: &Llm, caller: &Caller) -> Result<Self, ApiError> {
-        let model = take_model(&mut fields, llm)?;
+        let model = take_model(&mut fields, llm, caller)?;
         let chat = take_chat(&mut fields)?;
         let mut generate = GenerateRequest::new(Prompt::Chat(chat));
-        take_common(&mut fields, caller, &mut generate)?;
+        take_common(&mut fields, &mut generate)?;
+        caller.sign(&mut generate, 1);
         generate.logprobs = take_logprobs(&mut fields)?;
         let stream = take_stream(&mut fields)?;
         if stream.stream && generate.prompt_logprobs.is_some() {
@@ -73,6 +75,7 @@ pub(crate) async fn create(
     JsonFields(fields): JsonFields,
 ) -> Result<Response, ApiError> {
     let llm = state.llm()?;
+    caller.knock(Scope::Infer, state.tenancy())?;
     let request = ChatCompletionRequest::parse(fields, llm, &caller)?;
     let return_token_ids = request.generate.return_token_ids;
     let answer = Answer {
@@ -83,18 +86,24 @@ pub(crate) async fn create(
         with_logprobs: request.generate.logprobs.is_some(),
         with_token_ids: return_token_ids,
     };
-    let generation = llm.generate(request.generate).await.map_err(chat_error)?;
-    if request.stream.stream {
+    let prompt = llm.prepare(request.generate).await.map_err(chat_error)?;
+    let permit = caller.admit(state.tenancy(), std::slice::from_ref(&prompt)).await.map_err(chat_error)?;
+    let generation = start(llm, &permit, prompt).await.map_err(chat_error)?;
+    let standing = *permit.standing();
+    drop(permit);
+    let response = if request.stream.stream {
         let include_usage = request.stream.include_usage;
         let events = stream::Chunks::new(vec![generation], answer, Shape::Chat, include_usage);
-        return Ok(crate::sse::response(events, state.config().keep_alive));
-    }
-    whole(answer, generation).await
+        crate::sse::response(events, state.config().keep_alive)
+    } else {
+        whole(answer, generation).await?
+    };
+    Ok(with_standing(response, &standing))
 }
 
 /// The engine's names for what a chat client calls otherwise.
-fn chat_error(error: quire_llm::RequestError) -> ApiError {
-    ApiError::from(error).with_param("prompt", "messages").with_param("logprobs", "top_logprobs")
+fn chat_error(error: impl Into<ApiError>) -> ApiError {
+    error.into().with_param("prompt", "messages").with_param("logprobs", "top_logprobs")
 }
 
 #[derive(Serialize)]

@@ -3,14 +3,17 @@
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use quire_llm::{ChoiceDelta, Finish, GenerateRequest, Generation, Llm, Prompt, TokenId};
+use quire_llm::{
+    ChoiceDelta, Finish, GenerateRequest, Generation, Llm, Prepared, Prompt, RequestError, TokenId,
+};
+use quire_tenancy::{Permit, Scope};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::body::JsonFields;
-use crate::error::ApiError;
+use crate::error::{ApiError, with_standing};
 use crate::fields::Fields;
-use crate::openai::caller::Caller;
+use crate::openai::caller::{Caller, start};
 use crate::openai::logprobs::{TextLogprobs, prompt_logprobs};
 use crate::openai::prompts::take_prompts;
 use crate::openai::sampling::{StreamOptions, take_common, take_stream};
@@ -33,10 +36,11 @@ struct CompletionRequest {
 
 impl CompletionRequest {
     fn parse(mut fields: Fields, llm: &Llm, caller: &Caller) -> Result<Self, ApiError> {
-        let model = take_model(&mut fields, llm)?;
+        let model = take_model(&mut fields, llm, caller)?;
         let prompts = take_prompts(&mut fields)?;
         let mut generate = GenerateRequest::new(Prompt::Tokens(Vec::new()));
-        take_common(&mut fields, caller, &mut generate)?;
+        take_common(&mut fields, &mut generate)?;
+        caller.sign(&mut generate, prompts.len());
         generate.logprobs = fields.take("logprobs")?;
         generate.echo = fields.flag("echo", false)?;
         let stream = take_stream(&mut fields)?;
@@ -51,21 +55,34 @@ impl CompletionRequest {
         Ok(Self { model, prompts, stream, prompt_logprobs, generate })
     }
 
-    /// Submits every prompt. If one is refused the others are cancelled.
-    async fn submit(&mut self, llm: &Llm) -> Result<Vec<Generation>, ApiError> {
+    /// Turns every prompt into tokens.
+    async fn prepare(&mut self, llm: &Llm) -> Result<Vec<Prepared>, ApiError> {
         let prompts = std::mem::take(&mut self.prompts);
         let several = prompts.len() > 1;
-        let mut generations = Vec::with_capacity(prompts.len());
+        let mut prepared = Vec::with_capacity(prompts.len());
         for (index, prompt) in prompts.into_iter().enumerate() {
             let request = GenerateRequest { prompt, ..self.generate.clone() };
-            let generation = llm.generate(request).await.map_err(|error| {
-                let error = ApiError::from(error);
-                if several { error.in_element("prompt", index) } else { error }
-            })?;
-            generations.push(generation);
+            prepared.push(llm.prepare(request).await.map_err(|error| in_prompt(error, index, several))?);
         }
-        Ok(generations)
+        Ok(prepared)
     }
+}
+
+/// Submits every prompt. If one is refused the others are cancelled.
+async fn submit(llm: &Llm, permit: &Permit, prompts: Vec<Prepared>) -> Result<Vec<Generation>, ApiError> {
+    let several = prompts.len() > 1;
+    let mut generations = Vec::with_capacity(prompts.len());
+    for (index, prompt) in prompts.into_iter().enumerate() {
+        let generation = start(llm, permit, prompt).await;
+        generations.push(generation.map_err(|error| in_prompt(error, index, several))?);
+    }
+    Ok(generations)
+}
+
+/// Names the prompt that is wrong, where there are several.
+fn in_prompt(error: RequestError, index: usize, several: bool) -> ApiError {
+    let error = ApiError::from(error);
+    if several { error.in_element("prompt", index) } else { error }
 }
 
 /// Continues texts.
@@ -75,8 +92,13 @@ pub(crate) async fn create(
     JsonFields(fields): JsonFields,
 ) -> Result<Response, ApiError> {
     let llm = state.llm()?;
+    caller.knock(Scope::Infer, state.tenancy())?;
     let mut request = CompletionRequest::parse(fields, llm, &caller)?;
-    let generations = request.submit(llm).await?;
+    let prompts = request.prepare(llm).await?;
+    let permit = caller.admit(state.tenancy(), &prompts).await?;
+    let generations = submit(llm, &permit, prompts).await?;
+    let standing = *permit.standing();
+    drop(permit);
     let answer = Answer {
         id: format!("cmpl-{}", caller.request_id.0),
         created: unix_time(),
@@ -88,11 +110,11 @@ pub(crate) async fn create(
     if request.stream.stream {
         let shape = Shape::Text { echo: request.generate.echo };
         let events = stream::Chunks::new(generations, answer, shape, request.stream.include_usage);
-        return Ok(crate::sse::response(events, state.config().keep_alive));
+        return Ok(with_standing(crate::sse::response(events, state.config().keep_alive), &standing));
     }
     let rendering =
         Rendering { echo: request.generate.echo, prompt_logprobs: request.prompt_logprobs, answer };
-    rendering.whole(generations).await
+    Ok(with_standing(rendering.whole(generations).await?, &standing))
 }
 
 /// The log-probabilities of an echoed prompt, at the start of a choice's lists.

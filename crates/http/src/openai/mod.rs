@@ -23,16 +23,22 @@ use serde::Serialize;
 
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::openai::caller::Caller;
 
 /// Seconds since 1970.
 pub(crate) fn unix_time() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// The model a body names, as the answer will name it; the main one when it names none.
-pub(crate) fn take_model(fields: &mut Fields, llm: &Llm) -> Result<String, ApiError> {
-    let model = fields.take::<String>("model")?.unwrap_or_else(|| llm.name().to_owned());
-    if llm.serves(&model) { Ok(model) } else { Err(ApiError::model_not_found(&model, llm.names())) }
+/// The model a body names, as the answer will name it; the first one when it names none. A name that is hidden from the
+/// caller does not exist for him.
+pub(crate) fn take_model(fields: &mut Fields, llm: &Llm, caller: &Caller) -> Result<String, ApiError> {
+    let names = caller.models(llm);
+    match fields.take::<String>("model")? {
+        Some(model) if names.contains(&model.as_str()) => Ok(model),
+        Some(model) => Err(ApiError::model_not_found(&model, &names)),
+        None => names.first().map(|&name| name.to_owned()).ok_or_else(|| ApiError::model_not_found("", &[])),
+    }
 }
 
 /// `stop_reason`: a stop string or a stop token of the request; `null` for everything else, the model's own end too.

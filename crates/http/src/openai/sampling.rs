@@ -7,7 +7,6 @@ use serde::Deserialize;
 
 use crate::error::ApiError;
 use crate::fields::Fields;
-use crate::openai::caller::Caller;
 
 /// `stop`: one string or several.
 #[derive(Deserialize)]
@@ -45,11 +44,7 @@ pub(crate) fn take_stream(fields: &mut Fields) -> Result<StreamOptions, ApiError
 }
 
 /// Takes everything about sampling, stopping and scheduling into `request`.
-pub(crate) fn take_common(
-    fields: &mut Fields,
-    caller: &Caller,
-    request: &mut GenerateRequest,
-) -> Result<(), ApiError> {
+pub(crate) fn take_common(fields: &mut Fields, request: &mut GenerateRequest) -> Result<(), ApiError> {
     request.sampling = take_sampling(fields)?;
     request.stop = match fields.take("stop")? {
         None => Vec::new(),
@@ -65,8 +60,6 @@ pub(crate) fn take_common(
     request.return_token_ids = fields.flag("return_token_ids", false)?;
     request.priority = fields.take("priority")?.unwrap_or(0);
     request.cache_salt = fields.take("cache_salt")?;
-    request.tenant = caller.tenant.id;
-    request.timeout = caller.timeout;
     Ok(())
 }
 

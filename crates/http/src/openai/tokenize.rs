@@ -3,12 +3,14 @@
 use axum::Json;
 use axum::extract::State;
 use quire_llm::{ChatPrompt, Prompt, TokenId};
+use quire_tenancy::{Permit, Scope};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::body::JsonFields;
 use crate::error::ApiError;
 use crate::fields::{Fields, kind_of};
+use crate::openai::caller::Caller;
 use crate::openai::messages::take_messages;
 use crate::openai::prompts::token_ids;
 use crate::openai::take_model;
@@ -30,10 +32,12 @@ pub(crate) struct Detokenized {
 /// The token ids of a text (`prompt`) or of a conversation (`messages`).
 pub(crate) async fn tokenize(
     State(state): State<AppState>,
+    caller: Caller,
     JsonFields(mut fields): JsonFields,
 ) -> Result<Json<Tokenized>, ApiError> {
     let llm = state.llm()?;
-    take_model(&mut fields, llm)?;
+    let _permit = enter(&state, &caller).await?;
+    take_model(&mut fields, llm, &caller)?;
     let text: Option<String> = fields.take("prompt")?;
     let (prompt, param) = match text {
         Some(text) => (Prompt::Text(text), "prompt"),
@@ -51,6 +55,12 @@ pub(crate) async fn tokenize(
         token_strs: return_token_strs.then(|| tokens.iter().map(spell).collect()),
         tokens,
     }))
+}
+
+/// These calls count as requests, and as nothing else.
+async fn enter(state: &AppState, caller: &Caller) -> Result<Permit, ApiError> {
+    caller.access.require(Scope::Tokenize)?;
+    caller.admit(state.tenancy(), &[]).await
 }
 
 /// Takes a conversation and how it is rendered.
@@ -73,10 +83,12 @@ pub(crate) fn take_chat(fields: &mut Fields) -> Result<ChatPrompt, ApiError> {
 /// The text of token ids, special tokens written out.
 pub(crate) async fn detokenize(
     State(state): State<AppState>,
+    caller: Caller,
     JsonFields(mut fields): JsonFields,
 ) -> Result<Json<Detokenized>, ApiError> {
     let llm = state.llm()?;
-    take_model(&mut fields, llm)?;
+    let _permit = enter(&state, &caller).await?;
+    take_model(&mut fields, llm, &caller)?;
     let tokens = match fields.take_value("tokens") {
         Some(Value::Array(values)) => token_ids("tokens", &values)?,
         Some(other) => {

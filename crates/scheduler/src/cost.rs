@@ -1,0 +1,425 @@
+//! How long a step takes: a model with six coefficients, and its correction by what steps really took.
+//!
+//! A step with rows `i`, each of `p_i` new tokens that start at position `s_i`, takes
+//!
+//! ```text
+//! fixed + per_row · rows + max(weights, per_token · Σ p_i) + per_context_token · Σ s_i
+//!       + per_attention · Σ p_i (s_i + p_i / 2)          (the last sum over rows with p_i > 1)
+//! ```
+//!
+//! microseconds: launches, work per sequence, the linear layers (bound by reading the weights, or by arithmetic), reading
+//! the KV cache, and the arithmetic of attention in prefill. [`CostModel`] is that formula; [`OnlineCostModel`] learns a
+//! factor for each of its five terms while the engine runs. The simulator uses the first as the truth, the policies use
+//! the second.
+
+/// Everything about a step that its duration depends on. Sums over rows, so that a row can be added at a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepShape {
+    /// Rows, one per scheduled sequence.
+    pub num_rows: u32,
+    /// New tokens of all rows.
+    pub num_tokens: u32,
+    /// Tokens whose KV is read: the positions before the first new token, over all rows.
+    pub num_context_tokens: u64,
+    /// Σ p (s + p / 2) over rows of more than one token: pairs of positions that attend to each other.
+    pub num_attended_pairs: f64,
+}
+
+impl StepShape {
+    /// Adds a row of `num_new_tokens` tokens that starts at position `start`.
+    #[must_use]
+    pub fn with_row(mut self, start: u32, num_new_tokens: u32) -> Self {
+        self.add_row(start, num_new_tokens);
+        self
+    }
+
+    /// Adds a row of `num_new_tokens` tokens that starts at position `start`.
+    pub fn add_row(&mut self, start: u32, num_new_tokens: u32) {
+        self.num_rows += 1;
+        self.num_tokens += num_new_tokens;
+        self.num_context_tokens += u64::from(start);
+        if num_new_tokens > 1 {
+            let (start, len) = (f64::from(start), f64::from(num_new_tokens));
+            self.num_attended_pairs += len * (start + len / 2.0);
+        }
+    }
+}
+
+/// The step-time model: plain coefficients in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CostModel {
+    /// Of any step.
+    pub fixed: f64,
+    /// Of each row: sampling, metadata.
+    pub per_row: f64,
+    /// Of reading all weights once; hides arithmetic that takes less.
+    pub weights: f64,
+    /// Of each token in the linear layers.
+    pub per_token: f64,
+    /// Of reading the KV of one token.
+    pub per_context_token: f64,
+    /// Of one pair of positions in prefill attention, all layers and heads.
+    pub per_attention: f64,
+}
+
+/// Terms of the sum that the model is.
+const NUM_TERMS: usize = 5;
+
+impl CostModel {
+    /// Predicted duration in microseconds.
+    pub fn predict(&self, shape: &StepShape) -> f64 {
+        self.terms(shape).iter().sum()
+    }
+
+    fn terms(&self, shape: &StepShape) -> [f64; NUM_TERMS] {
+        [
+            self.fixed,
+            self.per_row * f64::from(shape.num_rows),
+            self.weights.max(self.per_token * f64::from(shape.num_tokens)),
+            self.per_context_token * shape.num_context_tokens as f64,
+            self.per_attention * shape.num_attended_pairs,
+        ]
+    }
+}
+
+/// A model on a device, in the units in which they are published; [`Self::cost`] turns it into a [`CostModel`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Calibration {
+    /// The device's name, as `--gpu` takes it.
+    pub gpu: &'static str,
+    /// The model's name, as `--model` takes it.
+    pub model: &'static str,
+    /// Bytes of weights read in a step.
+    pub weight_bytes: f64,
+    /// Parameters of the linear layers; two floating-point operations each per token.
+    pub linear_params: f64,
+    /// Bytes of KV per token.
+    pub kv_bytes_per_token: f64,
+    /// Layers.
+    pub num_layers: f64,
+    /// Width of all query heads together.
+    pub hidden_size: f64,
+    /// Tokens of KV that fit beside the weights.
+    pub kv_capacity_tokens: u32,
+    /// Reached in the linear layers, operations per second.
+    pub linear_flops: f64,
+    /// Reached in prefill attention, operations per second.
+    pub attention_flops: f64,
+    /// Reached when reading KV, bytes per second.
+    pub kv_bandwidth: f64,
+    /// Reached when reading weights, bytes per second.
+    pub weight_bandwidth: f64,
+    /// Microseconds per row.
+    pub per_row_us: f64,
+    /// Microseconds per step.
+    pub fixed_us: f64,
+}
+
+impl Calibration {
+    /// Llama-3.1-8B in FP8 on one H200, fitted to ten points of TensorRT-LLM 1.0's `perf-overview.md` (rms 1.8 %).
+    pub const H200_LLAMA_3_1_8B: Self = Self {
+        gpu: "h200",
+        model: "llama-3.1-8b",
+        weight_bytes: 8.5e9,
+        linear_params: 7.50e9,
+        kv_bytes_per_token: 65_536.0,
+        num_layers: 32.0,
+        hidden_size: 4096.0,
+        kv_capacity_tokens: 1_800_000,
+        linear_flops: 1.14e15,
+        attention_flops: 5.9e14,
+        kv_bandwidth: 4.26e12,
+        weight_bandwidth: 3.84e12,
+        per_row_us: 6.7,
+        fixed_us: 700.0,
+    };
+
+    /// Llama-3.3-70B in FP8 on one H200, from the same table (rms 4.1 %).
+    pub const H200_LLAMA_3_3_70B: Self = Self {
+        gpu: "h200",
+        model: "llama-3.3-70b",
+        weight_bytes: 70.5e9,
+        linear_params: 69.5e9,
+        kv_bytes_per_token: 163_840.0,
+        num_layers: 80.0,
+        hidden_size: 8192.0,
+        kv_capacity_tokens: 330_000,
+        linear_flops: 1.25e15,
+        attention_flops: 5.9e14,
+        kv_bandwidth: 2.06e12,
+        weight_bandwidth: 3.84e12,
+        per_row_us: 14.4,
+        fixed_us: 1500.0,
+    };
+
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::H200_LLAMA_3_1_8B, Self::H200_LLAMA_3_3_70B];
+
+    /// The calibration of `model` on `gpu`, if there is one.
+    pub fn find(gpu: &str, model: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|known| known.gpu == gpu && known.model == model)
+    }
+
+    /// The coefficients in microseconds.
+    pub fn cost(&self) -> CostModel {
+        const MICROS: f64 = 1e6;
+        CostModel {
+            fixed: self.fixed_us,
+            per_row: self.per_row_us,
+            weights: MICROS * self.weight_bytes / self.weight_bandwidth,
+            per_token: MICROS * 2.0 * self.linear_params / self.linear_flops,
+            per_context_token: MICROS * self.kv_bytes_per_token / self.kv_bandwidth,
+            per_attention: MICROS * 4.0 * self.hidden_size * self.num_layers / self.attention_flops,
+        }
+    }
+}
+
+/// Factors stay within these bounds of the base model, so that no run of odd measurements makes a prediction absurd.
+const FACTOR_BOUNDS: (f64, f64) = (1.0 / 256.0, 256.0);
+/// Variance of a factor before anything was measured: the base model may be quite wrong.
+const PRIOR_VARIANCE: f64 = 1.0;
+/// How much a factor may drift per step (variance): clocks throttle, batches change character.
+const DRIFT_VARIANCE: f64 = 1e-6;
+/// Variance of one relative measurement.
+const NOISE_VARIANCE: f64 = 4e-4;
+/// A measurement moves the factors by at most so many mean deviations; a page fault is not a trend.
+const MAX_DEVIATIONS: f64 = 3.0;
+/// Weight of the newest deviation in their mean.
+const DEVIATION_WEIGHT: f64 = 0.05;
+/// The quantile of the error that is tracked, and how fast.
+const ERROR_QUANTILE: f64 = 0.9;
+const QUANTILE_RATE: f64 = 0.05;
+
+/// A [`CostModel`] corrected by measurements: one factor per term, by a Kalman filter on the relative error (recursive
+/// least squares with a random walk in place of forgetting, so that a term that does not occur for a while keeps what
+/// was learned). Innovations are clipped, factors are bounded. Deterministic; about a hundred operations a step.
+#[derive(Clone, Debug)]
+pub struct OnlineCostModel {
+    base: CostModel,
+    factors: [f64; NUM_TERMS],
+    covariance: [[f64; NUM_TERMS]; NUM_TERMS],
+    /// Mean absolute innovation.
+    deviation: f64,
+    last_error: f64,
+    error_p90: f64,
+    num_observed: u64,
+}
+
+impl OnlineCostModel {
+    /// Starts with the base model as it is.
+    pub fn new(base: CostModel) -> Self {
+        let mut covariance = [[0.0; NUM_TERMS]; NUM_TERMS];
+        for (at, row) in covariance.iter_mut().enumerate() {
+            row[at] = PRIOR_VARIANCE;
+        }
+        Self {
+            base,
+            factors: [1.0; NUM_TERMS],
+            covariance,
+            deviation: 1.0,
+            last_error: 0.0,
+            error_p90: 0.0,
+            num_observed: 0,
+        }
+    }
+
+    /// Predicted duration in microseconds.
+    pub fn predict(&self, shape: &StepShape) -> f64 {
+        let terms = self.base.terms(shape);
+        terms.iter().zip(&self.factors).map(|(term, factor)| term * factor).sum()
+    }
+
+    /// The most tokens, `<= max_tokens`, that a row starting at `start` may have beside `shape` for the step to take at
+    /// most `limit_us`. 0: not even one.
+    pub fn largest_row(&self, shape: &StepShape, start: u32, max_tokens: u32, limit_us: f64) -> u32 {
+        let fits = |len: u32| self.predict(&shape.with_row(start, len)) <= limit_us;
+        if max_tokens == 0 || fits(max_tokens) {
+            return max_tokens;
+        }
+        // The duration grows with the length: `low` fits, `high` does not.
+        let (mut low, mut high) = (0, max_tokens);
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            if fits(middle) { low = middle } else { high = middle }
+        }
+        low
+    }
+
+    /// Learns that a step of this shape took `measured_us`. What is not a positive number is ignored.
+    pub fn observe(&mut self, shape: &StepShape, measured_us: f64) {
+        let terms = self.base.terms(shape);
+        let scale: f64 = terms.iter().sum();
+        if !(measured_us.is_finite() && measured_us > 0.0 && scale > 0.0) {
+            return;
+        }
+        self.record_error(self.predict(shape), measured_us);
+        // In units of the base prediction every step weighs the same, long or short.
+        let x = terms.map(|term| term / scale);
+        let predicted: f64 = x.iter().zip(&self.factors).map(|(x, factor)| x * factor).sum();
+        let innovation = measured_us / scale - predicted;
+        let bound = MAX_DEVIATIONS * self.deviation;
+        let innovation = innovation.clamp(-bound, bound);
+        self.deviation += DEVIATION_WEIGHT * (innovation.abs() - self.deviation);
+        self.deviation = self.deviation.max(NOISE_VARIANCE.sqrt());
+        self.correct(&x, innovation);
+    }
+
+    fn correct(&mut self, x: &[f64; NUM_TERMS], innovation: f64) {
+        let mut spread = [0.0; NUM_TERMS];
+        for (at, row) in self.covariance.iter_mut().enumerate() {
+            row[at] = (row[at] + DRIFT_VARIANCE).min(PRIOR_VARIANCE);
+            spread[at] = row.iter().zip(x).map(|(c, x)| c * x).sum();
+        }
+        let variance = NOISE_VARIANCE + spread.iter().zip(x).map(|(s, x)| s * x).sum::<f64>();
+        for at in 0..NUM_TERMS {
+            let gain = spread[at] / variance;
+            self.factors[at] = (self.factors[at] + gain * innovation).clamp(FACTOR_BOUNDS.0, FACTOR_BOUNDS.1);
+            for (other, cell) in self.covariance[at].iter_mut().enumerate() {
+                *cell -= gain * spread[other];
+            }
+        }
+    }
+
+    /// Stochastic approximation of a quantile (Robbins & Monro, 1951), with steps in proportion to its size.
+    fn record_error(&mut self, predicted: f64, measured: f64) {
+        self.last_error = (predicted - measured).abs() / measured;
+        self.num_observed += 1;
+        if self.num_observed == 1 {
+            self.error_p90 = self.last_error;
+            return;
+        }
+        let step = QUANTILE_RATE * self.error_p90.max(1e-3);
+        self.error_p90 += if self.last_error > self.error_p90 {
+            step * ERROR_QUANTILE / (1.0 - ERROR_QUANTILE)
+        } else {
+            -step
+        };
+    }
+
+    /// `|predicted - measured| / measured` of the latest step, predicted before it was measured.
+    pub fn last_error(&self) -> f64 {
+        self.last_error
+    }
+
+    /// The error that nine in ten of the latest hundred or so steps stay below.
+    pub fn error_p90(&self) -> f64 {
+        self.error_p90
+    }
+
+    /// Steps measured.
+    pub fn num_observed(&self) -> u64 {
+        self.num_observed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decodes(num: u32, context: u32) -> StepShape {
+        (0..num).fold(StepShape::default(), |shape, _| shape.with_row(context, 1))
+    }
+
+    #[test]
+    fn presets_give_the_published_cases() {
+        let [small, large] = Calibration::ALL.map(|known| known.cost());
+        let prefill = |tokens| StepShape::default().with_row(0, tokens);
+        let mixed = |tokens| decodes(256, 2048).with_row(0, tokens);
+        for (model, shape, ms) in [
+            (small, decodes(1, 1024), 2.9),
+            (small, decodes(64, 2048), 5.4),
+            (small, decodes(256, 2048), 13.8),
+            (small, decodes(1024, 1024), 37.2),
+            (small, prefill(2048), 29.5),
+            (small, prefill(8192), 138.0),
+            (small, mixed(512), 20.7),
+            (small, mixed(2048), 42.6),
+            (large, decodes(1, 1024), 20.0),
+            (large, decodes(64, 2048), 31.0),
+            (large, prefill(2048), 239.0),
+            (large, prefill(8192), 1062.0),
+        ] {
+            let predicted = model.predict(&shape) / 1000.0;
+            assert!((predicted / ms - 1.0).abs() < 0.015, "{shape:?}: {predicted} ms, published {ms}");
+        }
+        assert_eq!(Calibration::find("h200", "llama-3.1-8b"), Some(Calibration::H200_LLAMA_3_1_8B));
+        assert_eq!(Calibration::find("h200", "llama"), None);
+    }
+
+    fn shapes() -> impl Iterator<Item = StepShape> {
+        let mut state = 9_u64;
+        let mut next = move |below: u64| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            ((state >> 33) % below) as u32
+        };
+        std::iter::repeat_with(move || {
+            let shape = decodes(next(256), 64 + next(4000));
+            if next(3) == 0 { shape.with_row(next(8000), 1 + next(2048)) } else { shape.with_row(100, 1) }
+        })
+    }
+
+    /// The truth is another machine, with noise of ±3 % and a stall in every fiftieth step.
+    #[test]
+    fn the_error_of_the_corrected_model_is_small_on_another_machine() {
+        let base = Calibration::H200_LLAMA_3_1_8B.cost();
+        let mut truth = base;
+        truth.fixed *= 3.0;
+        truth.per_row *= 0.3;
+        truth.weights *= 1.6;
+        truth.per_token *= 1.6;
+        truth.per_context_token *= 2.5;
+        truth.per_attention *= 0.6;
+        for scale in [1.0, 0.05, 40.0] {
+            let mut model = OnlineCostModel::new(base);
+            let mut errors = Vec::new();
+            for (step, shape) in shapes().take(4000).enumerate() {
+                let noise = 0.97 + 0.06 * ((step * 7919 % 101) as f64 / 100.0);
+                let stall = if step % 50 == 7 { 20.0 } else { 1.0 };
+                model.observe(&shape, scale * noise * stall * truth.predict(&shape));
+                if step >= 1000 && stall == 1.0 {
+                    errors.push(model.last_error());
+                }
+            }
+            errors.sort_by(f64::total_cmp);
+            let p90 = errors[errors.len() * 9 / 10];
+            assert!(p90 < 0.08, "scale {scale}: p90 {p90}, factors {:?}", model.factors);
+            assert!(model.error_p90() < 0.15, "with stalls: {}", model.error_p90());
+        }
+    }
+
+    #[test]
+    fn nonsense_does_not_hurt() {
+        let base = Calibration::H200_LLAMA_3_1_8B.cost();
+        let mut model = OnlineCostModel::new(base);
+        let shape = decodes(64, 2048);
+        for _ in 0..100 {
+            model.observe(&shape, 1.1 * base.predict(&shape));
+        }
+        for nonsense in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            model.observe(&shape, nonsense);
+        }
+        assert_eq!(model.num_observed(), 100);
+        for _ in 0..3 {
+            model.observe(&shape, 1e12);
+        }
+        assert!((model.predict(&shape) / base.predict(&shape) - 1.1).abs() < 0.11);
+        for _ in 0..100_000 {
+            model.observe(&shape, 1e12);
+        }
+        assert!(model.predict(&shape).is_finite());
+    }
+
+    #[test]
+    fn the_largest_row_fills_the_limit_and_no_more() {
+        let model = OnlineCostModel::new(Calibration::H200_LLAMA_3_1_8B.cost());
+        let shape = decodes(256, 2048);
+        for (start, limit) in [(0, 50_000.0), (30_000, 50_000.0), (0, 20_000.0)] {
+            let len = model.largest_row(&shape, start, 8192, limit);
+            assert!(len > 0 && len < 8192);
+            assert!(model.predict(&shape.with_row(start, len)) <= limit);
+            assert!(model.predict(&shape.with_row(start, len + 1)) > limit);
+        }
+        assert_eq!(model.largest_row(&shape, 0, 8192, 10_000.0), 0, "the decodes alone take longer");
+        assert_eq!(model.largest_row(&shape, 0, 64, 1e9), 64);
+    }
+}

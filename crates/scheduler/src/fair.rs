@@ -1,0 +1,229 @@
+//! What each tenant was served, and what it may hold.
+//!
+//! Virtual token counters (VTC; Sheng et al., arXiv 2401.00588): a tenant's counter grows by the tokens computed for it,
+//! weighted by kind and divided by its share; admission serves the smallest counter. Cached prompt tokens, and those
+//! computed again after a preemption, are free. A
+//! tenant that had nothing waiting is lifted to the others' level, so that nobody saves up service.
+
+use std::cmp::Ordering;
+
+use quire_core::{TenantId, TenantShare};
+
+/// Tenants beyond this share one counter. Ids index the configured tenants, so nobody gets here by accident.
+const MAX_TENANTS: u32 = 1 << 16;
+/// Weights outside are clamped.
+const WEIGHTS: (f64, f64) = (1e-3, 1e6);
+
+/// A lead that costs nobody its place yet, in units of the dearest request. The bound on the gap is two of them, and
+/// what is in the batch adds to a lead before it can be corrected.
+const TOLERATED_LEAD: f64 = 0.5;
+
+/// What fairness means here.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FairnessConfig {
+    /// Cost of a prompt token that is computed.
+    pub prompt_token_cost: f64,
+    /// Cost of an output token.
+    pub output_token_cost: f64,
+    /// The tenant served last stays in turn until it is so much ahead of the smallest counter: its requests often share
+    /// a prefix, which is still cached (deficit longest prefix match; Cao et al., arXiv 2501.14312). 0: strict VTC.
+    pub quantum: f64,
+    /// Who waits longer, in microseconds, gets a place whatever its priority (every other one).
+    pub max_queue_age: u64,
+}
+
+impl Default for FairnessConfig {
+    /// 1 and 2 as in the VTC paper, a quantum of 4,096, and 30 s.
+    fn default() -> Self {
+        Self { prompt_token_cost: 1.0, output_token_cost: 2.0, quantum: 4096.0, max_queue_age: 30_000_000 }
+    }
+}
+
+/// Service received, in weighted tokens per unit of share. Never NaN.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Counter(pub(crate) f64);
+
+impl Eq for Counter {}
+
+impl PartialOrd for Counter {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Counter {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.total_cmp(&other.0)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Tenant {
+    counter: Counter,
+    per_prompt_token: f64,
+    per_output_token: f64,
+    /// Blocks that its running sequences hold, and how many they may.
+    num_blocks: u32,
+    max_blocks: u32,
+    num_running: u32,
+}
+
+/// The counters of all tenants.
+#[derive(Debug)]
+pub(crate) struct FairShare {
+    config: FairnessConfig,
+    pool_blocks: u32,
+    shares: Vec<TenantShare>,
+    tenants: Vec<Tenant>,
+    /// The dearest request so far, on its tenant's account.
+    max_cost: f64,
+}
+
+impl FairShare {
+    pub(crate) fn new(config: FairnessConfig, pool_blocks: u32) -> Self {
+        Self { config, pool_blocks, shares: Vec::new(), tenants: Vec::new(), max_cost: 0.0 }
+    }
+
+    pub(crate) fn config(&self) -> &FairnessConfig {
+        &self.config
+    }
+
+    /// New shares, from now on; counters stay.
+    pub(crate) fn set_shares(&mut self, shares: &[TenantShare]) {
+        self.shares = shares.to_vec();
+        for at in 0..self.tenants.len() {
+            let fresh = self.fresh(at);
+            let Tenant { counter, num_blocks, num_running, .. } = self.tenants[at];
+            self.tenants[at] = Tenant { counter, num_blocks, num_running, ..fresh };
+        }
+    }
+
+    /// The id under which a tenant is known from here on; makes room for it.
+    pub(crate) fn register(&mut self, tenant: TenantId) -> TenantId {
+        let tenant = TenantId(tenant.0.min(MAX_TENANTS - 1));
+        while self.tenants.len() <= tenant.0 as usize {
+            let fresh = self.fresh(self.tenants.len());
+            self.tenants.push(fresh);
+        }
+        tenant
+    }
+
+    fn fresh(&self, at: usize) -> Tenant {
+        let share = self.shares.get(at).copied().unwrap_or_default();
+        let weight = f64::from(share.weight);
+        let weight = if weight > 0.0 { weight.clamp(WEIGHTS.0, WEIGHTS.1) } else { WEIGHTS.0 };
+        let part = f64::from(share.kv_blocks_share).clamp(0.0, 1.0);
+        Tenant {
+            counter: Counter::default(),
+            per_prompt_token: self.config.prompt_token_cost / weight,
+            per_output_token: self.config.output_token_cost / weight,
+            num_blocks: 0,
+            max_blocks: (f64::from(self.pool_blocks) * part).ceil() as u32,
+            num_running: 0,
+        }
+    }
+
+    fn get(&self, tenant: TenantId) -> &Tenant {
+        &self.tenants[tenant.0 as usize]
+    }
+
+    fn get_mut(&mut self, tenant: TenantId) -> &mut Tenant {
+        &mut self.tenants[tenant.0 as usize]
+    }
+
+    pub(crate) fn counter(&self, tenant: TenantId) -> Counter {
+        self.get(tenant).counter
+    }
+
+    pub(crate) fn charge_prompt(&mut self, tenant: TenantId, num_tokens: u32) {
+        let tenant = self.get_mut(tenant);
+        tenant.counter.0 += f64::from(num_tokens) * tenant.per_prompt_token;
+    }
+
+    #[inline]
+    pub(crate) fn charge_output_token(&mut self, tenant: TenantId) {
+        let tenant = self.get_mut(tenant);
+        tenant.counter.0 += tenant.per_output_token;
+    }
+
+    /// Takes note of what a request cost in all.
+    pub(crate) fn note_cost(&mut self, tenant: TenantId, num_prompt_tokens: u32, num_output_tokens: u32) {
+        let tenant = self.get(tenant);
+        let cost = f64::from(num_prompt_tokens) * tenant.per_prompt_token
+            + f64::from(num_output_tokens) * tenant.per_output_token;
+        self.max_cost = self.max_cost.max(cost);
+    }
+
+    /// Whether `ahead` was served so much more than `behind` that it has to give up a place.
+    pub(crate) fn must_yield(&self, ahead: TenantId, behind: TenantId) -> bool {
+        self.lead(ahead, behind) >= 1.0
+    }
+
+    /// How many places `ahead` should give up to `behind` at once: one for each request it is ahead, or a quarter of
+    /// what it has, because each of its sequences makes the lead larger.
+    pub(crate) fn places_owed(&self, ahead: TenantId, behind: TenantId) -> u32 {
+        (self.lead(ahead, behind) as u32).max(self.num_running(ahead) / 4)
+    }
+
+    /// In units of what is tolerated: half the dearest request, or the quantum.
+    fn lead(&self, ahead: TenantId, behind: TenantId) -> f64 {
+        let lead = self.counter(ahead).0 - self.counter(behind).0;
+        lead / (TOLERATED_LEAD * self.max_cost).max(self.config.quantum).max(1.0)
+    }
+
+    /// A tenant that comes back does not bring service it has not used.
+    pub(crate) fn lift(&mut self, tenant: TenantId, to: Counter) {
+        let tenant = self.get_mut(tenant);
+        tenant.counter = tenant.counter.max(to);
+    }
+
+    /// Whether `num_more` blocks would put the tenant over its share. What runs alone may have what it needs.
+    pub(crate) fn is_over_share(&self, tenant: TenantId, num_more: u32, num_others_running: u32) -> bool {
+        let tenant = self.get(tenant);
+        num_others_running > 0 && tenant.num_blocks.saturating_add(num_more) > tenant.max_blocks
+    }
+
+    pub(crate) fn num_running(&self, tenant: TenantId) -> u32 {
+        self.get(tenant).num_running
+    }
+
+    pub(crate) fn entered(&mut self, tenant: TenantId, num_blocks: u32) {
+        let tenant = self.get_mut(tenant);
+        tenant.num_running += 1;
+        tenant.num_blocks += num_blocks;
+    }
+
+    pub(crate) fn left(&mut self, tenant: TenantId, num_blocks: u32) {
+        let tenant = self.get_mut(tenant);
+        tenant.num_running -= 1;
+        tenant.num_blocks -= num_blocks;
+    }
+
+    pub(crate) fn took_blocks(&mut self, tenant: TenantId, num_blocks: u32) {
+        self.get_mut(tenant).num_blocks += num_blocks;
+    }
+
+    pub(crate) fn gave_blocks(&mut self, tenant: TenantId, num_blocks: u32) {
+        self.get_mut(tenant).num_blocks -= num_blocks;
+    }
+
+    /// Compares with `(blocks, running)` recounted, by tenant.
+    pub(crate) fn check(&self, counted: &[(u32, u32)]) -> Result<(), String> {
+        for (at, tenant) in self.tenants.iter().enumerate() {
+            let counted = counted.get(at).copied().unwrap_or_default();
+            if (tenant.num_blocks, tenant.num_running) != counted {
+                return Err(format!(
+                    "tenant {at} holds (blocks, running) {counted:?}, but its account says {tenant:?}"
+                ));
+            }
+            if !tenant.counter.0.is_finite() || tenant.counter.0 < 0.0 {
+                return Err(format!("tenant {at} has counter {:?}", tenant.counter));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn num_tenants(&self) -> usize {
+        self.tenants.len()
+    }
+}

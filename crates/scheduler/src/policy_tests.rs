@@ -1,0 +1,160 @@
+//! Shares, priorities and latency targets, driven step by step.
+
+use quire_core::{FinishReason, Micros, RequestError, SamplingParams, TenantId, TenantShare};
+
+use crate::cost::CostModel;
+use crate::event::SeqEventKind;
+use crate::pacing::LatencyTargets;
+use crate::policy::Policy;
+use crate::tests::{Rig, limits};
+use crate::{SchedulerConfig, SchedulerStats};
+
+fn started(rig: &Rig) -> Vec<u64> {
+    let events = rig.events.iter().filter(|event| matches!(event.kind, SeqEventKind::Started { .. }));
+    events.map(|event| event.request.0).collect()
+}
+
+fn add_for(rig: &mut Rig, id: u64, tenant: u32, priority: i8, prompt: std::ops::Range<u32>, max_tokens: u32) {
+    let mut request = rig.request(id, prompt, SamplingParams::greedy(max_tokens));
+    (request.tenant, request.priority) = (TenantId(tenant), priority);
+    request.block_hashes = [].into();
+    rig.scheduler.add(request).unwrap();
+}
+
+/// One place in the batch, and no patience with a tenant's locality.
+fn one_place(config: &mut SchedulerConfig) {
+    config.limits.max_num_seqs = 1;
+    config.fairness.quantum = 0.0;
+}
+
+#[test]
+fn the_tenant_that_was_served_least_is_next_by_weight() {
+    let mut rig = Rig::with(limits(), one_place);
+    let share = |weight| TenantShare { weight, ..TenantShare::default() };
+    rig.scheduler.set_tenants(&[share(1.0), share(2.0)]);
+    for id in 1..=8 {
+        add_for(&mut rig, id, u32::from(id > 4), 0, 0..8, 1);
+    }
+    rig.run();
+    // 10 units each; tenant 1 pays half. When both are equal, the one served last stays in turn.
+    assert_eq!(started(&rig), [1, 5, 6, 7, 2, 8, 3, 4]);
+}
+
+#[test]
+fn a_tenant_that_was_idle_does_not_bring_unused_service() {
+    let mut rig = Rig::with(limits(), one_place);
+    for id in 1..=6 {
+        add_for(&mut rig, id, 0, 0, 0..8, 1);
+    }
+    for _ in 0..3 {
+        rig.step();
+    }
+    for id in 11..=14 {
+        add_for(&mut rig, id, 1, 0, 0..8, 1);
+    }
+    rig.run();
+    let order = started(&rig);
+    let place = |id| order.iter().position(|&other| other == id).unwrap();
+    assert!(place(13) > place(5), "it takes turns from when it came: {order:?}");
+}
+
+#[test]
+fn a_share_of_the_blocks_holds_back_only_its_tenant() {
+    let mut rig = Rig::with(limits(), |_| {});
+    let share = TenantShare { kv_blocks_share: 0.1, ..TenantShare::default() };
+    rig.scheduler.set_tenants(&[share, TenantShare::default()]);
+    // Four blocks each; tenant 0 may hold seven of 64.
+    for id in 1..=3 {
+        add_for(&mut rig, id, 0, 0, 0..16, 4);
+    }
+    add_for(&mut rig, 4, 1, 0, 0..16, 4);
+    rig.step();
+    rig.step();
+    assert_eq!(started(&rig), [1, 4]);
+    rig.run();
+    assert_eq!(rig.finished().len(), 4);
+}
+
+#[test]
+fn priority_delays_but_does_not_starve() {
+    let mut rig = Rig::with(limits(), |config| {
+        one_place(config);
+        config.fairness.max_queue_age = 5;
+    });
+    add_for(&mut rig, 1, 0, -1, 0..4, 1);
+    for id in 2..=20 {
+        add_for(&mut rig, id, 0, 0, 0..4, 1);
+    }
+    rig.run();
+    let order = started(&rig);
+    let place = order.iter().position(|&id| id == 1).unwrap();
+    assert!((3..10).contains(&place), "{order:?}");
+}
+
+/// A token takes a millisecond, a step one more.
+fn targets() -> LatencyTargets {
+    let cost = CostModel {
+        fixed: 1000.0,
+        per_row: 0.0,
+        weights: 0.0,
+        per_token: 1000.0,
+        per_context_token: 0.0,
+        per_attention: 0.0,
+    };
+    let (ttft, itl) = (Micros(100_000), Micros(10_000));
+    LatencyTargets { ttft, itl, ..LatencyTargets::new(cost) }
+}
+
+fn paced() -> Rig {
+    Rig::with(limits(), |config| config.policy = Policy::DeadlineSlack(targets()))
+}
+
+#[test]
+fn chunks_keep_the_step_within_the_target_while_somebody_decodes() {
+    let mut rig = paced();
+    add_for(&mut rig, 1, 0, 0, 0..4, 40);
+    rig.step();
+    add_for(&mut rig, 2, 0, 0, 0..20, 4);
+    // A step may take 9.5 ms: itself, the decode, and seven tokens; but a chunk is not cut below 64.
+    assert_eq!(rig.step(), [(4, 1, true), (0, 20, true)]);
+}
+
+#[test]
+fn what_cannot_be_in_time_is_refused_at_once_or_given_up_later() {
+    let mut rig = paced();
+    // 31 ms each when alone, due in 124 ms.
+    for id in 1..=3 {
+        add_for(&mut rig, id, 0, 0, 0..30, 1);
+    }
+    let request = |rig: &Rig, id, len| rig.request(id, 0..len, SamplingParams::greedy(1));
+    for id in 4..=9 {
+        let late = request(&rig, id, 30);
+        if let Err(error) = rig.scheduler.add(late) {
+            assert!(
+                matches!(error, RequestError::Overloaded { retry_after, .. } if retry_after.as_secs() >= 1)
+            );
+            assert!(id > 4, "three are in front, 93 ms");
+            break;
+        }
+        assert!(id < 9, "nobody was refused");
+    }
+    let mut hopeless = request(&rig, 20, 30);
+    hopeless.deadline = Some(Micros(20_000));
+    assert_eq!(rig.scheduler.add(hopeless), Err(RequestError::DeadlineExceeded));
+    // Nothing is computed for a second.
+    rig.now = 1_000_000;
+    rig.run();
+    assert!(rig.finished().iter().all(|f| f.2 == FinishReason::Rejected && f.3 == 0));
+    let SchedulerStats { num_rejected, running, waiting, .. } = rig.scheduler.stats();
+    assert!(num_rejected >= 3);
+    assert_eq!((running, waiting), (0, 0));
+}
+
+#[test]
+fn a_short_prompt_that_is_due_sooner_goes_before_a_long_one_in_the_batch() {
+    let mut rig = paced();
+    add_for(&mut rig, 1, 0, 0, 0..100, 1);
+    assert_eq!(rig.step(), [(0, 32, false)]);
+    add_for(&mut rig, 2, 0, 0, 0..8, 1);
+    assert_eq!(rig.step(), [(0, 8, true), (32, 24, false)]);
+}

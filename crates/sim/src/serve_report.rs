@@ -1,0 +1,203 @@
+//! What the clients of a served trace saw, request by request and together.
+
+use std::fmt;
+
+use quire_core::{Micros, Usage};
+use quire_scheduler::SchedulerStats;
+
+/// Part of a request's gaps between tokens that may be over the target.
+const MAX_LATE_GAPS: f64 = 0.05;
+
+/// One request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Served {
+    input_tokens: u32,
+    arrival: Micros,
+    /// When the first token is due.
+    due: Micros,
+    first_token: Option<Micros>,
+    last_token: Micros,
+    num_gaps: u32,
+    num_late_gaps: u32,
+    first_scheduled: Option<Micros>,
+    cached_tokens: u32,
+    finished: bool,
+    refused: Option<Micros>,
+}
+
+impl Served {
+    pub(crate) fn new(input_tokens: u32, arrival: Micros, due: Micros) -> Self {
+        Self {
+            input_tokens,
+            arrival,
+            due,
+            first_token: None,
+            last_token: arrival,
+            num_gaps: 0,
+            num_late_gaps: 0,
+            first_scheduled: None,
+            cached_tokens: 0,
+            finished: false,
+            refused: None,
+        }
+    }
+
+    /// A token came. The gap before it, unless it was the first.
+    pub(crate) fn token(&mut self, now: Micros, target: Micros) -> Option<u64> {
+        let gap = now.0 - self.last_token.0;
+        self.last_token = now;
+        if self.first_token.is_none() {
+            self.first_token = Some(now);
+            return None;
+        }
+        self.num_gaps += 1;
+        self.num_late_gaps += u32::from(gap > target.0);
+        Some(gap)
+    }
+
+    pub(crate) fn finish(&mut self, usage: &Usage) {
+        self.finished = true;
+        self.cached_tokens = usage.cached_tokens;
+        self.first_scheduled = Some(usage.first_scheduled);
+    }
+
+    pub(crate) fn refuse(&mut self, now: Micros) {
+        self.refused = Some(now);
+    }
+
+    fn is_good(&self) -> bool {
+        self.finished
+            && self.first_token.is_some_and(|at| at <= self.due)
+            && f64::from(self.num_late_gaps) <= MAX_LATE_GAPS * f64::from(self.num_gaps)
+    }
+}
+
+/// A histogram of durations, exact to a tenth of a millisecond up to ten seconds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Gaps {
+    counts: Vec<u64>,
+    total: u64,
+}
+
+impl Gaps {
+    const WIDTH: u64 = 100;
+    const NUM_BUCKETS: u64 = 100_000;
+
+    pub(crate) fn add(&mut self, micros: u64) {
+        let bucket = (micros / Self::WIDTH).min(Self::NUM_BUCKETS - 1) as usize;
+        if self.counts.len() <= bucket {
+            self.counts.resize(bucket + 1, 0);
+        }
+        self.counts[bucket] += 1;
+        self.total += 1;
+    }
+
+    /// Milliseconds that `percent` of the durations stay within.
+    pub fn percentile_ms(&self, percent: f64) -> f64 {
+        let rank = (percent / 100.0 * self.total as f64).ceil() as u64;
+        let mut seen = 0;
+        let bucket = self.counts.iter().position(|&count| {
+            seen += count;
+            seen >= rank
+        });
+        bucket.map_or(0.0, |bucket| ((bucket as u64 + 1) * Self::WIDTH) as f64 / 1000.0)
+    }
+}
+
+/// All requests together. Times in seconds unless said.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ServeReport {
+    /// Requests sent.
+    pub num_requests: u64,
+    /// Requests that got their first token in time and nearly all others as well.
+    pub num_good: u64,
+    /// Requests refused, at once or before they started; none of them is good.
+    pub num_refused: u64,
+    /// Requests per second, over the time in which they arrived.
+    pub request_rate: f64,
+    /// From the first arrival to the last token.
+    pub duration: f64,
+    /// Time to the first token of those that got one: half, 90 %, 99 % of them within.
+    pub ttft: [f64; 3],
+    /// Between tokens.
+    pub gaps: Gaps,
+    /// The longest wait for the first place in a step.
+    pub max_wait: f64,
+    /// The longest time until a refusal.
+    pub max_refusal_wait: f64,
+    /// Prompt tokens found in the prefix cache, in percent, over the requests that finished.
+    pub hit_percent: f64,
+    /// Percent of good requests by length of the input: a tenth of the requests each, shortest first.
+    pub good_percent_by_length: [f64; 10],
+    /// Times a sequence lost its blocks.
+    pub num_preemptions: u64,
+}
+
+impl ServeReport {
+    /// In percent.
+    pub fn good_percent(&self) -> f64 {
+        100.0 * self.num_good as f64 / self.num_requests.max(1) as f64
+    }
+
+    pub(crate) fn fill(&mut self, served: &[Served], last_arrival: u64, end: Micros, stats: &SchedulerStats) {
+        self.num_requests = served.len() as u64;
+        self.num_good = served.iter().filter(|served| served.is_good()).count() as u64;
+        self.num_refused = served.iter().filter(|served| served.refused.is_some()).count() as u64;
+        self.request_rate = served.len() as f64 / (last_arrival.max(1) as f64 * 1e-6);
+        self.duration = end.as_secs_f64();
+        self.num_preemptions = stats.num_preemptions;
+        let since = |served: &Served, at: Option<Micros>| at.map(|at| at.since(served.arrival).as_secs_f64());
+        let longest = |times: &mut dyn Iterator<Item = f64>| times.fold(0.0, f64::max);
+        self.max_wait = longest(&mut served.iter().filter_map(|s| since(s, s.first_scheduled)));
+        self.max_refusal_wait = longest(&mut served.iter().filter_map(|s| since(s, s.refused)));
+        let mut ttft: Vec<f64> = served.iter().filter_map(|s| since(s, s.first_token)).collect();
+        ttft.sort_by(f64::total_cmp);
+        self.ttft = [50, 90, 99].map(|percent| {
+            let at = (ttft.len() * percent).div_ceil(100).saturating_sub(1);
+            ttft.get(at).copied().unwrap_or(0.0)
+        });
+        let finished = served.iter().filter(|served| served.finished);
+        let (hits, tokens) = finished.fold((0, 0), |(hits, tokens), served| {
+            (hits + u64::from(served.cached_tokens), tokens + u64::from(served.input_tokens))
+        });
+        self.hit_percent = 100.0 * hits as f64 / (tokens as f64).max(1.0);
+        self.fill_deciles(served);
+    }
+
+    fn fill_deciles(&mut self, served: &[Served]) {
+        let mut by_length: Vec<&Served> = served.iter().collect();
+        by_length.sort_by_key(|served| served.input_tokens);
+        for (decile, percent) in self.good_percent_by_length.iter_mut().enumerate() {
+            let part = &by_length[decile * served.len() / 10..(decile + 1) * served.len() / 10];
+            let good = part.iter().filter(|served| served.is_good()).count();
+            *percent = 100.0 * good as f64 / (part.len() as f64).max(1.0);
+        }
+    }
+}
+
+impl fmt::Display for ServeReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [half, most, nearly_all] = self.ttft;
+        writeln!(
+            f,
+            "requests    {} at {:.2}/s in {:.0} s, {} refused, {} preemptions",
+            self.num_requests, self.request_rate, self.duration, self.num_refused, self.num_preemptions
+        )?;
+        writeln!(
+            f,
+            "goodput     {:.1} % of the requests within the targets: {:.2}/s",
+            self.good_percent(),
+            self.request_rate * self.good_percent() / 100.0
+        )?;
+        writeln!(f, "TTFT        p50 {half:.3} s, p90 {most:.3} s, p99 {nearly_all:.3} s")?;
+        let [half, most, nearly_all] = [50.0, 90.0, 99.0].map(|percent| self.gaps.percentile_ms(percent));
+        writeln!(f, "ITL         p50 {half:.1} ms, p90 {most:.1} ms, p99 {nearly_all:.1} ms")?;
+        writeln!(f, "hit rate    {:.1} % of the prompt tokens", self.hit_percent)?;
+        writeln!(f, "waits       {:.1} s at most, refusals {:.1} s", self.max_wait, self.max_refusal_wait)?;
+        write!(f, "by length  ")?;
+        for percent in self.good_percent_by_length {
+            write!(f, " {percent:.0}")?;
+        }
+        write!(f, " % good, from the shortest tenth of the inputs to the longest")
+    }
+}

@@ -1,0 +1,274 @@
+//! Serves a trace in virtual time with the production engine: the cost model says how long each step takes, nothing is
+//! computed, and what clients would have seen is counted.
+//!
+//! The scheduler sees prompts, block addresses and `max_tokens`, as in production; the trace's output length shows only
+//! as the stop token that ends the answer.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use quire_core::{
+    BlockHash, BlockHasher, CacheSalt, ExecError, Executor, ExecutorLimits, FinishReason, LateInputs, Micros,
+    ModelRunnerOutput, Request, RequestId, SamplingParams, SchedulerOutput, StepId, TenantId, TokenId,
+};
+use quire_engine::EngineCore;
+use quire_scheduler::{
+    Calibration, CostModel, EvictionPolicy, LatencyTargets, Policy, SchedulerConfig, SeqEvent, SeqEventKind,
+    StepShape,
+};
+
+use crate::replay::address;
+use crate::serve_report::{ServeReport, Served};
+use crate::trace::{TRACE_BLOCK_SIZE, TraceRequest};
+
+/// What every client asks for; the trace decides how much it gets.
+const MAX_TOKENS: u32 = 2000;
+const STOP: TokenId = 1;
+const BLOCK_SIZE: u32 = 16;
+/// How far time moves on when the engine has work and can do none of it.
+const IDLE: u64 = 1000;
+
+/// What serves the trace.
+#[derive(Clone, Copy, Debug)]
+pub struct ServeConfig {
+    /// The device and the model.
+    pub calibration: Calibration,
+    /// The order, and the latency targets if it has any.
+    pub policy: Policy,
+    /// Which cached blocks go first.
+    pub eviction: EvictionPolicy,
+    /// Tokens in a step.
+    pub max_num_batched_tokens: u32,
+    /// Sequences in a step.
+    pub max_num_seqs: u32,
+    /// Arrivals per recorded arrival: 2 means twice the trace's rate.
+    pub rate_scale: f64,
+    /// What clients expect; counted, whatever the policy knows.
+    pub targets: LatencyTargets,
+}
+
+impl ServeConfig {
+    /// 1,024 sequences, 8,192 tokens a step, learned eviction, least slack first.
+    pub fn new(calibration: Calibration) -> Self {
+        let targets = LatencyTargets::new(calibration.cost());
+        Self {
+            calibration,
+            policy: Policy::DeadlineSlack(targets),
+            eviction: EvictionPolicy::Learned,
+            max_num_batched_tokens: 8192,
+            max_num_seqs: 1024,
+            rate_scale: 1.0,
+            targets,
+        }
+    }
+
+    fn limits(&self) -> ExecutorLimits {
+        ExecutorLimits {
+            block_size: BLOCK_SIZE,
+            num_blocks: self.calibration.kv_capacity_tokens / BLOCK_SIZE,
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_model_len: self.calibration.kv_capacity_tokens.min(1 << 18),
+            vocab_size: 2,
+            max_steps_in_flight: 1,
+            kv_groups: vec![None],
+        }
+    }
+}
+
+/// Serves the whole trace. The same inputs give the same report.
+///
+/// # Errors
+/// If the engine fails, which would be a defect.
+pub fn serve_trace(trace: &[TraceRequest], config: &ServeConfig) -> Result<ServeReport, ExecError> {
+    let clock = Arc::new(AtomicU64::new(0));
+    let limits = config.limits();
+    let mut scheduler = SchedulerConfig::new(limits.clone(), BlockHasher::new((0, 0), BLOCK_SIZE));
+    scheduler.policy = config.policy;
+    scheduler.eviction = config.eviction;
+    scheduler.max_queued_requests = trace.len() as u32 + 1;
+    let executor = VirtualExecutor {
+        limits,
+        cost: config.calibration.cost(),
+        clock: Arc::clone(&clock),
+        output_tokens: trace.iter().map(|request| request.output_tokens.min(MAX_TOKENS)).collect(),
+        slots: vec![0; config.max_num_seqs as usize],
+        in_flight: VecDeque::new(),
+        spare: Vec::new(),
+    };
+    let mut core = EngineCore::new(scheduler, Box::new(executor));
+    let mut clients = Clients::new(trace, config);
+    let now = || Micros(clock.load(Ordering::Relaxed));
+    loop {
+        clients.send(now(), &mut core);
+        if core.has_work() {
+            let outcome = core.step_with(now)?;
+            clients.take(now(), core.events());
+            if outcome.submitted.is_some() || outcome.collected.is_some() {
+                continue;
+            }
+            // Waiting requests that only time can help.
+            let next = clients.next_arrival().unwrap_or(u64::MAX);
+            clock.store(next.min(now().0 + IDLE), Ordering::Relaxed);
+        } else if let Some(next) = clients.next_arrival() {
+            clock.store(next.max(now().0), Ordering::Relaxed);
+        } else {
+            break;
+        }
+    }
+    Ok(clients.report(now(), &core))
+}
+
+/// Sends what the trace says and notes what comes back.
+struct Clients<'a> {
+    trace: &'a [TraceRequest],
+    rate_scale: f64,
+    targets: LatencyTargets,
+    num_sent: usize,
+    served: Vec<Served>,
+    params: Arc<SamplingParams>,
+    report: ServeReport,
+}
+
+impl<'a> Clients<'a> {
+    fn new(trace: &'a [TraceRequest], config: &ServeConfig) -> Self {
+        let params = SamplingParams { stop_token_ids: vec![STOP], ..SamplingParams::greedy(MAX_TOKENS) };
+        Self {
+            trace,
+            rate_scale: config.rate_scale,
+            targets: config.targets,
+            num_sent: 0,
+            served: Vec::with_capacity(trace.len()),
+            params: Arc::new(params),
+            report: ServeReport::default(),
+        }
+    }
+
+    fn arrival(&self, at: usize) -> u64 {
+        (self.trace[at].arrival.0 as f64 / self.rate_scale) as u64
+    }
+
+    fn next_arrival(&self) -> Option<u64> {
+        (self.num_sent < self.trace.len()).then(|| self.arrival(self.num_sent))
+    }
+
+    fn send(&mut self, now: Micros, core: &mut EngineCore) {
+        while let Some(arrival) = self.next_arrival().filter(|&arrival| arrival <= now.0) {
+            let at = self.num_sent;
+            let recorded = &self.trace[at];
+            let request = Request {
+                id: RequestId(at as u64),
+                prompt: vec![0; recorded.input_tokens as usize].into(),
+                block_hashes: addresses(recorded),
+                salt: CacheSalt(0),
+                params: Arc::clone(&self.params),
+                tenant: TenantId(0),
+                priority: 0,
+                arrival: Micros(arrival),
+                deadline: None,
+            };
+            let alone = StepShape::default().with_row(0, recorded.input_tokens);
+            let due = self.targets.cost.predict(&alone) * self.targets.ttft_stretch;
+            let due = Micros(arrival + self.targets.ttft.0.max(due as u64));
+            self.served.push(Served::new(recorded.input_tokens, Micros(arrival), due));
+            if core.add(request).is_err() {
+                self.served[at].refuse(now);
+            }
+            self.num_sent += 1;
+        }
+    }
+
+    fn take(&mut self, now: Micros, events: &[SeqEvent]) {
+        for event in events {
+            let served = &mut self.served[event.request.0 as usize];
+            match &event.kind {
+                SeqEventKind::Tokens { .. } => {
+                    if let Some(gap) = served.token(now, self.targets.itl) {
+                        self.report.gaps.add(gap);
+                    }
+                }
+                SeqEventKind::Finished {
+                    reason: FinishReason::Stop | FinishReason::Length, usage, ..
+                } => {
+                    served.finish(usage);
+                }
+                SeqEventKind::Finished { .. } => served.refuse(now),
+                _ => {}
+            }
+        }
+    }
+
+    fn report(mut self, now: Micros, core: &EngineCore) -> ServeReport {
+        self.report.fill(&self.served, self.arrival(self.trace.len().saturating_sub(1)), now, &core.stats());
+        self.report
+    }
+}
+
+/// Addresses of the engine's blocks, made from the trace's larger ones; none if the trace has none.
+fn addresses(request: &TraceRequest) -> Arc<[BlockHash]> {
+    const PARTS: u64 = (TRACE_BLOCK_SIZE / BLOCK_SIZE) as u64;
+    if request.blocks.is_empty() {
+        return Arc::from([]);
+    }
+    let num_full = request.input_tokens / BLOCK_SIZE;
+    let part = |at: u64| request.blocks[(at / PARTS) as usize].wrapping_mul(PARTS) + at % PARTS;
+    (0..u64::from(num_full)).map(|at| address(part(at))).collect()
+}
+
+/// Computes nothing, in the time that the cost model says.
+struct VirtualExecutor {
+    limits: ExecutorLimits,
+    cost: CostModel,
+    clock: Arc<AtomicU64>,
+    /// Per request.
+    output_tokens: Vec<u32>,
+    /// Per slot: the position after which the answer ends.
+    slots: Vec<u32>,
+    in_flight: VecDeque<(u64, ModelRunnerOutput)>,
+    spare: Vec<ModelRunnerOutput>,
+}
+
+impl Executor for VirtualExecutor {
+    fn limits(&self) -> ExecutorLimits {
+        self.limits.clone()
+    }
+
+    fn submit(&mut self, plan: Arc<SchedulerOutput>) -> Result<StepId, ExecError> {
+        for new in &plan.new {
+            let output_tokens = self.output_tokens[new.request.0 as usize];
+            self.slots[new.slot.0 as usize] = new.prompt_len + output_tokens - 1;
+        }
+        let mut output = self.spare.pop().unwrap_or_default();
+        output.clear();
+        output.step = plan.step;
+        let mut shape = StepShape::default();
+        for row in &plan.scheduled {
+            shape.add_row(row.num_computed_tokens, row.num_new_tokens);
+            if row.sample {
+                let end = row.num_computed_tokens + row.num_new_tokens;
+                let last = self.slots[row.slot.0 as usize];
+                output.push_row(row.slot, &[if end >= last { STOP } else { 0 }], []);
+            }
+        }
+        let start =
+            self.in_flight.back().map_or(0, |&(done, _)| done).max(self.clock.load(Ordering::Relaxed));
+        self.in_flight.push_back((start + self.cost.predict(&shape) as u64, output));
+        Ok(plan.step)
+    }
+
+    fn sample(&mut self, _: StepId, _: &LateInputs) -> Result<(), ExecError> {
+        Ok(())
+    }
+
+    fn collect(&mut self, step: StepId, out: &mut ModelRunnerOutput) -> Result<(), ExecError> {
+        let Some((done, mut output)) = self.in_flight.pop_front().filter(|(_, out)| out.step == step) else {
+            let message = format!("step {step} is not the oldest in flight");
+            return Err(ExecError { device: "virtual".into(), message });
+        };
+        self.clock.fetch_max(done, Ordering::Relaxed);
+        std::mem::swap(out, &mut output);
+        self.spare.push(output);
+        Ok(())
+    }
+}

@@ -1,0 +1,51 @@
+//! Whole traces through the production engine in virtual time.
+
+use quire_scheduler::{Calibration, EvictionPolicy, Policy};
+use quire_sim::{GeneratedWorkload, ServeConfig, capacity, generate, serve_trace};
+
+fn config() -> ServeConfig {
+    ServeConfig::new(Calibration::H200_LLAMA_3_1_8B)
+}
+
+#[test]
+fn the_same_trace_gives_the_same_report() {
+    let trace = generate(GeneratedWorkload::Mixed, 5, 400);
+    let report = serve_trace(&trace, &config()).unwrap();
+    assert_eq!(report, serve_trace(&trace, &config()).unwrap());
+    assert_eq!(report.num_requests, 400);
+    assert!(report.hit_percent > 20.0, "{report}");
+    assert!(report.duration * 1e6 > trace[399].arrival.0 as f64, "{report}");
+}
+
+#[test]
+fn nobody_is_lost_under_overload() {
+    let trace = generate(GeneratedWorkload::Documents, 6, 300);
+    for policy in [Policy::Fcfs, config().policy] {
+        let report = serve_trace(&trace, &ServeConfig { policy, rate_scale: 10.0, ..config() }).unwrap();
+        assert_eq!(report.num_requests, 300, "{report}");
+        assert!(report.good_percent() < 90.0, "{report}");
+        let late = report.num_requests - report.num_good - report.num_refused;
+        assert!(policy == Policy::Fcfs || late < 30, "served too late: {late}\n{report}");
+    }
+}
+
+#[test]
+fn slack_order_takes_more_than_arrival_order() {
+    let trace = generate(GeneratedWorkload::Chat, 7, 500);
+    let fcfs = ServeConfig { policy: Policy::Fcfs, ..config() };
+    let (_, fcfs) = capacity(&trace, &fcfs).unwrap().unwrap();
+    let (_, slack) = capacity(&trace, &config()).unwrap().unwrap();
+    assert!(slack.request_rate > 1.1 * fcfs.request_rate, "{slack}\n{fcfs}");
+}
+
+#[test]
+fn learned_eviction_saves_work() {
+    let trace = generate(GeneratedWorkload::SharedPrompts, 8, 1500);
+    let mut small = Calibration::H200_LLAMA_3_1_8B;
+    small.kv_capacity_tokens = 300_000;
+    let rates = [EvictionPolicy::Lru, EvictionPolicy::Learned].map(|eviction| {
+        let config = ServeConfig { calibration: small, eviction, policy: Policy::Fcfs, ..config() };
+        serve_trace(&trace, &config).unwrap().hit_percent
+    });
+    assert!(rates[1] > rates[0] + 1.0, "{rates:?}");
+}

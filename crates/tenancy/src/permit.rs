@@ -1,0 +1,169 @@
+//! An admitted request: what is reserved for it, and the settlement when it ends, however it ends.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::time::Instant;
+
+use quire_core::{FinishReason, Meter};
+
+use crate::demand::Demand;
+use crate::ledger::{Standing, Taken};
+use crate::metrics::Outcome;
+use crate::shared::{Settlement, SharedStore};
+use crate::tenant::Tenant;
+
+/// Where the buckets are that a reservation was taken from.
+pub(crate) enum Source {
+    /// This process.
+    Local,
+    /// The store that replicas share.
+    Shared(Arc<SharedStore>),
+}
+
+/// A request that was let in. What it did not use is given back when the permit and all of its [`PermitMeter`]s are gone.
+pub struct Permit {
+    reservation: Arc<Reservation>,
+}
+
+impl Permit {
+    pub(crate) fn new(reservation: Reservation) -> Self {
+        let permit = Self { reservation: Arc::new(reservation) };
+        permit.reservation.tenant.state.metrics.waiting.increment(permit.reservation.demand.choices);
+        permit
+    }
+
+    /// How it stands with the limits, this request included.
+    pub fn standing(&self) -> &Standing {
+        &self.reservation.standing
+    }
+
+    /// The meter of one of the prompts that were added to the demand.
+    pub fn meter(&self, prompt_tokens: u32, choices: u32) -> Box<dyn Meter> {
+        Box::new(PermitMeter {
+            reservation: Arc::clone(&self.reservation),
+            prompt_tokens,
+            choices,
+            running: false,
+        })
+    }
+}
+
+/// What is reserved, and what of it was used so far.
+pub(crate) struct Reservation {
+    pub(crate) tenant: Arc<Tenant>,
+    pub(crate) demand: Demand,
+    /// What the buckets gave.
+    pub(crate) taken: Taken,
+    pub(crate) source: Source,
+    pub(crate) standing: Standing,
+    pub(crate) admitted: Instant,
+    pub(crate) used: Used,
+}
+
+#[derive(Default)]
+pub(crate) struct Used {
+    /// Choices and prompt tokens that left the queue.
+    started_choices: AtomicU32,
+    started_tokens: AtomicU64,
+    cached_tokens: AtomicU64,
+    output_tokens: AtomicU64,
+    /// The worst [`Outcome`] so far.
+    outcome: AtomicU8,
+}
+
+impl Reservation {
+    /// The part of what the buckets gave that was not used.
+    fn unused(&self) -> Taken {
+        let [_, input, output] = self.taken;
+        let part = |taken: u64, used: u64, reserved: u64| {
+            let unused = u128::from(reserved.saturating_sub(used));
+            // Rounded down: never more than was taken.
+            u64::try_from(u128::from(taken) * unused / u128::from(reserved.max(1))).unwrap_or(taken)
+        };
+        let started = self.used.started_tokens.load(Ordering::Acquire);
+        let generated = self.used.output_tokens.load(Ordering::Acquire);
+        [
+            // A request that was made counts, whatever became of it.
+            0,
+            part(input, started, self.demand.input_tokens),
+            part(output, generated, self.demand.output_tokens),
+        ]
+    }
+
+    fn outcome(&self) -> Outcome {
+        Outcome::ALL[usize::from(self.used.outcome.load(Ordering::Acquire))]
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let state = &self.tenant.state;
+        let unused = self.unused();
+        let never_started = self.demand.choices.saturating_sub(*self.used.started_choices.get_mut());
+        let waiting_tokens = self.demand.input_tokens.saturating_sub(*self.used.started_tokens.get_mut());
+        let in_flight = {
+            let mut ledger = state.ledger.lock();
+            ledger.leave_queue(never_started, waiting_tokens);
+            ledger.leave(self.demand.choices);
+            if matches!(self.source, Source::Local) {
+                ledger.give_back(unused);
+            }
+            ledger.in_flight()
+        };
+        if let Source::Shared(store) = &self.source {
+            store.settle(Settlement { tenant: Arc::clone(&state.name), unused, in_flight });
+        }
+        state.metrics.waiting.decrement(never_started);
+        let [input, cached, output] = [
+            self.used.started_tokens.get_mut(),
+            self.used.cached_tokens.get_mut(),
+            self.used.output_tokens.get_mut(),
+        ]
+        .map(|count| *count);
+        state.metrics.input.increment(input);
+        state.metrics.cached.increment(cached);
+        state.metrics.output.increment(output);
+        state.tokens.fetch_add(input + output, Ordering::Relaxed);
+        // A call that generates nothing is over when it is answered.
+        let outcome = if self.demand.choices == 0 { Outcome::Completed } else { self.outcome() };
+        state.metrics.ended(outcome);
+    }
+}
+
+/// Follows one prompt of an admitted request.
+struct PermitMeter {
+    reservation: Arc<Reservation>,
+    prompt_tokens: u32,
+    choices: u32,
+    running: bool,
+}
+
+impl Meter for PermitMeter {
+    fn started(&mut self, cached_tokens: u32) {
+        if std::mem::replace(&mut self.running, true) {
+            return;
+        }
+        let Reservation { tenant, used, admitted, .. } = &*self.reservation;
+        used.started_choices.fetch_add(self.choices, Ordering::AcqRel);
+        used.started_tokens.fetch_add(self.prompt_tokens.into(), Ordering::AcqRel);
+        used.cached_tokens.fetch_add(cached_tokens.into(), Ordering::AcqRel);
+        tenant.state.ledger.lock().leave_queue(self.choices, self.prompt_tokens.into());
+        let metrics = &tenant.state.metrics;
+        metrics.waiting.decrement(self.choices);
+        metrics.running.increment(self.choices);
+        metrics.queue_seconds.record(admitted.elapsed());
+    }
+
+    fn ended(&mut self, generated_tokens: u32, reason: FinishReason) {
+        self.reservation.used.output_tokens.fetch_add(generated_tokens.into(), Ordering::AcqRel);
+        self.reservation.used.outcome.fetch_max(Outcome::of(reason) as u8, Ordering::AcqRel);
+    }
+}
+
+impl Drop for PermitMeter {
+    fn drop(&mut self) {
+        if self.running {
+            self.reservation.tenant.state.metrics.running.decrement(self.choices);
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! A tenant as requests meet it, and who comes with which key.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use parking_lot::Mutex;
+use quire_core::{TenantId, TenantShare};
+
+use crate::demand::Denied;
+use crate::file::TenantSettings;
+use crate::gcra::{Nanos, Rate};
+use crate::ledger::Ledger;
+use crate::limits::{Limits, Scope, Scopes};
+use crate::metrics::TenantMetrics;
+use crate::network::Network;
+
+/// What outlives a reload: the id, and what is in use.
+pub(crate) struct TenantState {
+    pub(crate) id: TenantId,
+    pub(crate) name: Arc<str>,
+    pub(crate) ledger: Mutex<Ledger>,
+    pub(crate) metrics: TenantMetrics,
+    /// The shared store's last word on requests a minute, and until when it holds: of these nothing is given back.
+    pub(crate) refused: Mutex<Option<(Nanos, Denied)>>,
+    /// Tokens of ended requests, prompts included.
+    pub(crate) tokens: AtomicU64,
+}
+
+/// A tenant with its settings as of one reading of the file.
+pub struct Tenant {
+    pub(crate) settings: TenantSettings,
+    pub(crate) state: Arc<TenantState>,
+    /// Where its requests may come from; empty: from anywhere.
+    pub(crate) ip_allow: Vec<Network>,
+    /// Whether clients may raise their priority: only where no file says what it is.
+    pub(crate) free_priority: bool,
+}
+
+impl Tenant {
+    /// As the engine knows the tenant.
+    pub fn id(&self) -> TenantId {
+        self.state.id
+    }
+
+    /// As people and metrics know it.
+    pub fn name(&self) -> &str {
+        &self.state.name
+    }
+
+    /// What it may do.
+    pub fn limits(&self) -> &Limits {
+        &self.settings.limits
+    }
+
+    /// What the scheduler is to give it.
+    pub fn share(&self) -> TenantShare {
+        TenantShare { weight: self.settings.weight, kv_blocks_share: self.settings.limits.kv_blocks_share }
+    }
+
+    /// Whether a model exists for this tenant.
+    pub fn may_use(&self, model: &str) -> bool {
+        let models = self.settings.models.as_ref();
+        models.is_none_or(|globs| globs.iter().any(|glob| glob.matches(model)))
+    }
+
+    /// Whether a request may come from there. Where it comes from must be known, if that matters.
+    pub(crate) fn may_come_from(&self, peer: Option<IpAddr>) -> bool {
+        self.ip_allow.is_empty()
+            || peer.is_some_and(|peer| self.ip_allow.iter().any(|network| network.contains(peer)))
+    }
+
+    /// The priority of a request whose client asks for `asked`: under a file, it can only step back behind the others.
+    pub fn priority(&self, asked: i8) -> i8 {
+        if self.free_priority { asked } else { self.settings.priority.saturating_add(asked.min(0)) }
+    }
+
+    /// The most tokens that an answer gets whose client names no `max_tokens`, where a request has so many answers:
+    /// what the limits allow, and what the bucket can give at once.
+    pub fn default_max_tokens(&self, choices: u32) -> Option<u32> {
+        let limits = self.limits();
+        let burst = |rate: Rate| {
+            let each = rate.burst() / u64::from(choices.max(1));
+            u32::try_from(each.max(1)).unwrap_or(u32::MAX)
+        };
+        match (limits.max_tokens, limits.output_tpm.map(burst)) {
+            (Some(limit), Some(burst)) => Some(limit.min(burst)),
+            (limit, burst) => limit.or(burst),
+        }
+    }
+}
+
+impl fmt::Debug for Tenant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tenant({} {})", self.id(), self.name())
+    }
+}
+
+/// A key without its secret.
+#[derive(Clone, Debug)]
+pub(crate) struct Key {
+    pub(crate) id: String,
+    /// Seconds since 1970.
+    pub(crate) expires: Option<i64>,
+    pub(crate) scopes: Scopes,
+}
+
+/// Who asks: a tenant, by one of its keys. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Access {
+    pub(crate) tenant: Arc<Tenant>,
+    pub(crate) key: Arc<Key>,
+}
+
+impl Access {
+    /// The tenant.
+    pub fn tenant(&self) -> &Tenant {
+        &self.tenant
+    }
+
+    /// The key's id in the file, for logs.
+    pub fn key_id(&self) -> &str {
+        &self.key.id
+    }
+
+    /// Whether the key is for this.
+    ///
+    /// # Errors
+    /// [`Denied::Scope`].
+    pub fn require(&self, scope: Scope) -> Result<(), Denied> {
+        if self.key.scopes.allow(scope) { Ok(()) } else { Err(Denied::Scope(scope)) }
+    }
+
+    /// The prefix-cache namespace of this key. Under it a client may have namespaces of its own.
+    pub fn cache_namespace(&self) -> Vec<u8> {
+        self.tenant.settings.isolation.namespace(self.tenant.name(), &self.key.id)
+    }
+}
