@@ -10,7 +10,7 @@ use quire_engine::metrics::{self as engine_metrics, EngineMetrics};
 use quire_http::{AppState, HttpConfig};
 use quire_llm::{Lifecycle, Llm};
 use quire_tenancy::Tenancy;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -36,6 +36,9 @@ const FINAL_EVENTS: Duration = Duration::from_secs(2);
 const CLOSE: Duration = Duration::from_secs(6);
 /// The same after a device error: whoever restarts the process is waiting.
 const CLOSE_DEAD: Duration = Duration::from_secs(2);
+/// Connections that the kernel accepts before we do (at most its net.core.somaxconn). One that finds the queue full tries
+/// again only after a second, so a burst of clients must fit; the usual 128 is too few.
+const BACKLOG: u32 = 4096;
 /// Largest gRPC message, as for HTTP bodies.
 const MAX_MESSAGE_BYTES: usize = 8 << 20;
 /// Calls at once on one gRPC connection.
@@ -281,7 +284,12 @@ async fn bind(host: IpAddr, port: u16, flag: &str) -> Result<(TcpListener, Socke
         };
         Failure(format!("cannot listen on {address}: {reason}"))
     };
-    let listener = TcpListener::bind(address).await.map_err(fail)?;
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+    let socket = socket.map_err(fail)?;
+    // As `TcpListener::bind` does: connections that wait for their end must not keep a new server from its port.
+    socket.set_reuseaddr(true).map_err(fail)?;
+    socket.bind(address).map_err(fail)?;
+    let listener = socket.listen(BACKLOG).map_err(fail)?;
     let bound = listener.local_addr().map_err(fail)?;
     Ok((listener, bound))
 }
