@@ -92,33 +92,43 @@ impl Scheduler {
             if self.chunk(seq, pass.tokens, pass) == 0 {
                 return self.note_blocked(seq);
             }
-            if !self.place(seq, pass, out) {
+            let Some(chunk) = self.place(seq, pass, out) else {
                 // Parked sequences may hold all there is; with nobody running nothing else would free it.
                 if self.num_parked == 0 || self.num_running > 0 || self.kv.pool().num_quarantined() > 0 {
                     return self.note_blocked(seq);
                 }
                 self.release_parked();
                 continue;
-            }
-            self.enter_batch(seq, pass, out, events);
+            };
+            self.enter_batch(seq, chunk, pass, out, events);
         }
         if let Some(seq) = self.waiting.first(self.now, &self.fair) {
             self.note_blocked(seq);
         }
     }
 
-    /// Gives the first waiting sequence the blocks for its first row, if the whole of its tokens fits beside what was
-    /// promised to others.
-    fn place(&mut self, seq: SeqIndex, pass: &Pass, out: &mut SchedulerOutput) -> bool {
+    /// Gives the first waiting sequence the blocks for its first row, of so many tokens, if the whole of its tokens fits
+    /// beside what was promised to others.
+    fn place(&mut self, seq: SeqIndex, pass: &Pass, out: &mut SchedulerOutput) -> Option<u32> {
         // A little room to grow, so that admission does not cause preemption at once.
         let spare = if self.num_running == 0 { 0 } else { self.config.limits.num_blocks / 100 };
         let available = self.kv.pool().num_available();
         let room = available.saturating_sub(spare).saturating_sub(pass.promised_blocks);
-        if self.seqs.data(seq).parked {
+        let placed = if self.seqs.data(seq).parked {
             self.place_fork(seq, room, out)
         } else {
-            self.place_prompt(seq, room, pass, out)
+            self.place_prompt(seq, room, out)
+        };
+        if !placed {
+            return None;
         }
+        let chunk = self.longest_row(seq, pass.tokens, pass, true);
+        let (hot, data) = self.seqs.both_mut(seq);
+        for _ in data.table.blocks.len() as u32..self.kv.blocks_for(hot.num_computed_tokens + chunk) {
+            let block = self.kv.allocate();
+            data.table.blocks.push(block);
+        }
+        Some(chunk)
     }
 
     fn place_fork(&mut self, seq: SeqIndex, room: u32, out: &mut SchedulerOutput) -> bool {
@@ -140,7 +150,7 @@ impl Scheduler {
         true
     }
 
-    fn place_prompt(&mut self, seq: SeqIndex, room: u32, pass: &Pass, out: &mut SchedulerOutput) -> bool {
+    fn place_prompt(&mut self, seq: SeqIndex, room: u32, out: &mut SchedulerOutput) -> bool {
         let (hot, data) = self.seqs.both_mut(seq);
         // The last known token is always computed, since its row gives the next one; so is every row whose
         // log-probabilities are wanted.
@@ -166,16 +176,6 @@ impl Scheduler {
             self.copy_sources.push(copy.src);
             hot.num_computed_tokens = limit;
         }
-        let max_chunk = hot.num_schedulable().min(pass.tokens).min(self.config.max_prefill_chunk);
-        let start = hot.num_computed_tokens;
-        let chunk = self
-            .pacing
-            .as_ref()
-            .map_or(max_chunk, |pacing| pacing.chunk(&pass.shape, pass.limit_us, start, max_chunk, true));
-        for _ in data.table.blocks.len() as u32..self.kv.blocks_for(hot.num_computed_tokens + chunk) {
-            let block = self.kv.allocate();
-            data.table.blocks.push(block);
-        }
         if !data.started && !data.prompt_hashes.is_empty() {
             data.usage.cached_tokens = hot.num_computed_tokens;
             self.stats.prefix_cache_queries += u64::from(data.prompt_len());
@@ -187,6 +187,7 @@ impl Scheduler {
     fn enter_batch(
         &mut self,
         seq: SeqIndex,
+        chunk: u32,
         pass: &mut Pass,
         out: &mut SchedulerOutput,
         events: &mut Vec<SeqEvent>,
@@ -232,12 +233,6 @@ impl Scheduler {
             events.push(SeqEvent { request: hot.request, index: hot.index, kind });
         }
         let (key, entry) = (data.key, data.request);
-        let max_chunk = hot.num_schedulable().min(pass.tokens).min(self.config.max_prefill_chunk);
-        let start = hot.num_computed_tokens;
-        let chunk = self
-            .pacing
-            .as_ref()
-            .map_or(max_chunk, |pacing| pacing.chunk(&pass.shape, pass.limit_us, start, max_chunk, true));
         let at = self.running.partition_point(|&other| self.seqs.data(other).key < key);
         self.running.insert(at, seq);
         self.num_running += 1;
@@ -256,9 +251,13 @@ impl Scheduler {
 
     /// The longest row of a prompt for which there are tokens and time. 0: it waits.
     pub(crate) fn chunk(&self, seq: SeqIndex, room: u32, pass: &Pass) -> u32 {
+        self.longest_row(seq, room, pass, pass.prefill_tokens == 0)
+    }
+
+    /// The same; `first`: it must advance whatever the time.
+    fn longest_row(&self, seq: SeqIndex, room: u32, pass: &Pass, first: bool) -> u32 {
         let hot = self.seqs.hot(seq);
         let max_tokens = hot.num_schedulable().min(room).min(self.config.max_prefill_chunk);
-        let first = pass.prefill_tokens == 0;
         let start = hot.num_computed_tokens;
         self.pacing
             .as_ref()
