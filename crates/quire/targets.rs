@@ -38,6 +38,10 @@ impl Targets {
             (None, Some(_)) => error("ttft-target", "must be given with --itl-target, for example 2s"),
             (Some(Duration::ZERO), _) => error("ttft-target", "must be more than 0"),
             (_, Some(Duration::ZERO)) => error("itl-target", "must be more than 0"),
+            // A prompt waits for the step at work, which may take as long as the target between tokens.
+            (Some(ttft), Some(itl)) if ttft <= itl => {
+                error("ttft-target", "must be more than --itl-target: a prompt waits for the step at work")
+            }
             (Some(ttft), Some(itl)) => Ok(Some(Self { ttft, itl })),
         }
     }
@@ -91,6 +95,7 @@ mod tests {
         assert_eq!(targets("--ttft-target 2s"), Err("itl-target"));
         assert_eq!(targets("--itl-target 50ms"), Err("ttft-target"));
         assert_eq!(targets("--ttft-target 0s --itl-target 50ms"), Err("ttft-target"));
+        assert_eq!(targets("--ttft-target 50ms --itl-target 50ms"), Err("ttft-target"));
         let given = Targets { ttft: Duration::from_secs(2), itl: Duration::from_millis(50) };
         assert_eq!(targets("--ttft-target 2s --itl-target 50ms"), Ok(Some(given)));
     }

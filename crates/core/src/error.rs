@@ -38,6 +38,12 @@ pub enum RequestError {
         /// Estimated time until a place is free.
         retry_after: Duration,
     },
+    /// It could not be answered within the deployment's latency targets (429 / RESOURCE_EXHAUSTED with Retry-After).
+    #[error("the server is too busy to answer within its latency targets; retry after {retry_after:?}")]
+    Late {
+        /// Estimated time until it could.
+        retry_after: Duration,
+    },
     /// The deadline passed before the answer was complete (504 / DEADLINE_EXCEEDED).
     #[error("the request's deadline passed")]
     DeadlineExceeded,

@@ -199,7 +199,7 @@ impl Shell {
 /// How a request ends that the scheduler refuses: latency targets may make it, at any time.
 fn refusal(error: &RequestError) -> FinishReason {
     match error {
-        RequestError::Overloaded { .. } => FinishReason::Rejected,
+        RequestError::Overloaded { .. } | RequestError::Late { .. } => FinishReason::Rejected,
         RequestError::DeadlineExceeded => FinishReason::Deadline,
         _ => FinishReason::Error,
     }

@@ -16,7 +16,9 @@ pub fn of(error: &RequestError) -> Status {
     let message = error.to_string();
     match error {
         RequestError::Invalid { .. } | RequestError::TooLong { .. } => Status::invalid_argument(message),
-        RequestError::Overloaded { retry_after, .. } => retry(Code::ResourceExhausted, message, *retry_after),
+        RequestError::Overloaded { retry_after, .. } | RequestError::Late { retry_after } => {
+            retry(Code::ResourceExhausted, message, *retry_after)
+        }
         RequestError::DeadlineExceeded => Status::deadline_exceeded(message),
         RequestError::Unavailable { .. } => retry(Code::Unavailable, message, RETRY_UNAVAILABLE),
         RequestError::Cancelled => Status::cancelled(message),

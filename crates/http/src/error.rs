@@ -159,7 +159,7 @@ impl From<RequestError> for ApiError {
                 Self::new(StatusCode::BAD_REQUEST, INVALID, Some("context_length_exceeded"), message)
                     .about("prompt")
             }
-            RequestError::Overloaded { retry_after, .. } => {
+            RequestError::Overloaded { retry_after, .. } | RequestError::Late { retry_after } => {
                 let status = StatusCode::TOO_MANY_REQUESTS;
                 let error = Self::new(status, "rate_limit_error", Some("rate_limit_exceeded"), message);
                 Self { retry_after: Some(retry_after.as_secs().max(1)), ..error }

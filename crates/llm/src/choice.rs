@@ -147,10 +147,9 @@ impl Choice {
             // We never abort a choice that someone still reads: the server is shutting down.
             FinishReason::Abort => return Err(RequestError::Unavailable { state: "shutting down" }),
             FinishReason::Error => return Err(RequestError::Internal("the engine failed".into())),
-            // How many were ahead when it was given up is not known here.
+            // How late it would have been is not known here.
             FinishReason::Rejected => {
-                let retry_after = std::time::Duration::from_secs(1);
-                return Err(RequestError::Overloaded { queued: 0, limit: 0, retry_after });
+                return Err(RequestError::Late { retry_after: std::time::Duration::from_secs(1) });
             }
         }
         if rules.prompt_only {

@@ -286,7 +286,7 @@ fn reason_of(error: &RequestError) -> FinishReason {
     match error {
         RequestError::DeadlineExceeded => FinishReason::Deadline,
         RequestError::Cancelled => FinishReason::Abort,
-        RequestError::Overloaded { .. } => FinishReason::Rejected,
+        RequestError::Overloaded { .. } | RequestError::Late { .. } => FinishReason::Rejected,
         _ => FinishReason::Error,
     }
 }

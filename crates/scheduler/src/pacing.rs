@@ -1,9 +1,9 @@
 //! Latency targets: when a request is due, how large a step may be, and who cannot be served in time.
 //!
 //! A first token is due [`LatencyTargets::ttft`] after arrival, or a multiple of the time its prompt takes alone where
-//! that is longer. Requests go by when they are due (earliest deadline first, which meets all deadlines if anything can); prompts are computed in
-//! chunks that keep the predicted step within the inter-token target while anybody decodes. Work that cannot be done in
-//! time is refused, at once if the queue ahead shows it, or when its latest start has passed: computing it would only
+//! that is longer. Requests go by when they are due (earliest deadline first, which meets all deadlines if anything can);
+//! prompts are computed in chunks that keep the predicted step within the inter-token target while anybody decodes. Work
+//! that cannot be done in time is refused, at once if the queue ahead shows it, or when its latest start has passed: computing it would only
 //! make others late. Output lengths are never looked at.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -130,9 +130,7 @@ fn what_cannot_be_in_time_is_refused_at_once_or_given_up_later() {
     for id in 4..=9 {
         let late = request(&rig, id, 30);
         if let Err(error) = rig.scheduler.add(late) {
-            assert!(
-                matches!(error, RequestError::Overloaded { retry_after, .. } if retry_after.as_secs() >= 1)
-            );
+            assert!(matches!(error, RequestError::Late { retry_after } if retry_after.as_secs() >= 1));
             assert!(id > 4, "three are in front, 93 ms");
             break;
         }

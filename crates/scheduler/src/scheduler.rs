@@ -330,11 +330,8 @@ impl Scheduler {
         }
         let late = pacing.lateness(&due, now, &decodes);
         if late > 0.0 {
-            return Err(RequestError::Overloaded {
-                queued: self.num_queued,
-                limit: self.config.max_queued_requests,
-                retry_after: Duration::from_secs_f64((late / 1e6).clamp(1.0, 60.0)),
-            });
+            let retry_after = Duration::from_secs_f64((late / 1e6).clamp(1.0, 60.0));
+            return Err(RequestError::Late { retry_after });
         }
         Ok(Some(due))
     }

@@ -170,7 +170,7 @@ impl Run {
                 self.checker.accepted(request);
             }
             Err(RequestError::Overloaded { queued, limit, .. }) if queued >= limit => self.num_refused += 1,
-            Err(RequestError::Overloaded { .. } | RequestError::DeadlineExceeded)
+            Err(RequestError::Late { .. } | RequestError::DeadlineExceeded)
                 if self.workload.config.policy != Policy::Fcfs =>
             {
                 self.num_refused += 1;
