@@ -1,17 +1,17 @@
 //! What the kernels reach on this machine, at the shapes of a Qwen3-0.6B: `cargo run --release -p quire-cpu --example
-//! throughput -- [threads [row]]`, where a row is `qkv`, `down`, `attention` or the like.
+//! throughput -- [threads [row]]`, where a row is `qkv`, `down`, `attention` (or only its `decode` or `prefill`) or the like.
 #![allow(clippy::print_stdout)]
 
 use std::time::Instant;
 
 use quire_backend::{
-    Attention, AttnShape, Backend, BackendError, KvLayerShape, KvLayout, Linear, LinearPart, LinearSource,
-    RopeAndCache, RopeTable, StepInput,
+    Activation, Attention, AttnShape, Backend, BackendError, KvLayerShape, KvLayout, Linear, LinearPart,
+    LinearSource, Mlp, MlpShape, RopeAndCache, RopeTable, StepInput,
 };
 use quire_core::{DType, QuantFormat, Shard, Slot, StepId, TensorView};
-use quire_cpu::{CpuBackend, CpuConfig, Precision};
+use quire_cpu::{CpuBackend, CpuBuf, CpuConfig, CpuWeight, Precision};
 
-/// Linear layers of one block: outputs, inputs.
+/// Linear layers of one block: outputs, inputs; as `mlp`, the last two with the nonlinearity between them.
 const SHAPES: [(&str, usize, usize); 4] =
     [("qkv", 4096, 1024), ("output", 1024, 2048), ("gate+up", 6144, 1024), ("down", 1024, 3072)];
 
@@ -29,7 +29,7 @@ fn main() -> Result<(), BackendError> {
     }
     let mut backend = CpuBackend::new(config)?;
     println!(
-        "{} threads, {:?}; fastest single calls of layers, medians of attention",
+        "{} threads, {:?}; layers: fastest single call and median; attention: medians",
         config.threads,
         backend.isa()
     );
@@ -37,7 +37,7 @@ fn main() -> Result<(), BackendError> {
         "{:>8} {:>4} {}",
         "layer",
         "rows",
-        FORMS.map(|(form, _)| format!("{form:>9} GB/s  Gop/s")).join("")
+        FORMS.map(|(form, _)| format!("{form:>9} GB/s med  Gop/s  med")).join("")
     );
     let only = std::env::args().nth(2);
     let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
@@ -46,8 +46,16 @@ fn main() -> Result<(), BackendError> {
             linear(&mut backend, name, (n, k), rows)?;
         }
     }
+    for rows in [1, 4, 32, 512] {
+        if wanted("mlp") {
+            feed_forward(&mut backend, rows)?;
+        }
+    }
     let attentions = [(1, 1, 16_384), (8, 1, 512), (32, 1, 512), (1, 512, 512)];
-    for (seqs, rows, context) in attentions.into_iter().filter(|_| wanted("attention")) {
+    for (seqs, rows, context) in attentions
+        .into_iter()
+        .filter(|(_, rows, _)| wanted("attention") || wanted(if *rows == 1 { "decode" } else { "prefill" }))
+    {
         for dtype in [DType::BF16, DType::I8] {
             attention(&mut backend, seqs, rows, context, dtype)?;
         }
@@ -62,32 +70,85 @@ fn linear(
     (n, k): (usize, usize),
     rows: u32,
 ) -> Result<(), BackendError> {
-    let layers = (96 << 20) / (n * k);
-    // Whatever repeats after some rows is quantized in no time.
+    let mut weights = Vec::new();
+    for (_, quant) in FORMS {
+        let layers = (0..(96 << 20) / (n * k)).map(|_| load(backend, quant, (n, k)));
+        weights.push(layers.collect::<Result<Vec<_>, _>>()?);
+    }
+    let (x, mut out) = (activations(backend, rows, k)?, backend.alloc(rows as usize, n)?);
+    prepare(backend, 1, rows, rows)?;
+    report(name, n * k, rows, weights.iter().map(Vec::len).min().unwrap_or(0), |form, layer| {
+        backend.linear(Linear { x: &x, weight: &weights[form][layer], out: &mut out })
+    })
+}
+
+/// Gate, up and down in one.
+fn feed_forward(backend: &mut CpuBackend, rows: u32) -> Result<(), BackendError> {
+    const HIDDEN: usize = 1024;
+    const INTERMEDIATE: usize = 3072;
+    let mut weights = Vec::new();
+    for (_, quant) in FORMS {
+        let mut layer = || {
+            let up = load(backend, quant, (2 * INTERMEDIATE, HIDDEN))?;
+            Ok::<_, BackendError>((up, load(backend, quant, (HIDDEN, INTERMEDIATE))?))
+        };
+        weights.push((0..10).map(|_| layer()).collect::<Result<Vec<_>, _>>()?);
+    }
+    let x = activations(backend, rows, HIDDEN)?;
+    let mut scratch = backend.alloc(rows as usize, 2 * INTERMEDIATE)?;
+    let mut out = backend.alloc(rows as usize, HIDDEN)?;
+    prepare(backend, 1, rows, rows)?;
+    report("mlp", 3 * HIDDEN * INTERMEDIATE, rows, 10, |form, layer| {
+        let (up, down) = &weights[form][layer];
+        let (scratch, out, activation) = (&mut scratch, &mut out, Activation::Silu);
+        backend.mlp(Mlp { x: &x, shape: MlpShape::Gated, up, down, activation, scratch, out })
+    })
+}
+
+/// A layer `[n, k]`. Whatever repeats after some rows is quantized in no time.
+fn load(
+    backend: &mut CpuBackend,
+    quant: QuantFormat,
+    (n, k): (usize, usize),
+) -> Result<CpuWeight, BackendError> {
     let bytes: Vec<u8> = (0..n * k).flat_map(|i| [(i * 31 % 251) as u8, 0x3c | (i % 2) as u8]).collect();
     let weight = TensorView { dtype: DType::BF16, shape: &[n, k], data: &bytes };
     let parts = [LinearPart { weight, bias: None }];
-    let mut weights = Vec::new();
-    for (_, quant) in FORMS {
-        let source = LinearSource { name: "w", parts: &parts, quant, shard: Shard::WHOLE };
-        let layers = (0..layers).map(|_| backend.load_linear(&source)).collect::<Result<Vec<_>, _>>()?;
-        weights.push(layers);
-    }
-    let (x, mut out) = (backend.alloc(rows as usize, k)?, backend.alloc(rows as usize, n)?);
-    prepare(backend, 1, rows, rows)?;
-    let mut fastest = [f64::INFINITY; FORMS.len()];
+    backend.load_linear(&LinearSource { name: "w", parts: &parts, quant, shard: Shard::WHOLE })
+}
+
+/// Not zeros: a multiplier that has nothing to do takes less power, and the clock rises.
+fn activations(backend: &mut CpuBackend, rows: u32, k: usize) -> Result<CpuBuf, BackendError> {
+    let mut x = backend.alloc(rows as usize, k)?;
+    let values: Vec<f32> = (0..rows as usize * k).map(|i| (i * 7919 % 1013) as f32 / 506.5 - 1.0).collect();
+    backend.write(&mut x, &values)?;
+    Ok(x)
+}
+
+/// Times `run(form, layer)`, the forms in turn, and prints rates for so many weights and rows.
+fn report(
+    name: &str,
+    weights: usize,
+    rows: u32,
+    layers: usize,
+    mut run: impl FnMut(usize, usize) -> Result<(), BackendError>,
+) -> Result<(), BackendError> {
+    let mut times = FORMS.map(|_| Vec::new());
     for _ in 0..if rows > 100 { 4 } else { 12 } {
-        for (weights, fastest) in weights.iter().zip(&mut fastest) {
-            for weight in weights {
+        for (form, times) in times.iter_mut().enumerate() {
+            for layer in 0..layers {
                 let start = Instant::now();
-                backend.linear(Linear { x: &x, weight, out: &mut out })?;
-                *fastest = fastest.min(start.elapsed().as_secs_f64());
+                run(form, layer)?;
+                times.push(start.elapsed().as_secs_f64());
             }
         }
     }
-    let (weights, ops) = ((n * k) as f64, 2.0 * (n * k * rows as usize) as f64);
-    let rates = fastest.iter().zip([2.0, 1.0, 0.53125]).map(|(seconds, size)| {
-        format!("{:14.1} {:6.0}", weights * size / seconds / 1e9, ops / seconds / 1e9)
+    let ops = 2.0 * weights as f64 * f64::from(rows);
+    let rates = times.iter_mut().zip([2.0, 1.0, 0.53125]).map(|(times, size)| {
+        times.sort_by(f64::total_cmp);
+        let (fastest, median) = (times[0], times[times.len() / 2]);
+        let (gb, gop) = (weights as f64 * size / 1e9, ops / 1e9);
+        format!("{:9.1} {:4.1} {:6.0} {:4.0}", gb / fastest, gb / median, gop / fastest, gop / median)
     });
     println!("{name:>8} {rows:>4} {}", rates.collect::<String>());
     Ok(())

@@ -101,8 +101,8 @@ pub(crate) unsafe fn give<D: PairDot, const M: usize, const P: usize>(
     p: usize,
     sums: [[D::V; P]; M],
 ) {
-    // Through memory of its own: a sink is a long loop body, and with an index that is not known when it is compiled the
-    // sums themselves would lie in memory all along.
+    // Through memory, and to a function of its own: a sink is a long loop body, whose constants would push the sums of
+    // the product out of the registers (109 instructions for 24 products instead of 62).
     let mut rows = [[[0.0; PANEL]; P]; M];
     // SAFETY: every array holds a panel; the rest is the caller's.
     unsafe {
@@ -111,12 +111,32 @@ pub(crate) unsafe fn give<D: PairDot, const M: usize, const P: usize>(
                 D::store(rows[r][i].as_mut_ptr(), sums[r][i]);
             }
         }
-        for r in 0..M {
-            let mut row = [D::zero(); P];
-            for i in 0..P {
-                row[i] = D::load_sums(rows[r][i].as_ptr());
+        D::apart(Give { rows: &rows, m, p, to: *to });
+    }
+}
+
+/// What [`give`] does with sums in memory.
+struct Give<'a, T, const P: usize> {
+    rows: &'a [[[f32; PANEL]; P]],
+    m: usize,
+    p: usize,
+    to: T,
+}
+
+impl<T: Sink, const P: usize> PairKernel for Give<'_, T, P> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<D: ByteDot>(self) {
+        for (r, sums) in self.rows.iter().enumerate() {
+            // SAFETY: every array holds a panel; the rest is the caller's.
+            unsafe {
+                let mut row = [D::zero(); P];
+                for i in 0..P {
+                    row[i] = D::load_sums(sums[i].as_ptr());
+                }
+                self.to.take::<D, P>(self.m + r, self.p, row);
             }
-            to.take::<D, P>(m + r, p, row);
         }
     }
 }

@@ -8,14 +8,14 @@ use std::ops::Range;
 
 use quire_core::ExecError;
 
-use super::gemm::Sink;
+use super::gemm::{Sink, give};
 use super::tiles::{Ahead, Tiled, Turn, WIDE, each_panel, pieces};
 use crate::buffer::Shared;
 use crate::pool::Pool;
 use crate::quantized::{ACT_QUADS, ByteRows, Bytes, Codes, INT4_QUADS, INT4_VECTORS, Quantized};
 use crate::simd::Isa;
 use crate::simd::bytes::ByteDot;
-use crate::simd::pairs::{PANEL, PairKernel, dispatch_pairs};
+use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
 
 /// Quads of activations that stay in cache while weights stream by: half of a 1 MiB L2.
 const GROUP_QUADS: usize = 128 * 1024;
@@ -76,7 +76,7 @@ struct Piece<'a, F, T> {
     expanded: Shared<'a, u32>,
 }
 
-impl<F: Fn(usize) -> usize, T: Sink> PairKernel for Piece<'_, F, T> {
+impl<F: Fn(usize) -> usize + Sync, T: Sink> PairKernel for Piece<'_, F, T> {
     type Output = ();
 
     #[inline(always)]
@@ -97,7 +97,7 @@ impl<F: Fn(usize) -> usize, T: Sink> PairKernel for Piece<'_, F, T> {
     }
 }
 
-impl<F: Fn(usize) -> usize, T: Sink> Piece<'_, F, T> {
+impl<F: Fn(usize) -> usize + Sync, T: Sink> Piece<'_, F, T> {
     /// Panel `p + i` as bytes, expanded if need be: once for all tiles of the same panels.
     #[inline(always)]
     unsafe fn bytes<D: ByteDot>(&self, p: usize, i: usize, turn: Turn) -> *const u32 {
@@ -128,14 +128,36 @@ impl<F: Fn(usize) -> usize, T: Sink> Piece<'_, F, T> {
         Ahead::of(panels, self.gemm.weight.quads(), turn, next)
     }
 
-    /// Scales the sums of row `m` by those of the weights.
+    /// Where sums go to.
     #[inline(always)]
-    unsafe fn give<D: ByteDot, const P: usize>(&self, m: usize, p: usize, sums: [D::V; P]) {
+    fn scaled(&self) -> Scaled<'_, F, T> {
+        Scaled { weight: self.gemm.weight, place: &self.place, to: self.to }
+    }
+}
+
+/// Scales sums by those of the weights.
+struct Scaled<'a, F, T> {
+    weight: &'a Quantized,
+    place: &'a F,
+    to: T,
+}
+
+impl<F, T: Copy> Clone for Scaled<'_, F, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<F, T: Copy> Copy for Scaled<'_, F, T> {}
+
+impl<F: Fn(usize) -> usize + Sync, T: Sink> Sink for Scaled<'_, F, T> {
+    #[inline(always)]
+    unsafe fn take<D: PairDot, const P: usize>(&self, m: usize, p: usize, sums: [D::V; P]) {
         let mut scaled = sums;
         // SAFETY: a panel's scales are one vector; the rest is the caller's.
         unsafe {
             for i in 0..P {
-                let scales = self.gemm.weight.scales((self.place)(p + i));
+                let scales = self.weight.scales((self.place)(p + i));
                 scaled[i] = D::mul(sums[i], D::load_sums(scales.as_ptr()));
             }
             self.to.take::<D, P>(m, p, scaled);
@@ -164,7 +186,7 @@ unsafe fn expand<D: ByteDot>(panel: &[u32], steps_at: usize, to: &mut [u32]) {
     }
 }
 
-impl<F: Fn(usize) -> usize, T: Sink> Tiled for Piece<'_, F, T> {
+impl<F: Fn(usize) -> usize + Sync, T: Sink> Tiled for Piece<'_, F, T> {
     /// Sums of integers lie beside those of floats.
     const SHARE: (usize, usize) = (2, 3);
 
@@ -205,9 +227,7 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Piece<'_, F, T> {
                     }
                 }
             }
-            for r in 0..M {
-                self.give::<D, P>(m + r, p, sums[r]);
-            }
+            give::<D, M, P>(&self.scaled(), m, p, sums);
         }
     }
 }
@@ -215,7 +235,7 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Piece<'_, F, T> {
 /// The product with int4 as it is, for up to [`FEW`] tokens.
 struct Nibbles<'a, 'b, F, T>(&'b Piece<'a, F, T>);
 
-impl<F: Fn(usize) -> usize, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
+impl<F: Fn(usize) -> usize + Sync, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
     /// So do those of one group.
     const SHARE: (usize, usize) = (1, 3);
 
@@ -242,8 +262,10 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
                     }
                 }
             }
+            // A tile is too short for a call of its own (15 % at 4 tokens).
+            let to = self.0.scaled();
             for r in 0..M {
-                self.0.give::<D, P>(m + r, p, sums[r]);
+                to.take::<D, P>(m + r, p, sums[r]);
             }
         }
     }

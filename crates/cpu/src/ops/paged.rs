@@ -24,7 +24,7 @@ use crate::simd::bytes::{ByteDot, widen_pair};
 use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs, exp2};
 
 /// Positions in a tile.
-const TILE: usize = 64;
+const TILE: usize = 128;
 /// Panels of keys in a tile.
 const PANELS: usize = TILE / PANEL;
 /// Pairs of values in a panel of keys.
@@ -59,6 +59,8 @@ struct Scratch {
     scores: Vec<f32>,
     /// `[ROWS][TILE / 2]` weights.
     weights: Vec<u32>,
+    /// `[ROWS]` highest scores of the tile at work, then what they shrink earlier weights by.
+    highest: Vec<f32>,
     /// A [`State`]: of the split at work, and of those before.
     part: Vec<f32>,
     total: Vec<f32>,
@@ -70,20 +72,21 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn reserve(&mut self, key_pairs: usize, columns: usize) {
-        self.q.resize(ROWS * key_pairs, 0);
-        self.scores.resize(ROWS * TILE, 0.0);
-        self.weights.resize(ROWS * TILE / 2, 0);
-        self.part.resize(State::len(ROWS, columns), 0.0);
-        self.total.resize(State::len(ROWS, columns), 0.0);
+    fn reserve(&mut self, rows: usize, key_pairs: usize, columns: usize) {
+        self.q.resize(rows * key_pairs, 0);
+        self.scores.resize(rows * TILE, 0.0);
+        self.weights.resize(rows * TILE / 2, 0);
+        self.highest.resize(rows.next_multiple_of(PANEL), 0.0);
+        self.part.resize(State::len(rows, columns), 0.0);
+        self.total.resize(State::len(rows, columns), 0.0);
         self.keys.resize(TILE * key_pairs, 0);
         self.values.resize(TILE / 2 * columns, 0);
         self.scales.resize(2 * TILE, 1.0);
     }
 }
 
-/// What the softmax knows of some rows: for each row its largest score, the sum of its weights in [`PANEL`] lanes, and
-/// its weighted values.
+/// What the softmax knows of some rows: for each row its largest score (in whole vectors), the sum of its weights in
+/// [`PANEL`] lanes, and its weighted values.
 struct State<'a> {
     max: &'a mut [f32],
     sum: &'a mut [[f32; PANEL]],
@@ -92,12 +95,12 @@ struct State<'a> {
 
 impl<'a> State<'a> {
     const fn len(rows: usize, columns: usize) -> usize {
-        rows * (1 + PANEL + columns)
+        rows.next_multiple_of(PANEL) + rows * (PANEL + columns)
     }
 
     /// Divides memory of [`State::len`].
     fn of(memory: &'a mut [f32], rows: usize, columns: usize) -> Self {
-        let (max, rest) = memory[..Self::len(rows, columns)].split_at_mut(rows);
+        let (max, rest) = memory[..Self::len(rows, columns)].split_at_mut(rows.next_multiple_of(PANEL));
         let (sum, out) = rest.split_at_mut(rows * PANEL);
         Self { max, sum: sum.as_chunks_mut().0, out }
     }
@@ -111,7 +114,7 @@ impl<'a> State<'a> {
 
     /// Row `r` of `out`.
     fn row(&mut self, r: usize) -> &mut [f32] {
-        let columns = self.out.len() / self.max.len();
+        let columns = self.out.len() / self.sum.len();
         &mut self.out[r * columns..(r + 1) * columns]
     }
 
@@ -136,7 +139,7 @@ impl<'a> State<'a> {
     /// Adds the next part.
     #[inline(always)]
     unsafe fn fold<D: PairDot>(&mut self, part: &mut State<'_>) {
-        for r in 0..self.max.len() {
+        for r in 0..self.sum.len() {
             let max = self.max[r].max(part.max[r]);
             // SAFETY: the caller's.
             unsafe {
@@ -161,10 +164,11 @@ pub(crate) fn paged_attention(
     let Attention { qkv, shape, scale, window, out, .. } = op;
     let (kv_heads, columns) = (shape.num_kv_heads as usize, pages.shape.columns());
     let group = (shape.num_heads / shape.num_kv_heads) as usize;
+    let most_rows = ROWS.max(group);
     let Workspace { blocks, partial, scratch } = workspace;
     cut_blocks(step, (ROWS / group).max(1), blocks);
     scratch.resize_with(pool.num_threads(), Scratch::default);
-    scratch.iter_mut().for_each(|scratch| scratch.reserve(pages.shape.key_pairs(), columns));
+    scratch.iter_mut().for_each(|scratch| scratch.reserve(most_rows, pages.shape.key_pairs(), columns));
     let scratch = Shared::new(scratch);
     let work = Work {
         qkv,
@@ -198,7 +202,7 @@ pub(crate) fn paged_attention(
         });
     }
     // Few items over a long context: their splits are computed side by side and folded afterwards.
-    let len = State::len(ROWS.max(group), columns);
+    let len = State::len(most_rows, columns);
     partial.resize((items * splits * len).max(partial.len()), 0.0);
     let partial = Shared::new(partial);
     pool.split(items * splits, 1, |worker, range| {
@@ -369,7 +373,7 @@ impl Work<'_> {
         s: &mut Buffers<'_>,
         state: &mut State<'_>,
     ) {
-        let Shown { block, start, keys, panels, rows } = shown;
+        let Shown { keys, panels, rows, .. } = shown;
         let (pairs, columns) = (self.pages.shape.key_pairs(), self.pages.shape.columns());
         let scales = self.pages.is_bytes().then_some(&*s.tile.scales);
         let form = PhantomData::<F>;
@@ -378,19 +382,12 @@ impl Work<'_> {
         // SAFETY: the tile was found, and the buffers have been made for its shape.
         unsafe {
             each_panel::<D, _>(&scores, rows.clone(), panels.clone());
-            for r in rows.clone() {
-                let seen = self.seen(*block, r / self.group);
-                let seen = seen.start.max(*start) - start..seen.end.min(start + TILE) - start;
-                let scores = &mut s.scores[r * TILE..(r + 1) * TILE];
-                if seen.len() < PANEL * panels.len() {
-                    scores[panels.start * PANEL..seen.start].fill(f32::NEG_INFINITY);
-                    scores[seen.end..panels.end * PANEL].fill(f32::NEG_INFINITY);
-                }
-                let weights = &mut s.weights[r * TILE / 2..(r + 1) * TILE / 2];
-                softmax::<D>(scores, panels.clone(), self.factor, scales, weights, r, state);
-            }
+            self.hide(shown, s.scores);
+            let softmax = Softmax { factor: self.factor, scales, rows: rows.clone(), panels: panels.clone() };
+            softmax.run::<D>(s.scores, s.highest, s.weights, state);
             let values = Values {
                 weights: s.weights,
+                shrink: s.highest,
                 values: tile.values,
                 next: next.values,
                 pairs: panels.start * PANEL_PAIRS..keys.end.div_ceil(2),
@@ -399,6 +396,23 @@ impl Work<'_> {
                 form,
             };
             each_panel::<D, _>(&values, rows.clone(), 0..columns / PANEL);
+        }
+    }
+
+    /// Takes away the scores of keys in these panels that a row does not see.
+    #[inline(always)]
+    fn hide(&self, shown: &Shown, scores: &mut [f32]) {
+        let Shown { block, start, panels, rows, .. } = shown;
+        let all = panels.start * PANEL..panels.end * PANEL;
+        for t in rows.start / self.group..rows.end / self.group {
+            let seen = self.seen(*block, t);
+            let seen = seen.start.max(*start) - start..seen.end.min(start + TILE) - start;
+            if seen.len() < all.len() {
+                for scores in scores[t * self.group * TILE..][..self.group * TILE].chunks_exact_mut(TILE) {
+                    scores[all.start..seen.start].fill(f32::NEG_INFINITY);
+                    scores[seen.end..all.end].fill(f32::NEG_INFINITY);
+                }
+            }
         }
     }
 
@@ -438,13 +452,14 @@ impl Work<'_> {
     #[inline(always)]
     unsafe fn finish(&self, item: Item, state: &mut State<'_>) {
         let head_dim = self.shape.head_dim as usize;
-        for r in 0..item.block.tokens * self.group {
-            let scale = 1.0 / sum_lanes(state.sum[r]);
-            let head = item.kv_head * self.group + r % self.group;
-            let row = item.block.first_row + r / self.group;
-            // SAFETY: the columns are this item's, by contract.
-            let out = unsafe { self.out.part(row, head * head_dim, head_dim) };
-            out.iter_mut().zip(state.row(r)).for_each(|(out, x)| *out = *x * scale);
+        for t in 0..item.block.tokens {
+            for h in 0..self.group {
+                let (r, head) = (t * self.group + h, item.kv_head * self.group + h);
+                let scale = 1.0 / sum_lanes(state.sum[r]);
+                // SAFETY: the columns are this item's, by contract.
+                let out = unsafe { self.out.part(item.block.first_row + t, head * head_dim, head_dim) };
+                out.iter_mut().zip(state.row(r)).for_each(|(out, x)| *out = *x * scale);
+            }
         }
     }
 }
@@ -461,6 +476,7 @@ struct Buffers<'a> {
     q: &'a mut [u32],
     scores: &'a mut [f32],
     weights: &'a mut [u32],
+    highest: &'a mut [f32],
     tile: TileRoom<'a>,
 }
 
@@ -473,9 +489,9 @@ struct TileRoom<'a> {
 
 impl Scratch {
     fn parts(&mut self) -> (Buffers<'_>, &mut [f32], &mut [f32]) {
-        let Self { q, scores, weights, part, total, keys, values, scales } = self;
+        let Self { q, scores, weights, highest, part, total, keys, values, scales } = self;
         let tile = TileRoom { keys, values, scales };
-        (Buffers { q, scores, weights, tile }, part, total)
+        (Buffers { q, scores, weights, highest, tile }, part, total)
     }
 }
 
@@ -766,54 +782,93 @@ impl<F: Form> Tiled for Scores<'_, F> {
     }
 }
 
-/// Turns a row's scores into weights, and scales what was summed before if they hold a new maximum.
-///
-/// # Safety
-/// As for [`PairDot`].
-#[inline(always)]
-unsafe fn softmax<D: PairDot>(
-    scores: &[f32],
-    panels: Range<usize>,
+/// Turns the scores of some rows into weights.
+struct Softmax<'a> {
+    /// Of a score, in the exponent of 2.
     factor: f32,
-    scales: Option<&[f32]>,
-    weights: &mut [u32],
-    r: usize,
-    state: &mut State<'_>,
-) {
-    let (scores, pairs) = (scores.as_chunks::<PANEL>().0, weights.as_chunks_mut::<PANEL>().0);
-    // SAFETY: every chunk holds a panel; the rest is the caller's.
-    unsafe {
-        let factor = D::splat(factor);
-        let mut x = [D::splat(f32::NEG_INFINITY); PANELS];
-        let mut highest = x[0];
-        for i in panels {
-            x[i] = D::mul(D::load_sums(scores[i].as_ptr()), factor);
-            if let Some(scales) = scales {
-                x[i] = D::mul(x[i], D::load_sums(scales[i * PANEL..][..PANEL].as_ptr()));
+    /// Of the tile's keys, then of its values, if they have any.
+    scales: Option<&'a [f32]>,
+    rows: Range<usize>,
+    panels: Range<usize>,
+}
+
+impl Softmax<'_> {
+    /// In three passes, none of which branches on a number: the highest score of each row; then, for [`PANEL`] rows at
+    /// once, the new maximum and in place of the tile's what it shrinks earlier weights by; then the weights and their
+    /// sums. Weighted values are yet to be shrunk.
+    ///
+    /// # Safety
+    /// As for [`PairDot`].
+    #[inline(always)]
+    unsafe fn run<D: PairDot>(
+        &self,
+        scores: &[f32],
+        highest: &mut [f32],
+        weights: &mut [u32],
+        state: &mut State<'_>,
+    ) {
+        let scores = scores.as_chunks::<PANEL>().0.as_chunks::<PANELS>().0;
+        let weights = weights.as_chunks_mut::<PANEL>().0.as_chunks_mut::<{ PANELS / 2 }>().0;
+        let (rows, vectors) = (self.rows.clone(), self.rows.start / PANEL..self.rows.end.div_ceil(PANEL));
+        // A row that sees nothing here keeps its maximum.
+        highest[vectors.start * PANEL..vectors.end * PANEL].fill(f32::NEG_INFINITY);
+        // SAFETY: every chunk holds a panel; the rest is the caller's.
+        unsafe {
+            for (scores, highest) in scores[rows.clone()].iter().zip(&mut highest[rows.clone()]) {
+                let mut most = D::splat(f32::NEG_INFINITY);
+                for x in &self.scaled::<D>(scores) {
+                    most = D::max(*x, most);
+                }
+                *highest = D::highest(most);
             }
-            highest = D::max(x[i], highest);
-        }
-        let max = state.max[r].max(D::highest(highest));
-        state.rebase::<D>(r, max);
-        let shift = D::splat(max);
-        let mut sum = D::load_sums(state.sum[r].as_ptr());
-        for i in 0..PANELS {
-            x[i] = exp2::<D>(D::sub(x[i], shift));
-            sum = D::add(sum, x[i]);
-            if let Some(scales) = scales {
-                x[i] = D::mul(x[i], D::load_sums(scales[TILE + i * PANEL..][..PANEL].as_ptr()));
+            let maxima = &mut state.max.as_chunks_mut::<PANEL>().0[vectors.clone()];
+            let tile_maxima = &mut highest.as_chunks_mut::<PANEL>().0[vectors];
+            for (max, highest) in maxima.iter_mut().zip(tile_maxima) {
+                let before = D::load_sums(max.as_ptr());
+                let now = D::max(D::load_sums(highest.as_ptr()), before);
+                D::store(highest.as_mut_ptr(), exp2::<D>(D::sub(before, now)));
+                D::store(max.as_mut_ptr(), now);
+            }
+            let known = rows.clone().zip(&state.max[rows.clone()]).zip(&mut state.sum[rows.clone()]);
+            for ((r, max), sum) in known {
+                let (mut x, max) = (self.scaled::<D>(&scores[r]), D::splat(*max));
+                let mut total = D::mul(D::load_sums(sum.as_ptr()), D::splat(highest[r]));
+                for i in 0..PANELS {
+                    x[i] = exp2::<D>(D::sub(x[i], max));
+                    total = D::add(total, x[i]);
+                    if let Some(scales) = self.scales {
+                        x[i] = D::mul(x[i], D::load_sums(scales[TILE + i * PANEL..][..PANEL].as_ptr()));
+                    }
+                }
+                D::store(sum.as_mut_ptr(), total);
+                for (i, pairs) in weights[r].iter_mut().enumerate() {
+                    D::store_pairs(pairs.as_mut_ptr(), x[2 * i], x[2 * i + 1]);
+                }
             }
         }
-        D::store(state.sum[r].as_mut_ptr(), sum);
-        for i in 0..PANELS / 2 {
-            D::store_pairs(pairs[i].as_mut_ptr(), x[2 * i], x[2 * i + 1]);
+    }
+
+    /// A row's scores as exponents of 2; in panels that nobody sees, of nothing.
+    #[inline(always)]
+    unsafe fn scaled<D: PairDot>(&self, scores: &[[f32; PANEL]; PANELS]) -> [D::V; PANELS] {
+        // SAFETY: every chunk holds a panel; the rest is the caller's.
+        unsafe {
+            let mut x = [D::splat(f32::NEG_INFINITY); PANELS];
+            for i in self.panels.clone() {
+                x[i] = D::mul(D::load_sums(scores[i].as_ptr()), D::splat(self.factor));
+                if let Some(scales) = self.scales {
+                    x[i] = D::mul(x[i], D::load_sums(scales[i * PANEL..][..PANEL].as_ptr()));
+                }
+            }
+            x
         }
     }
 }
 
-/// `out += weights · values`: rows by panels of columns.
+/// `out = out * shrink + weights · values`: rows by panels of columns.
 struct Values<'a, F> {
     weights: &'a [u32],
+    shrink: &'a [f32],
     values: [*const u8; PANELS],
     /// Of the next tile.
     next: [*const u8; PANELS],
@@ -836,8 +891,9 @@ impl<F: Form> Tiled for Values<'_, F> {
             });
             let mut sums = [[D::zero(); P]; M];
             for r in 0..M {
+                let shrink = D::splat(self.shrink[row + r]);
                 for i in 0..P {
-                    sums[r][i] = D::load_sums(out[r].add(i * PANEL));
+                    sums[r][i] = D::mul(D::load_sums(out[r].add(i * PANEL)), shrink);
                 }
             }
             let mut pair = self.pairs.start;

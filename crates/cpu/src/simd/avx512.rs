@@ -16,6 +16,15 @@ pub(super) unsafe fn run<K: PairKernel>(kernel: K) -> K::Output {
     unsafe { kernel.run::<Avx512Bf16>() }
 }
 
+/// # Safety
+/// As [`run`].
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+unsafe fn run_apart<K: PairKernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's.
+    unsafe { kernel.run::<Avx512Bf16>() }
+}
+
 // SAFETY: each method needs only the features that `run` enables and valid pointers, which the trait demands.
 unsafe impl PairDot for Avx512Bf16 {
     const TILE_SUMS: usize = 24;
@@ -201,5 +210,11 @@ unsafe impl PairDot for Avx512Bf16 {
     unsafe fn prefetch(at: *const u32) {
         // SAFETY: a hint; it does not fault.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn apart<K: PairKernel>(kernel: K) -> K::Output {
+        // SAFETY: as above.
+        unsafe { run_apart(kernel) }
     }
 }

@@ -62,6 +62,8 @@ pub unsafe trait PairDot: Copy {
     unsafe fn transpose(rows: &[[u32; PANEL]; PANEL], to: *mut u32);
     /// A hint that the cache line at `at` will be read; any address will do.
     unsafe fn prefetch(at: *const u32);
+    /// Runs `kernel` as a function of its own, whose constants do not take registers from the loop before it.
+    unsafe fn apart<K: PairKernel>(kernel: K) -> K::Output;
 }
 
 /// `2^x` to about 2e-7 for `x <= 127`; 0 below -126. `2^n 2^f` with whole `n` and the Taylor series of `2^f`, `|f| <= 1/2`.
@@ -255,6 +257,13 @@ unsafe impl<S: Simd> PairDot for Emulated<S> {
 
     #[inline(always)]
     unsafe fn prefetch(_: *const u32) {}
+
+    #[inline(always)]
+    unsafe fn apart<K: PairKernel>(kernel: K) -> K::Output {
+        // A function of its own would not have `S`'s instruction set.
+        // SAFETY: the caller's.
+        unsafe { kernel.run::<Self>() }
+    }
 }
 
 #[cfg(test)]
@@ -278,6 +287,13 @@ mod tests {
             }
             out.map(f32::to_bits)
         }
+    }
+
+    #[inline(always)]
+    unsafe fn apart<K: PairKernel>(kernel: K) -> K::Output {
+        // A function of its own would not have `S`'s instruction set.
+        // SAFETY: the caller's.
+        unsafe { kernel.run::<Self>() }
     }
 
     struct Lanes<'a>(&'a [f32; PANEL]);
