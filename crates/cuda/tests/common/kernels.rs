@@ -136,14 +136,24 @@ pub fn host_library_path() -> Option<std::path::PathBuf> {
     sources.extend(files(&emulate, &["cpp"]));
     let mut headers = files(&include, &["h", "cuh"]);
     headers.extend(files(&emulate, &["h", "cuh", "inc"]));
-    let mut flags: Vec<String> =
-        ["-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
-            .map(String::from)
-            .to_vec();
+    let mut flags: Vec<String> = [
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-fno-strict-aliasing",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+    ]
+    .map(String::from)
+    .to_vec();
     flags.extend([&include, &emulate].map(|folder| format!("-I{}", folder.display())));
     let is_sanitized = std::env::var_os(SANITIZE).is_some();
     if is_sanitized {
-        flags.extend(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"].map(String::from));
+        let sanitizers =
+            ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"];
+        flags.extend(sanitizers.map(String::from));
     }
     let file_name = if is_sanitized { "libquire_kernels_asan.so" } else { "libquire_kernels_host.so" };
     Some(CppLibrary { file_name, sources, headers, flags }.build(&compiler))
