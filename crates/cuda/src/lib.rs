@@ -4,6 +4,7 @@
 //! The kernels come as images, compiled elsewhere: this crate builds without a CUDA toolkit and its tests run without a
 //! GPU, on the same kernels compiled for the host (`tests/common`) under the double of a driver (`tests/mock`).
 //!
-//! Reading order: [`driver`].
+//! Reading order: [`driver`], [`blaslt`].
 
+pub mod blaslt;
 pub mod driver;
