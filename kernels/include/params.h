@@ -24,7 +24,8 @@ typedef struct QuireEmbedParams {
 } QuireEmbedParams;
 
 /// quire_add_norm_{bf16,f16}[_any]: residual += delta, then out = residual / rms(residual) * weight.
-/// Grid (rows, 1, 1); block from QUIRE_NORM_THREADS(hidden), which fixes the order of the sum.
+/// Grid (rows, 1, 1); block QUIRE_NORM_THREADS(hidden), which fixes the order of the sum. hidden a multiple of 8 and at
+/// most QUIRE_NORM_MAX_HIDDEN; _any: whatever hidden, slower, block QUIRE_ROW_THREADS.
 typedef struct QuireAddNormParams {
     /// f32 [T, hidden], updated if there is a delta.
     float* residual;
@@ -41,7 +42,9 @@ typedef struct QuireAddNormParams {
 
 /// quire_rope_cache_{bf16,f16}[_any][_kv8]: for each row of q, k, v: add the bias, normalise heads of q and k, rotate
 /// them by the row's position, write q (and k, if asked) back and k and v to their page.
-/// Grid (rows, QUIRE_ROPE_BLOCKS(...), 1), block QUIRE_ROPE_THREADS.
+/// head_dim and rotary_dim multiples of 16, head_dim at most 512; _any: both even, head_dim at most 512, slower.
+/// Grid (rows, QUIRE_ROPE_BLOCKS(num_heads + 2 * num_kv_heads, head_dim), 1) (_any: QUIRE_ROPE_ANY_BLOCKS), block
+/// QUIRE_ROPE_THREADS.
 typedef struct QuireRopeCacheParams {
     /// act [T, (num_heads + 2 * num_kv_heads) * head_dim].
     void* qkv;
@@ -75,7 +78,7 @@ typedef struct QuireRopeCacheParams {
 } QuireRopeCacheParams;
 
 /// quire_act_{bf16,f16}[_any]: out = f(in), or f(gate) * up where in holds gate's columns, then up's.
-/// Grid (rows, QUIRE_ACT_BLOCKS(width), 1), block QUIRE_ACT_THREADS.
+/// Grid (rows, QUIRE_ACT_BLOCKS(width), 1), block QUIRE_ACT_THREADS. width a multiple of 8; _any: whatever width.
 typedef struct QuireActParams {
     /// act [T, width] or, gated, [T, 2 * width].
     const void* in;
@@ -161,6 +164,18 @@ typedef struct QuireUpdateTablesParams {
 
 // Launch shapes.
 #define QUIRE_ROW_THREADS 256
+/// Eight columns a thread, or sixteen and more where a block is not large enough.
+#define QUIRE_NORM_MAX_HIDDEN 32768
+#define QUIRE_NORM_VECTORS(hidden) ((hidden) <= 8192 ? 1 : (hidden) <= 16384 ? 2 : 4)
+#define QUIRE_NORM_THREADS(hidden) \
+    ((((hidden) / 8 + QUIRE_NORM_VECTORS(hidden) - 1) / QUIRE_NORM_VECTORS(hidden) + 31) / 32 * 32)
+/// Threads that share a head: a power of two, sixteen columns each.
+#define QUIRE_ROPE_LANES(head_dim) \
+    ((head_dim) <= 16 ? 1 : (head_dim) <= 32 ? 2 : (head_dim) <= 64 ? 4 : (head_dim) <= 128 ? 8 : (head_dim) <= 256 ? 16 : 32)
+#define QUIRE_ROPE_BLOCKS(heads, head_dim) (((heads) * QUIRE_ROPE_LANES(head_dim) + 255) / 256)
+#define QUIRE_ROPE_ANY_BLOCKS(heads) (((heads) * 32 + 255) / 256)
+/// Sixteen columns a thread.
+#define QUIRE_ACT_BLOCKS(width) (((width) + 16 * 256 - 1) / (16 * 256))
 #define QUIRE_ROPE_THREADS 256
 #define QUIRE_ACT_THREADS 256
 #define QUIRE_COPY_THREADS 256
