@@ -28,8 +28,8 @@ impl BlasLt {
         let preference = lt("cublasLtMatmulPreferenceCreate", result::create_matmul_pref())?;
         let attribute = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
         let (pointer, bytes) = size_of_bytes(&WORKSPACE_BYTES);
-        let mut found =
-            [const { std::mem::MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit() }; MAX_CANDIDATES];
+        let mut found = [const { std::mem::MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit() };
+            MAX_CANDIDATES];
         let mut count = 0;
         // SAFETY: everything described lives; the library writes `count` results, at most `MAX_CANDIDATES`.
         let status = unsafe {
