@@ -1,0 +1,7 @@
+//! What the tests of this crate share: the kernels built for the host, and how to build other C++.
+#![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
+
+pub mod build;
+pub mod kernels;
+
+pub use kernels::{HostKernels, under_sanitizers};
