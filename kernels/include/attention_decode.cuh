@@ -106,7 +106,7 @@ struct DecodeBlock {
     }
 
     /// The scores of this warp's tokens, in units of the rule's factor; fp8: also the factors of their values.
-    QUIRE_DEVICE void score(float (&s)[kTokenGroups][4], int token, const Row& low, const Row& high) {
+    QUIRE_DEVICE void score(float (&s)[kTokenGroups][4], int token, const Sight& low, const Sight& high) {
         QUIRE_UNROLL
         for (int g = 0; g < kTokenGroups; ++g) {
             const int first = (warp * kTokenGroups + g) * 8;
@@ -217,7 +217,7 @@ struct DecodeBlock {
         }
     }
 
-    QUIRE_DEVICE void tile(int token, const Row& low, const Row& high) {
+    QUIRE_DEVICE void tile(int token, const Sight& low, const Sight& high) {
         float s[kTokenGroups][4], shrink[2], base[2];
         score(s, token, low, high);
         agree_on_max(s, shrink, base);
@@ -229,17 +229,17 @@ struct DecodeBlock {
     }
 
     /// The split is over: into the item's sums, or into memory for the block that adds up.
-    QUIRE_DEVICE void end_split(const QuireAttentionItem& item, int head, int split, const Row& low, const Row& high) {
+    QUIRE_DEVICE void end_split(const QuireAttentionItem& item, int head, int split) {
         QUIRE_UNROLL
         for (int i = 0; i < 2; ++i) {
-            const Row& row = i == 0 ? low : high;
+            const Row row(p, item, head, lane / 4 + 8 * i);
             if (item.partial >= 0) {
                 const size_t index = partial_index(p, item, head, split, lane / 4 + 8 * i);
                 QUIRE_UNROLL
                 for (int c = 0; c < kOutChunks; ++c) {
                     Out::write_partial(p, row, index, warp * kOutChunks + c, out + c * kGroups, i == 1);
                 }
-                if (warp == 0 && lane % 4 == 0 && row.exists()) {
+                if (warp == 0 && lane % 4 == 0 && row.exists) {
                     reinterpret_cast<float2*>(p.partial_max_sum)[index] = make_float2(max[i], sum[2 * i]);
                 }
             } else {
@@ -254,10 +254,15 @@ struct DecodeBlock {
         clear();
     }
 
-    QUIRE_DEVICE void run_item(const QuireAttentionItem& item, int head) {
+    QUIRE_DEVICE void load_queries(const QuireAttentionItem& item, int head) {
         const Row low(p, item, head, lane / 4), high(p, item, head, lane / 4 + 8);
         QUIRE_UNROLL
         for (int chunk = 0; chunk < Dim / 16; ++chunk) load_query<Number, Fp8>(p, low, high, chunk, query[chunk]);
+    }
+
+    QUIRE_DEVICE void run_item(const QuireAttentionItem& item, int head) {
+        const Sight low(p, item, lane / 4), high(p, item, lane / 4 + 8);
+        load_queries(item, head);
         clear();
         total[0] = total[1] = RowSum{negative_infinity(), 0.0f};
         QUIRE_UNROLL
@@ -269,7 +274,7 @@ struct DecodeBlock {
         for (int token = item.kv_begin / kTokens * kTokens; token < item.kv_end; token += kTokens) {
             tile(token, low, high);
             const int after = token + kTokens;
-            if (after % QUIRE_KV_SPLIT == 0 || after >= item.kv_end) end_split(item, head, split++, low, high);
+            if (after % QUIRE_KV_SPLIT == 0 || after >= item.kv_end) end_split(item, head, split++);
         }
         if (item.partial >= 0) {
             arrive_and_merge<Number>(p, item, head);
@@ -277,7 +282,7 @@ struct DecodeBlock {
         }
         QUIRE_UNROLL
         for (int i = 0; i < 2; ++i) {
-            const Row& row = i == 0 ? low : high;
+            const Row row(p, item, head, lane / 4 + 8 * i);
             const float f = finish(p, total[i], row.head);
             QUIRE_UNROLL
             for (int c = 0; c < kOutChunks; ++c) {

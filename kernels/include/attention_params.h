@@ -19,8 +19,10 @@
 #define QUIRE_DECODE_ROWS 16
 /// Threads in a block.
 #define QUIRE_DECODE_THREADS 128
+/// Query rows of the prefill kernel's tile.
+#define QUIRE_PREFILL_ROWS 128
 #define QUIRE_PREFILL_THREADS 256
-#define QUIRE_PLAN_THREADS 256
+#define QUIRE_ATTENTION_PLAN_THREADS 256
 
 /// A piece of work for one block (and each KV head): some rows of one sequence over some consecutive splits.
 typedef struct QuireAttentionItem {
@@ -47,7 +49,8 @@ typedef struct QuireAttentionItem {
     int32_t reserved[4];
 } QuireAttentionItem;
 
-/// quire_attention_{decode,prefill}_*: one layer.
+/// quire_attention_{decode,prefill}_*: one layer. Either kernel computes any item of at most its rows. Both lists number
+/// their partial results and counters from zero: the kernels of a stream run one after the other.
 typedef struct QuireAttentionParams {
     /// [T, q_stride]: head h of a token at column h * head_dim.
     const void* q;
@@ -107,7 +110,7 @@ typedef struct QuireAttentionPlanParams {
     int32_t group;
     /// As the layers' own.
     int32_t window;
-    /// Rows of the prefill kernel's tile: QUIRE_PREFILL_ROWS_* of gemm's host table.
+    /// Rows of the prefill kernel's tile: QUIRE_PREFILL_ROWS.
     int32_t prefill_rows;
     /// Blocks that run at once; rows of few sequences are spread over as many.
     int32_t decode_blocks;

@@ -77,7 +77,8 @@ struct PrefillBlock {
     QUIRE_DEVICE uint4* query(int chunk) const {
         return reinterpret_cast<uint4*>(memory) + (warp * (Dim / 16) + chunk) * 32 + lane;
     }
-    QUIRE_DEVICE void keep_query(const Row& low, const Row& high) const {
+    QUIRE_DEVICE void keep_query(const QuireAttentionItem& item, int head) const {
+        const Row low(p, item, head, warp * 16 + lane / 4), high(p, item, head, warp * 16 + lane / 4 + 8);
         QUIRE_UNROLL
         for (int chunk = 0; chunk < Dim / 16; ++chunk) {
             uint32_t a[4];
@@ -122,7 +123,7 @@ struct PrefillBlock {
     }
 
     /// From products to scores.
-    QUIRE_DEVICE void finish_scores(float (&s)[kTokenGroups][4], int token, const Row& low, const Row& high) const {
+    QUIRE_DEVICE void finish_scores(float (&s)[kTokenGroups][4], int token, const Sight& low, const Sight& high) const {
         if constexpr (Fp8) {
             const float* factor = reinterpret_cast<const float*>(memory + scales(stage)) + 2 * (lane % 4);
             QUIRE_UNROLL
@@ -222,10 +223,10 @@ struct PrefillBlock {
         }
     }
 
-    QUIRE_DEVICE void tile(int token, const Row& low, const Row& high) {
+    QUIRE_DEVICE void tile(int token, const Sight& low, const Sight& high) {
         // A tile that no row of the warp sees changes nothing.
         const bool some = token < high.end || token < low.end;
-        const bool passed = token + kTokens <= low.begin && (token + kTokens <= high.begin || !high.exists());
+        const bool passed = token + kTokens <= low.begin && (token + kTokens <= high.begin || high.end == 0);
         if (!__any_sync(kFullMask, some && !passed)) return;
         float s[kTokenGroups][4], base[2];
         multiply_keys(s);
@@ -235,18 +236,17 @@ struct PrefillBlock {
     }
 
     /// A split is over. Its sums go to memory for the block that adds up, or join those of the item's earlier splits.
-    QUIRE_DEVICE void end_split(const QuireAttentionItem& item, int head, int split, bool first, bool last,
-                                const Row& low, const Row& high) {
+    QUIRE_DEVICE void end_split(const QuireAttentionItem& item, int head, int split, bool first, bool last) {
         if (item.partial >= 0) {
             QUIRE_UNROLL
             for (int i = 0; i < 2; ++i) {
-                const Row& row = i == 0 ? low : high;
+                const Row row(p, item, head, warp * 16 + lane / 4 + 8 * i);
                 const size_t index = partial_index(p, item, head, split, warp * 16 + lane / 4 + 8 * i);
                 QUIRE_UNROLL
                 for (int c = 0; c < Tile::kChunks; ++c) {
                     Out::write_partial(p, row, index, c, out + c * kGroups, i == 1);
                 }
-                if (lane % 4 == 0 && row.exists()) {
+                if (lane % 4 == 0 && row.exists) {
                     reinterpret_cast<float2*>(p.partial_max_sum)[index] = make_float2(max[i], sum[2 * i]);
                 }
             }
@@ -269,8 +269,8 @@ struct PrefillBlock {
     }
 
     QUIRE_DEVICE void run_item(const QuireAttentionItem& item, int head) {
-        const Row low(p, item, head, warp * 16 + lane / 4), high(p, item, head, warp * 16 + lane / 4 + 8);
-        keep_query(low, high);
+        const Sight low(p, item, warp * 16 + lane / 4), high(p, item, warp * 16 + lane / 4 + 8);
+        keep_query(item, head);
         __syncwarp();
         clear();
         total[0] = total[1] = RowSum{negative_infinity(), 0.0f};
@@ -284,7 +284,7 @@ struct PrefillBlock {
             const int after = token + kTokens;
             const bool last = after >= item.kv_end;
             if (last || after % QUIRE_KV_SPLIT == 0) {
-                end_split(item, head, split, split == item.split_offset, last, low, high);
+                end_split(item, head, split, split == item.split_offset, last);
                 ++split;
             }
         }
@@ -294,7 +294,7 @@ struct PrefillBlock {
         }
         QUIRE_UNROLL
         for (int i = 0; i < 2; ++i) {
-            const Row& row = i == 0 ? low : high;
+            const Row row(p, item, head, warp * 16 + lane / 4 + 8 * i);
             const float f = finish(p, total[i], row.head);
             QUIRE_UNROLL
             for (int c = 0; c < Tile::kChunks; ++c) {

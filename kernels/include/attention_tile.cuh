@@ -94,23 +94,30 @@ QUIRE_DEVICE float finish(const QuireAttentionParams& p, RowSum row, int head) {
     return __fmul_rn(f.mine, __frcp_rn(row.sum));
 }
 
-/// A row of an item: its query, its place in the output, and the positions [begin, end) that it sees.
-struct Row {
-    int token, head, begin, end;
+/// The positions [begin, end) that a row sees; none for a row that does not exist.
+struct Sight {
+    int begin, end;
 
-    /// Row `index` of the item (an empty one if there are fewer) of KV head `kv_head`.
-    QUIRE_DEVICE Row(const QuireAttentionParams& p, const QuireAttentionItem& item, int kv_head, int index) {
-        const bool exists = index < item.num_rows;
-        const int row = item.row_begin + (exists ? index : 0), t = row / p.group;
-        token = item.q_start + t;
-        head = kv_head * p.group + row % p.group;
-        end = exists ? item.first_position + t + 1 : 0;
+    /// Of row `index` of the item.
+    QUIRE_DEVICE Sight(const QuireAttentionParams& p, const QuireAttentionItem& item, int index) {
+        end = index < item.num_rows ? item.first_position + (item.row_begin + index) / p.group + 1 : 0;
         begin = p.window > 0 ? max(0, end - p.window) : 0;
     }
-    QUIRE_DEVICE bool exists() const { return end > 0; }
-    QUIRE_DEVICE bool sees(int position) const { return position >= begin && position < end; }
     QUIRE_DEVICE float masked(float score, int position) const {
-        return sees(position) ? score : negative_infinity();
+        return position >= begin && position < end ? score : negative_infinity();
+    }
+};
+
+/// Where row `index` of an item lies in queries and output (the item's first row, if there are fewer).
+struct Row {
+    int token, head;
+    bool exists;
+
+    QUIRE_DEVICE Row(const QuireAttentionParams& p, const QuireAttentionItem& item, int kv_head, int index) {
+        exists = index < item.num_rows;
+        const int row = item.row_begin + (exists ? index : 0), t = row / p.group;
+        token = item.q_start + t;
+        head = kv_head * p.group + (row - t * p.group);
     }
 };
 
@@ -219,15 +226,15 @@ QUIRE_DEVICE void load_query(const QuireAttentionParams& p, const Row& low, cons
         uint32_t first = 0, second = 0;
         if constexpr (Fp8) {
             const int column = 16 * chunk + 4 * q;
-            if (row.exists() && column < p.head_dim) {
+            if (row.exists && column < p.head_dim) {
                 const uint2 four = *reinterpret_cast<const uint2*>(from + column);
                 first = __byte_perm(four.x, four.y, 0x5410);
                 second = __byte_perm(four.x, four.y, 0x7632);
             }
         } else {
             const int column = 16 * chunk + 2 * q;
-            if (row.exists() && column < p.head_dim) first = *reinterpret_cast<const uint32_t*>(from + column);
-            if (row.exists() && column + 8 < p.head_dim) second = *reinterpret_cast<const uint32_t*>(from + column + 8);
+            if (row.exists && column < p.head_dim) first = *reinterpret_cast<const uint32_t*>(from + column);
+            if (row.exists && column + 8 < p.head_dim) second = *reinterpret_cast<const uint32_t*>(from + column + 8);
         }
         a[i] = first;
         a[2 + i] = second;
@@ -404,7 +411,7 @@ struct OutputChunk {
     template <typename Number>
     static QUIRE_DEVICE void write(const QuireAttentionParams& p, const Row& row, int chunk, const float (*c)[4],
                                    bool high, float factor) {
-        if (!row.exists() || column(chunk) >= p.head_dim) return;
+        if (!row.exists || column(chunk) >= p.head_dim) return;
         Vec<uint32_t, kWidth / 2> packed;
         QUIRE_UNROLL
         for (int i = 0; i < kWidth; i += 2) {
@@ -415,7 +422,7 @@ struct OutputChunk {
     }
     static QUIRE_DEVICE void write_partial(const QuireAttentionParams& p, const Row& row, size_t index, int chunk,
                                            const float (*c)[4], bool high) {
-        if (!row.exists() || column(chunk) >= p.head_dim) return;
+        if (!row.exists || column(chunk) >= p.head_dim) return;
         Vec<float, kWidth> values;
         QUIRE_UNROLL
         for (int i = 0; i < kWidth; ++i) values.v[i] = get(c, high, i);
