@@ -257,6 +257,8 @@ struct PrefillBlock {
         auto* carry = reinterpret_cast<float4*>(p.carry) + size_t(blockIdx.x) * (kRows * Dim / 4) + threadIdx.x;
         QUIRE_UNROLL
         for (int j = 0; j < kOuts; ++j) {
+            // Four loads at a time: all at once would need as many registers as the sums themselves.
+            if (j % 4 == 0) compiler_fence();
             float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             if (!first) sums = carry[j * QUIRE_PREFILL_THREADS];
             out[j][0] = merge(f[0], sums.x, out[j][0]);

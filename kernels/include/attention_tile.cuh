@@ -33,6 +33,8 @@ QUIRE_DEVICE float reciprocal_approx(float x) {
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
 #endif
+/// No memory access moves across it.
+QUIRE_DEVICE void compiler_fence() { asm volatile("" ::: "memory"); }
 QUIRE_DEVICE float negative_infinity() { return __uint_as_float(0xff800000u); }
 
 /// Two ones: a column of B that adds up the weights, so that sum and values use the same rounded weights.
