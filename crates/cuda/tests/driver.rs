@@ -3,9 +3,7 @@
 mod common;
 
 use common::{MockGpu, mock};
-use quire_cuda::driver::{
-    Arena, Context, CudaError, Event, Graph, Modules, Pinned, Stream, Unavailable, probe,
-};
+use quire_cuda::driver::{Arena, Context, Event, Modules, Pinned, Stream, Unavailable, probe};
 
 #[test]
 fn the_driver_is_found_and_unknown_gpus_are_refused() {
@@ -60,7 +58,9 @@ fn a_graph_replays_what_was_recorded_and_nothing_runs_while_recording() {
     let a = arena.alloc(64).unwrap();
     let mut host = Pinned::new(&context, 64).unwrap();
     stream.fill(a, 0).unwrap();
-    let graph = Graph::capture::<CudaError>(&stream, || stream.fill(a.part(0, 4), 3)).unwrap();
+    let capture = stream.begin_capture().unwrap();
+    stream.fill(a.part(0, 4), 3).unwrap();
+    let graph = capture.end(&stream).unwrap();
     host.download(a, &stream).unwrap();
     stream.synchronize().unwrap();
     assert_eq!(host.as_slice()[..5], [0; 5]);
@@ -69,8 +69,9 @@ fn a_graph_replays_what_was_recorded_and_nothing_runs_while_recording() {
     stream.synchronize().unwrap();
     assert_eq!(host.as_slice()[..5], [3, 3, 3, 3, 0]);
 
-    let waiting = Graph::capture::<CudaError>(&stream, || stream.synchronize());
-    assert!(waiting.unwrap_err().to_string().starts_with("cuStreamSynchronize: "));
+    let capture = stream.begin_capture().unwrap();
+    assert!(stream.synchronize().unwrap_err().to_string().starts_with("cuStreamSynchronize: "));
+    drop(capture.end(&stream).unwrap());
     stream.fill(a, 1).unwrap();
     drop((graph, host, arena, stream));
     gpu.assert_nothing_left();

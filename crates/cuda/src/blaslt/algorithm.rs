@@ -176,7 +176,7 @@ impl Sample {
     fn new(lt: &BlasLt, gemm: &Gemm, stream: &Stream) -> Result<Self, CudaError> {
         let shape = &gemm.shape;
         let x_bytes = COMPARED_ROWS * shape.x_stride * shape.input.size();
-        let out_bytes = COMPARED_ROWS * shape.n * shape.output.size();
+        let out_bytes = COMPARED_ROWS * shape.out_stride * shape.output.size();
         let mut arena = Arena::new(lt.context.clone(), 0);
         let (x, out) = (arena.alloc(x_bytes)?, arena.alloc(out_bytes)?);
         let mut host = Pinned::new(&lt.context, x_bytes.max(out_bytes))?;
@@ -201,7 +201,7 @@ impl Sample {
     ) -> Result<bool, CudaError> {
         let shape = &gemm.shape;
         let x_row = shape.x_stride * shape.input.size();
-        let out_row = shape.n * shape.output.size();
+        let (out_row, out_bytes) = (shape.out_stride * shape.output.size(), shape.n * shape.output.size());
         let mut host = self.host.borrow_mut();
         lt.enqueue(gemm, algorithm, self.x, self.out, COMPARED_ROWS, stream)?;
         host.download(self.out, stream)?;
@@ -210,9 +210,9 @@ impl Sample {
         for row in [0, 9, COMPARED_ROWS - 1] {
             let x = self.x.part(row * x_row, x_row);
             lt.enqueue(gemm, algorithm, x, self.out, 1, stream)?;
-            host.download(self.out.part(0, out_row), stream)?;
+            host.download(self.out.part(0, out_bytes), stream)?;
             stream.synchronize()?;
-            if host.as_slice()[..out_row] != many[row * out_row..][..out_row] {
+            if host.as_slice()[..out_bytes] != many[row * out_row..][..out_bytes] {
                 return Ok(false);
             }
         }

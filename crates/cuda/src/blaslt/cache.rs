@@ -49,11 +49,11 @@ impl AlgorithmCache {
     }
 }
 
-/// `n k x_stride input output has_bias bucket` and the algorithm's eight words in hexadecimal.
+/// `n k x_stride out_stride input output has_bias bucket` and the algorithm's eight words in hexadecimal.
 fn line((shape, bucket): &Key, algorithm: &Algorithm) -> String {
-    let GemmShape { n, k, x_stride, input, output, has_bias } = *shape;
+    let GemmShape { n, k, x_stride, out_stride, input, output, has_bias } = *shape;
     let (input, output, has_bias) = (input as u8, output as u8, u8::from(has_bias));
-    let mut line = format!("{n} {k} {x_stride} {input} {output} {has_bias} {bucket}");
+    let mut line = format!("{n} {k} {x_stride} {out_stride} {input} {output} {has_bias} {bucket}");
     for word in algorithm.data {
         let _ = write!(line, " {word:x}");
     }
@@ -68,6 +68,7 @@ fn parse(line: &str) -> Option<(Key, Algorithm)> {
         n: number()?,
         k: number()?,
         x_stride: number()?,
+        out_stride: number()?,
         input: element(number()?)?,
         output: element(number()?)?,
         has_bias: number()? == 1,
@@ -95,6 +96,7 @@ mod tests {
             n,
             k: 7,
             x_stride: 9,
+            out_stride: n,
             input: Element::F16,
             output: Element::F32,
             has_bias: n == 1,
@@ -105,7 +107,7 @@ mod tests {
         cache.append(&(shape(1), 16), &algorithm(1));
         cache.append(&(shape(2), 0), &algorithm(2));
         let mut text = fs::read_to_string(&cache.path).unwrap();
-        text.push_str("3 7 9 1 2 0 16 1 2 3\nnonsense\n");
+        text.push_str("3 7 9 3 1 2 0 16 1 2 3\nnonsense\n");
         fs::write(&cache.path, text).unwrap();
         let loaded = cache.load();
         assert_eq!(loaded.len(), 2);

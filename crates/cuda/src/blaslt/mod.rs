@@ -64,6 +64,8 @@ pub struct GemmShape {
     pub k: usize,
     /// Elements between rows of `x`; `k` where it is dense.
     pub x_stride: usize,
+    /// Elements between rows of the result; `n` where it is dense.
+    pub out_stride: usize,
     /// Of `x` and the weight.
     pub input: Element,
     /// Of the result.
@@ -265,7 +267,7 @@ impl Gemm {
             weight,
             a: layout(shape.input, k, n, shape.k)?,
             b: layout(shape.input, k, 1, shape.x_stride)?,
-            d: layout(shape.output, n, 1, shape.n)?,
+            d: layout(shape.output, n, 1, shape.out_stride)?,
         };
         gemm.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &1i32)?;
         if shape.has_bias {

@@ -33,7 +33,8 @@ impl From<[u32; 3]> for Uint3 {
 #[repr(C)]
 struct QuireKernel {
     name: *const c_char,
-    params_size: c_ulonglong,
+    params_size: u32,
+    max_threads: u32,
     function: *const c_void,
 }
 
