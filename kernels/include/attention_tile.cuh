@@ -35,6 +35,15 @@ inline float reciprocal_approx(float x) { return 1.0f / x; }
 #endif
 /// No memory access moves across it.
 QUIRE_DEVICE void compiler_fence() { asm volatile("" ::: "memory"); }
+/// The lane, as a value that the compiler does not know to be the same each time: what is derived from it is computed
+/// anew where it is needed, and takes no registers in between.
+QUIRE_DEVICE int fresh_lane() {
+    int lane = int(threadIdx.x % 32);
+#if defined(__CUDACC__)
+    asm volatile("" : "+r"(lane));
+#endif
+    return lane;
+}
 QUIRE_DEVICE float negative_infinity() { return __uint_as_float(0xff800000u); }
 
 /// Two ones: a column of B that adds up the weights, so that sum and values use the same rounded weights.
@@ -181,7 +190,7 @@ struct KeyFragments {
     uint32_t b[kPerStep][2];
 
     QUIRE_DEVICE void load(SharedAddress tile, int token, int step) {
-        const int lane = threadIdx.x % 32;
+        const int lane = Tile::kRowBytes > 256 ? fresh_lane() : int(threadIdx.x % 32);
         uint32_t words[4];
         ldmatrix_x4(words, tile + Tile::offset(token + lane % 8, 4 * step + lane / 8));
         if constexpr (Fp8) {
@@ -202,8 +211,9 @@ struct ValueFragments {
     uint32_t b[2][kColumns][2];
 
     QUIRE_DEVICE void load(SharedAddress tile, int token, int chunk) {
+        const int lane = Tile::kRowBytes > 256 ? fresh_lane() : int(threadIdx.x % 32);
         uint32_t words[4];
-        ldmatrix_x4_trans(words, tile + Tile::offset(token + int(threadIdx.x % 32), chunk));
+        ldmatrix_x4_trans(words, tile + Tile::offset(token + lane, chunk));
         QUIRE_UNROLL
         for (int i = 0; i < 4; ++i) {
             if constexpr (Fp8) {
