@@ -23,9 +23,9 @@ typedef struct QuireEmbedParams {
     int32_t vocab;
 } QuireEmbedParams;
 
-/// quire_add_norm_{bf16,f16}[_any]: residual += delta, then out = residual / rms(residual) * weight.
-/// Grid (rows, 1, 1); block QUIRE_NORM_THREADS(hidden), which fixes the order of the sum. hidden a multiple of 8 and at
-/// most QUIRE_NORM_MAX_HIDDEN; _any: whatever hidden, slower, block QUIRE_ROW_THREADS.
+/// quire_add_norm_{bf16,f16}[_wide,_any]: residual += delta, then out = residual / rms(residual) * weight.
+/// Grid (rows, 1, 1); block QUIRE_NORM_THREADS(hidden), which fixes the order of the sum. hidden a multiple of 8, at most
+/// 8192; _wide: at most QUIRE_NORM_MAX_HIDDEN; _any: whatever hidden, slower, block QUIRE_ROW_THREADS.
 typedef struct QuireAddNormParams {
     /// f32 [T, hidden], updated if there is a delta.
     float* residual;
@@ -127,7 +127,8 @@ typedef struct QuireCopyPagesParams {
     int32_t reserved;
 } QuireCopyPagesParams;
 
-/// quire_step_plan: from what the host sends once a step (a row of ints per sequence) to what the layers' kernels read.
+/// quire_step_plan: from what the host sends once a step (three ints a sequence) to what the layers' kernels read.
+/// Grid (rows of the bucket / QUIRE_PLAN_STEP_THREADS, rounded up, 1, 1), block QUIRE_PLAN_STEP_THREADS.
 /// Grid (QUIRE_PLAN_GRID, 1, 1), block QUIRE_PLAN_THREADS_STEP.
 typedef struct QuireStepPlanParams {
     /// [S + 1], S = *num_seqs.
@@ -164,9 +165,9 @@ typedef struct QuireUpdateTablesParams {
 
 // Launch shapes.
 #define QUIRE_ROW_THREADS 256
-/// Eight columns a thread, or sixteen and more where a block is not large enough.
+/// Eight columns a thread; _wide: up to four times as many.
 #define QUIRE_NORM_MAX_HIDDEN 32768
-#define QUIRE_NORM_VECTORS(hidden) ((hidden) <= 8192 ? 1 : (hidden) <= 16384 ? 2 : 4)
+#define QUIRE_NORM_VECTORS(hidden) ((hidden) <= 8192 ? 1 : 4)
 #define QUIRE_NORM_THREADS(hidden) \
     ((((hidden) / 8 + QUIRE_NORM_VECTORS(hidden) - 1) / QUIRE_NORM_VECTORS(hidden) + 31) / 32 * 32)
 /// Threads that share a head: a power of two, sixteen columns each.

@@ -136,7 +136,8 @@ typedef struct QuireCountTokensParams {
 /// Ids in a part of a row.
 #define QUIRE_LOGITS_PART 8192
 #define QUIRE_LOGITS_SPLITS(vocab) (((vocab) + QUIRE_LOGITS_PART - 1) / QUIRE_LOGITS_PART)
-/// Bytes: a sum for every 128 ids.
-#define QUIRE_SAMPLE_SMEM(vocab) ((((vocab) + 4095) / 4096) * 32 * 8)
+/// Bytes: a sum for every 128 ids. vocab at most QUIRE_SAMPLE_MAX_VOCAB.
+#define QUIRE_SAMPLE_MAX_VOCAB (1 << 18)
+#define QUIRE_SAMPLE_SMEM(vocab) (((vocab) + 127) / 128 * 8)
 
 #endif

@@ -5,8 +5,8 @@
 use std::time::Instant;
 
 use quire_backend::{
-    Attention, AttnShape, Backend, BackendError, KvLayerShape, KvLayout, Linear, LinearPart, LinearSource,
-    RopeAndCache, RopeTable, StepInput,
+    Attention, AttnShape, Backend, BackendError, BufRole, KvLayerShape, KvLayout, Linear, LinearPart,
+    LinearSource, RopeAndCache, RopeTable, StepInput,
 };
 use quire_core::{DType, QuantFormat, Shard, Slot, StepId, TensorView};
 use quire_cpu::{CpuBackend, CpuConfig, Precision};
@@ -73,7 +73,10 @@ fn linear(
         let layers = (0..layers).map(|_| backend.load_linear(&source)).collect::<Result<Vec<_>, _>>()?;
         weights.push(layers);
     }
-    let (x, mut out) = (backend.alloc(rows as usize, k)?, backend.alloc(rows as usize, n)?);
+    let (x, mut out) = (
+        backend.alloc(BufRole::Hidden, rows as usize, k)?,
+        backend.alloc(BufRole::Hidden, rows as usize, n)?,
+    );
     prepare(backend, 1, rows, rows)?;
     let mut fastest = [f64::INFINITY; FORMS.len()];
     for _ in 0..if rows > 100 { 4 } else { 12 } {
@@ -110,8 +113,10 @@ fn attention(
     };
     let mut kv = backend.alloc_kv(&layout)?;
     let tokens = (seqs * context) as usize;
-    let (mut qkv, mut out) =
-        (backend.alloc(tokens, shape.qkv_size())?, backend.alloc(tokens, shape.q_size())?);
+    let (mut qkv, mut out) = (
+        backend.alloc(BufRole::Hidden, tokens, shape.qkv_size())?,
+        backend.alloc(BufRole::Hidden, tokens, shape.q_size())?,
+    );
     let angles = RopeTable { inv_freq: vec![0.1; 64], max_positions: context, attention_factor: 1.0 };
     let ones = TensorView { dtype: DType::F32, shape: &[128], data: &1f32.to_le_bytes().repeat(128) };
     let (norm, rope) = (backend.load_norm("norm", ones)?, backend.load_rope(&angles)?);

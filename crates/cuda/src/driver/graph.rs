@@ -13,38 +13,46 @@ pub struct Graph {
 // SAFETY: it is launched by its owner only, on a stream whose context is bound first.
 unsafe impl Send for Graph {}
 
-impl Graph {
-    /// Records what `body` enqueues on `stream` instead of running it.
+/// A stream that records. Ends by [`Capture::end`], which must be called whatever happens between: a stream that
+/// records is of no other use.
+#[derive(Debug)]
+#[must_use = "the stream records until `end`"]
+pub struct Capture(());
+
+impl Stream {
+    /// What is enqueued from now on is recorded instead of run.
     ///
     /// # Errors
-    /// Those of `body`; or it did what cannot be recorded (waiting, allocating), or the driver failed.
-    pub fn capture<E: From<CudaError>>(
-        stream: &Stream,
-        body: impl FnOnce() -> Result<(), E>,
-    ) -> Result<Self, E> {
-        stream.bind()?;
+    /// The driver failed.
+    pub fn begin_capture(&self) -> Result<Capture, CudaError> {
+        self.bind()?;
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives.
-        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(stream.raw(), mode) })?;
-        let outcome = body();
-        let mut graph = std::ptr::null_mut();
-        // SAFETY: begun above; ended also if the body failed, since the stream would be of no use otherwise.
-        let ended = unsafe { sys::cuStreamEndCapture(stream.raw(), &raw mut graph) };
-        let instantiated = outcome.and_then(|()| {
-            check("cuStreamEndCapture", ended)?;
-            let mut raw = std::ptr::null_mut();
-            // SAFETY: the graph was captured just now.
-            let status = unsafe { sys::cuGraphInstantiateWithFlags(&raw mut raw, graph, 0) };
-            check("cuGraphInstantiate", status)?;
-            Ok(Self { raw })
-        });
-        if !graph.is_null() {
-            // SAFETY: the executable graph is a copy.
-            let _ = unsafe { sys::cuGraphDestroy(graph) };
-        }
-        instantiated
+        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.raw(), mode) })?;
+        Ok(Capture(()))
     }
+}
 
+impl Capture {
+    /// Ends the recording of `stream`, which began it.
+    ///
+    /// # Errors
+    /// Something was done that cannot be recorded (waiting, allocating), or the driver failed.
+    pub fn end(self, stream: &Stream) -> Result<Graph, CudaError> {
+        stream.bind()?;
+        let (mut graph, mut raw) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: begun before.
+        check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(stream.raw(), &raw mut graph) })?;
+        // SAFETY: the graph was captured just now; the executable one is a copy.
+        let status = unsafe { sys::cuGraphInstantiateWithFlags(&raw mut raw, graph, 0) };
+        // SAFETY: as above.
+        let _ = unsafe { sys::cuGraphDestroy(graph) };
+        check("cuGraphInstantiate", status)?;
+        Ok(Graph { raw })
+    }
+}
+
+impl Graph {
     /// Enqueues everything that was recorded.
     ///
     /// # Errors

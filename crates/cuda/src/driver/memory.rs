@@ -155,19 +155,33 @@ impl Pinned {
     /// # Panics
     /// It does not fit.
     pub fn upload(&self, bytes: usize, to: DeviceSlice, stream: &Stream) -> Result<(), CudaError> {
-        assert!(
-            bytes <= self.bytes && bytes <= to.bytes,
-            "{bytes} bytes from {} to {}",
-            self.bytes,
-            to.bytes
-        );
+        self.upload_part(0, bytes, to, stream)
+    }
+
+    /// [`Pinned::upload`] of `bytes` bytes from byte `start` on.
+    ///
+    /// # Errors
+    /// The driver failed.
+    ///
+    /// # Panics
+    /// It does not fit.
+    pub fn upload_part(
+        &self,
+        start: usize,
+        bytes: usize,
+        to: DeviceSlice,
+        stream: &Stream,
+    ) -> Result<(), CudaError> {
+        let fits = start + bytes <= self.bytes && bytes <= to.bytes;
+        assert!(fits, "{bytes} bytes from {start} on of {} to {}", self.bytes, to.bytes);
         if bytes == 0 {
             return Ok(());
         }
         stream.bind()?;
-        // SAFETY: both sides hold `bytes` bytes; the caller keeps them until the copy is done.
-        let status =
-            unsafe { sys::cuMemcpyHtoDAsync_v2(to.address, self.pointer.cast(), bytes, stream.raw()) };
+        // SAFETY: both sides hold the bytes; the caller keeps them until the copy is done.
+        let status = unsafe {
+            sys::cuMemcpyHtoDAsync_v2(to.address, self.pointer.add(start).cast(), bytes, stream.raw())
+        };
         check("cuMemcpyHtoDAsync", status)
     }
 

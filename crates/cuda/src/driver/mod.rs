@@ -18,7 +18,7 @@ pub mod stream;
 pub use context::Context;
 pub use error::CudaError;
 pub(crate) use error::check;
-pub use graph::Graph;
+pub use graph::{Capture, Graph};
 pub use memory::{Arena, DeviceSlice, Pinned};
 pub use module::{Function, LaunchShape, Modules};
 pub use presence::{Unavailable, probe};

@@ -71,7 +71,10 @@ impl HostKernels {
         };
         let mut count = 0;
         // SAFETY: `table` returns `count` rows that live as long as the library, with names that end in a zero.
-        let rows = unsafe { std::slice::from_raw_parts(table(&mut count), count as usize) };
+        let rows = unsafe {
+            let first = table(&raw mut count);
+            if count == 0 { &[] } else { std::slice::from_raw_parts(first, count as usize) }
+        };
         let name = |row: &QuireKernel| {
             // SAFETY: as above.
             let name = unsafe { CStr::from_ptr(row.name) };
