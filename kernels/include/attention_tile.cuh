@@ -256,8 +256,8 @@ QUIRE_DEVICE void load_query(const QuireAttentionParams& p, const Row& low, cons
 // ---- From pages ----------------------------------------------------------------------------------------------------
 
 /// Walks over the tiles of all work of a block, one item after the other, ahead of the warps that use them. Page numbers
-/// are read one tile ahead of their use, the next item's bounds one item ahead.
-template <bool Fp8, typename Tile>
+/// are read one tile ahead of their use and, with `Ahead`, the next item's bounds one item ahead (three registers).
+template <bool Fp8, typename Tile, bool Ahead>
 struct KvLoader {
     /// A tile, as far as a thread needs to know it.
     struct Ref {
@@ -272,17 +272,18 @@ struct KvLoader {
     /// The tile to be copied next, and the one before it.
     Ref next, last;
     int next_work, num_work;
-    const int32_t* table;
+    /// Where the sequence's row of the block table begins.
+    int table;
     int upcoming_seq, upcoming_begin, upcoming_end;
 
     QUIRE_DEVICE KvLoader(const QuireAttentionParams& params, int total) : p(params), num_work(total) {
         next_work = blockIdx.x;
-        look_ahead();
+        if (Ahead) look_up();
         open();
         last = next;
     }
 
-    QUIRE_DEVICE void look_ahead() {
+    QUIRE_DEVICE void look_up() {
         if (next_work >= num_work) return;
         const QuireAttentionItem* item = p.items + next_work / p.num_kv_heads;
         upcoming_seq = __ldg(&item->seq);
@@ -295,19 +296,20 @@ struct KvLoader {
             next.token = next.begin = next.end = 0;
             return;
         }
+        if (!Ahead) look_up();
         next.head = next_work % p.num_kv_heads;
         next.begin = upcoming_begin;
         next.end = upcoming_end;
         next.token = upcoming_begin / Tile::kTokens * Tile::kTokens;
-        table = p.block_tables + size_t(upcoming_seq) * p.block_table_stride;
+        table = upcoming_seq * p.block_table_stride;
         next_work += gridDim.x;
-        look_ahead();
+        if (Ahead) look_up();
         find_pages();
     }
     QUIRE_DEVICE int page_of(int token) const {
         // Within the 16 tokens that share a page some may be seen even if this one is not.
         const bool seen = (token | 15) >= next.begin && (token & ~15) < next.end;
-        return seen ? __ldg(table + (token >> p.page_shift)) : 0;
+        return seen ? __ldg(p.block_tables + table + (token >> p.page_shift)) : 0;
     }
     QUIRE_DEVICE void find_pages() {
         const int row = threadIdx.x / Tile::kChunks;

@@ -236,9 +236,13 @@ fn reference(bits: Bits, weight: &[f32], bias: &[f32], x: &[f32], [n, k, rows]: 
 #[test]
 fn quantized_products_equal_the_reference() {
     let Some(kernels) = HostKernels::load() else { return };
-    let shapes = [(1, 1, 1), (15, 31, 2), (17, 256, 7), (48, 257, 9), (33, 300, 33), (130, 544, 5), (20, 2310, 3)];
+    // The sanitizers look at addresses, which two shapes vary enough; they make everything slow.
+    let shapes: &[_] = match std::env::var_os("QUIRE_TEST_SANITIZE") {
+        Some(_) => &[(33, 300, 9), (1, 31, 1)],
+        None => &[(1, 1, 1), (15, 31, 2), (17, 256, 7), (48, 257, 9), (33, 300, 33), (130, 544, 5), (20, 2310, 3)],
+    };
     for bits in [Bits::Eight, Bits::Four] {
-        for (n, k, rows) in shapes {
+        for &(n, k, rows) in shapes {
             let layer = Layer::random(bits, n, k, rows);
             for variant in ["m8", "m32", "wide"] {
                 let out = layer.run(kernels, variant);
@@ -252,6 +256,5 @@ fn quantized_products_equal_the_reference() {
 
 #[test]
 fn sanitizers_find_nothing() {
-    under_sanitizers("few_rows");
     under_sanitizers("quantized_products");
 }
