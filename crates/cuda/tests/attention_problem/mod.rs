@@ -55,6 +55,7 @@ struct AttentionParams {
 struct PlanParams {
     cu_seqlens_q: *const i32,
     seq_lens: *const i32,
+    seq_slots: *const i32,
     num_seqs: *const i32,
     seq_slots: *const i32,
     decode_items: *mut Item,
@@ -301,6 +302,8 @@ struct Step<'a> {
     stride: usize,
     cu_seqlens_q: Vec<i32>,
     seq_lens: Vec<i32>,
+    /// Rows of the block table, last sequence first.
+    seq_slots: Vec<i32>,
 }
 
 impl<'a> Step<'a> {
@@ -325,8 +328,10 @@ impl<'a> Step<'a> {
             stride,
             cu_seqlens_q: vec![0],
             seq_lens: Vec::new(),
+            seq_slots: (0..chunks.len() as i32).rev().collect(),
         };
         for (i, &(seq, from, to)) in chunks.iter().enumerate() {
+            let table = (chunks.len() - 1 - i) * stride;
             let q_size = problem.shape.q_size();
             step.q.extend(&problem.q[seq][from * q_size..to * q_size]);
             step.rows += to - from;
@@ -334,8 +339,8 @@ impl<'a> Step<'a> {
             step.seq_lens.push(to as i32);
             let first = if window > 0 { (from + 1).saturating_sub(window) } else { 0 };
             for position in first..to {
-                let page = pages[i * stride + position / page_tokens];
-                step.block_tables[i * stride + position / page_tokens] = page;
+                let page = pages[table + position / page_tokens];
+                step.block_tables[table + position / page_tokens] = page;
                 for which in 0..2 {
                     for head in 0..num_kv_heads {
                         let slot = ((page as usize * 2 + which) * num_kv_heads + head) * page_tokens
@@ -364,6 +369,7 @@ impl<'a> Step<'a> {
         let plan = PlanParams {
             cu_seqlens_q: self.cu_seqlens_q.as_ptr(),
             seq_lens: self.seq_lens.as_ptr(),
+            seq_slots: self.seq_slots.as_ptr(),
             num_seqs: &raw const num_seqs,
             seq_slots: std::ptr::null(),
             decode_items: decode.as_mut_ptr(),
