@@ -12,12 +12,14 @@ namespace quire {
 
 using Mass = unsigned long long;
 
+/// The largest finite number.
+constexpr float kLargest = 3.4028234663852886e38f;
 constexpr uint32_t kMinusInfinityKey = 0x007fffffu;
 
 QUIRE_DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 
 /// NaN becomes -inf, +inf the largest finite number.
-QUIRE_DEVICE float sanitize(float l) { return l != l ? minus_infinity() : fminf(l, 3.4028234663852886e38f); }
+QUIRE_DEVICE float sanitize(float l) { return l != l ? minus_infinity() : fminf(l, kLargest); }
 
 /// Orders floats as unsigned integers; -0 equals +0.
 QUIRE_DEVICE uint32_t key_of(float l) {
