@@ -47,7 +47,7 @@ struct DecodeBlock {
     unsigned char* const memory;
     const SharedAddress shared;
     const int warp, lane;
-    KvLoader<Fp8, Tile> loader;
+    KvLoader<Fp8, Tile, true> loader;
     /// Slot of the current tile.
     int stage = 0;
 

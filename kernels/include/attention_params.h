@@ -98,10 +98,14 @@ typedef struct QuireAttentionParams {
 /// quire_attention_plan: one block, once a step and kind of window. Sequences whose rows fit QUIRE_DECODE_ROWS go to the
 /// decode list, the others to the prefill list, which is ordered from the last rows of a sequence to the first.
 typedef struct QuireAttentionPlanParams {
-    /// [S + 1], [S], and S.
+    /// [S + 1]; [S] tokens in the cache once the step has run; [S] row of the block table, or null: the sequence's own
+    /// number; and S.
     const int32_t* cu_seqlens_q;
     const int32_t* seq_lens;
+    const int32_t* seq_slots;
     const int32_t* num_seqs;
+    /// [S] row of the block table of each sequence, or null: its own index.
+    const int32_t* seq_slots;
     QuireAttentionItem* decode_items;
     int32_t* num_decode_items;
     QuireAttentionItem* prefill_items;

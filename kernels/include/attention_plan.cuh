@@ -93,7 +93,7 @@ struct PlanList {
                 const int offset = is_shared ? j * splits_per_item : 0, first = tile.first_split + offset;
                 const int after = is_shared ? first + splits_per_item : kAllSplits / QUIRE_KV_SPLIT;
                 QuireAttentionItem item{};
-                item.seq = seq;
+                item.seq = p.seq_slots != nullptr ? p.seq_slots[seq] : seq;
                 item.q_start = s.q_start;
                 item.first_position = s.first_position;
                 item.row_begin = tile.row_begin;

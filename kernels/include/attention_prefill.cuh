@@ -43,14 +43,32 @@ struct PrefillBlock {
     unsigned char* const memory;
     const SharedAddress shared;
     const int warp, lane;
-    KvLoader<Fp8, Tile> loader;
+    KvLoader<Fp8, Tile, false> loader;
     int stage = 0;
 
     // Rows lane / 4 and lane / 4 + 8 of the warp.
     float max[2];
     float sum[4];
     float out[kOuts][4];
-    RowSum total[2];
+    /// Of the splits that are over. At 256 dimensions there is no register left for what is needed once in a split.
+    struct Totals {
+        RowSum row[2];
+    };
+    static constexpr bool kSharedTotals = Dim > 128;
+    Totals own_totals;
+    QUIRE_DEVICE Totals load_totals() const { return kSharedTotals ? shared_totals()[threadIdx.x] : own_totals; }
+    QUIRE_DEVICE void keep_totals(const Totals& totals) {
+        if (kSharedTotals) shared_totals()[threadIdx.x] = totals;
+        else own_totals = totals;
+    }
+    static QUIRE_DEVICE Totals* shared_totals() {
+        if constexpr (kSharedTotals) {
+            QUIRE_SHARED(totals, Totals[QUIRE_PREFILL_THREADS]);
+            return totals;
+        } else {
+            return nullptr;
+        }
+    }
 
     QUIRE_DEVICE PrefillBlock(const QuireAttentionParams& params, unsigned char* dynamic, int num_work)
         : p(params),
@@ -210,6 +228,8 @@ struct PrefillBlock {
             }
             QUIRE_UNROLL
             for (int c = 0; c < Tile::kChunks; ++c) {
+                // Keeps the compiler from loading more fragments ahead than there are registers.
+                if (Dim > 128 && c % 2 == 0) __syncwarp();
                 Values v;
                 v.load(values(stage), 32 * half, c);
                 QUIRE_UNROLL
@@ -253,7 +273,10 @@ struct PrefillBlock {
             clear();
             return;
         }
-        const MergeFactors f[2] = {merge(total[0], RowSum{max[0], sum[0]}), merge(total[1], RowSum{max[1], sum[2]})};
+        Totals totals = load_totals();
+        const MergeFactors f[2] = {merge(totals.row[0], RowSum{max[0], sum[0]}),
+                                   merge(totals.row[1], RowSum{max[1], sum[2]})};
+        keep_totals(totals);
         auto* carry = reinterpret_cast<float4*>(p.carry) + size_t(blockIdx.x) * (kRows * Dim / 4) + threadIdx.x;
         QUIRE_UNROLL
         for (int j = 0; j < kOuts; ++j) {
@@ -275,7 +298,8 @@ struct PrefillBlock {
         keep_query(item, head);
         __syncwarp();
         clear();
-        total[0] = total[1] = RowSum{negative_infinity(), 0.0f};
+        const RowSum nothing{negative_infinity(), 0.0f};
+        keep_totals(Totals{{nothing, nothing}});
         int split = item.split_offset;
         for (int token = item.kv_begin / kTokens * kTokens; token < item.kv_end; token += kTokens) {
             cp_async_wait<0>();
@@ -294,10 +318,11 @@ struct PrefillBlock {
             arrive_and_merge<Number>(p, item, head);
             return;
         }
+        const Totals totals = load_totals();
         QUIRE_UNROLL
         for (int i = 0; i < 2; ++i) {
             const Row row(p, item, head, warp * 16 + lane / 4 + 8 * i);
-            const float f = finish(p, total[i], row.head);
+            const float f = finish(p, totals.row[i], row.head);
             QUIRE_UNROLL
             for (int c = 0; c < Tile::kChunks; ++c) {
                 Out::template write<Number>(p, row, c, out + c * kGroups, i == 1, f);

@@ -35,6 +35,15 @@ inline float reciprocal_approx(float x) { return 1.0f / x; }
 #endif
 /// No memory access moves across it.
 QUIRE_DEVICE void compiler_fence() { asm volatile("" ::: "memory"); }
+/// The lane, as a value that the compiler does not know to be the same each time: what is derived from it is computed
+/// anew where it is needed, and takes no registers in between.
+QUIRE_DEVICE int fresh_lane() {
+    int lane = int(threadIdx.x % 32);
+#if defined(__CUDACC__)
+    asm volatile("" : "+r"(lane));
+#endif
+    return lane;
+}
 QUIRE_DEVICE float negative_infinity() { return __uint_as_float(0xff800000u); }
 
 /// Two ones: a column of B that adds up the weights, so that sum and values use the same rounded weights.
@@ -181,7 +190,7 @@ struct KeyFragments {
     uint32_t b[kPerStep][2];
 
     QUIRE_DEVICE void load(SharedAddress tile, int token, int step) {
-        const int lane = threadIdx.x % 32;
+        const int lane = Tile::kRowBytes > 256 ? fresh_lane() : int(threadIdx.x % 32);
         uint32_t words[4];
         ldmatrix_x4(words, tile + Tile::offset(token + lane % 8, 4 * step + lane / 8));
         if constexpr (Fp8) {
@@ -202,8 +211,9 @@ struct ValueFragments {
     uint32_t b[2][kColumns][2];
 
     QUIRE_DEVICE void load(SharedAddress tile, int token, int chunk) {
+        const int lane = Tile::kRowBytes > 256 ? fresh_lane() : int(threadIdx.x % 32);
         uint32_t words[4];
-        ldmatrix_x4_trans(words, tile + Tile::offset(token + int(threadIdx.x % 32), chunk));
+        ldmatrix_x4_trans(words, tile + Tile::offset(token + lane, chunk));
         QUIRE_UNROLL
         for (int i = 0; i < 4; ++i) {
             if constexpr (Fp8) {
@@ -246,8 +256,8 @@ QUIRE_DEVICE void load_query(const QuireAttentionParams& p, const Row& low, cons
 // ---- From pages ----------------------------------------------------------------------------------------------------
 
 /// Walks over the tiles of all work of a block, one item after the other, ahead of the warps that use them. Page numbers
-/// are read one tile ahead of their use, the next item's bounds one item ahead.
-template <bool Fp8, typename Tile>
+/// are read one tile ahead of their use and, with `Ahead`, the next item's bounds one item ahead (three registers).
+template <bool Fp8, typename Tile, bool Ahead>
 struct KvLoader {
     /// A tile, as far as a thread needs to know it.
     struct Ref {
@@ -262,17 +272,18 @@ struct KvLoader {
     /// The tile to be copied next, and the one before it.
     Ref next, last;
     int next_work, num_work;
-    const int32_t* table;
+    /// Where the sequence's row of the block table begins.
+    int table;
     int upcoming_seq, upcoming_begin, upcoming_end;
 
     QUIRE_DEVICE KvLoader(const QuireAttentionParams& params, int total) : p(params), num_work(total) {
         next_work = blockIdx.x;
-        look_ahead();
+        if (Ahead) look_up();
         open();
         last = next;
     }
 
-    QUIRE_DEVICE void look_ahead() {
+    QUIRE_DEVICE void look_up() {
         if (next_work >= num_work) return;
         const QuireAttentionItem* item = p.items + next_work / p.num_kv_heads;
         upcoming_seq = __ldg(&item->seq);
@@ -285,19 +296,20 @@ struct KvLoader {
             next.token = next.begin = next.end = 0;
             return;
         }
+        if (!Ahead) look_up();
         next.head = next_work % p.num_kv_heads;
         next.begin = upcoming_begin;
         next.end = upcoming_end;
         next.token = upcoming_begin / Tile::kTokens * Tile::kTokens;
-        table = p.block_tables + size_t(upcoming_seq) * p.block_table_stride;
+        table = upcoming_seq * p.block_table_stride;
         next_work += gridDim.x;
-        look_ahead();
+        if (Ahead) look_up();
         find_pages();
     }
     QUIRE_DEVICE int page_of(int token) const {
         // Within the 16 tokens that share a page some may be seen even if this one is not.
         const bool seen = (token | 15) >= next.begin && (token & ~15) < next.end;
-        return seen ? __ldg(table + (token >> p.page_shift)) : 0;
+        return seen ? __ldg(p.block_tables + table + (token >> p.page_shift)) : 0;
     }
     QUIRE_DEVICE void find_pages() {
         const int row = threadIdx.x / Tile::kChunks;

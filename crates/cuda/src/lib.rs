@@ -18,6 +18,7 @@ mod backend;
 pub mod blaslt;
 mod buffers;
 pub mod driver;
+pub mod int_weights;
 mod kernels;
 mod load;
 mod ops;

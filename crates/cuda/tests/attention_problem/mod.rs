@@ -55,7 +55,9 @@ struct AttentionParams {
 struct PlanParams {
     cu_seqlens_q: *const i32,
     seq_lens: *const i32,
+    seq_slots: *const i32,
     num_seqs: *const i32,
+    seq_slots: *const i32,
     decode_items: *mut Item,
     num_decode_items: *mut i32,
     prefill_items: *mut Item,
@@ -192,7 +194,8 @@ impl Rng {
 
 fn e4m3_value(byte: u8) -> f64 {
     let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f64::from(byte & 7));
-    let magnitude = if exponent == 0 { mantissa / 512.0 } else { (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7) };
+    let magnitude =
+        if exponent == 0 { mantissa / 512.0 } else { (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7) };
     if byte & 0x80 != 0 { -magnitude } else { magnitude }
 }
 
@@ -234,9 +237,10 @@ impl Problem {
         let first = if window > 0 { (position + 1).saturating_sub(window) } else { 0 };
         let q = &self.q[seq][position * self.shape.q_size() + head * head_dim..][..head_dim];
         let score = |token: usize| {
-            let products = q.iter().enumerate().map(|(d, &q)| {
-                self.shape.number.value(q) * self.element(seq, 0, token, head / group, d)
-            });
+            let products = q
+                .iter()
+                .enumerate()
+                .map(|(d, &q)| self.shape.number.value(q) * self.element(seq, 0, token, head / group, d));
             let score = products.sum::<f64>() * f64::from(self.scale());
             let cap = f64::from(soft_cap);
             if cap > 0.0 { cap * (score / cap).tanh() } else { score }
@@ -246,9 +250,10 @@ impl Problem {
         let max = scores.iter().copied().fold(sink, f64::max);
         let sum = scores.iter().map(|s| (s - max).exp()).sum::<f64>() + (sink - max).exp();
         let value = |d| {
-            let weighted = scores.iter().enumerate().map(|(i, s)| {
-                (s - max).exp() * self.element(seq, 1, first + i, head / group, d)
-            });
+            let weighted = scores
+                .iter()
+                .enumerate()
+                .map(|(i, s)| (s - max).exp() * self.element(seq, 1, first + i, head / group, d));
             weighted.sum::<f64>() / sum
         };
         (0..head_dim).map(value).collect()
@@ -274,7 +279,14 @@ impl Problem {
     }
 
     /// The outputs of the chunks' rows, `[rows, q_size]`, as one step of the kernels computes them.
-    pub fn run(&self, kernels: &HostKernels, chunks: &[Chunk], route: Route, spread: Spread, seed: u64) -> Vec<u16> {
+    pub fn run(
+        &self,
+        kernels: &HostKernels,
+        chunks: &[Chunk],
+        route: Route,
+        spread: Spread,
+        seed: u64,
+    ) -> Vec<u16> {
         Step::new(self, chunks, seed).run(kernels, route, spread, seed)
     }
 }
@@ -290,6 +302,8 @@ struct Step<'a> {
     stride: usize,
     cu_seqlens_q: Vec<i32>,
     seq_lens: Vec<i32>,
+    /// Rows of the block table, last sequence first.
+    seq_slots: Vec<i32>,
 }
 
 impl<'a> Step<'a> {
@@ -314,8 +328,10 @@ impl<'a> Step<'a> {
             stride,
             cu_seqlens_q: vec![0],
             seq_lens: Vec::new(),
+            seq_slots: (0..chunks.len() as i32).rev().collect(),
         };
         for (i, &(seq, from, to)) in chunks.iter().enumerate() {
+            let table = (chunks.len() - 1 - i) * stride;
             let q_size = problem.shape.q_size();
             step.q.extend(&problem.q[seq][from * q_size..to * q_size]);
             step.rows += to - from;
@@ -323,8 +339,8 @@ impl<'a> Step<'a> {
             step.seq_lens.push(to as i32);
             let first = if window > 0 { (from + 1).saturating_sub(window) } else { 0 };
             for position in first..to {
-                let page = pages[i * stride + position / page_tokens];
-                step.block_tables[i * stride + position / page_tokens] = page;
+                let page = pages[table + position / page_tokens];
+                step.block_tables[table + position / page_tokens] = page;
                 for which in 0..2 {
                     for head in 0..num_kv_heads {
                         let slot = ((page as usize * 2 + which) * num_kv_heads + head) * page_tokens
@@ -353,7 +369,9 @@ impl<'a> Step<'a> {
         let plan = PlanParams {
             cu_seqlens_q: self.cu_seqlens_q.as_ptr(),
             seq_lens: self.seq_lens.as_ptr(),
+            seq_slots: self.seq_slots.as_ptr(),
             num_seqs: &raw const num_seqs,
+            seq_slots: std::ptr::null(),
             decode_items: decode.as_mut_ptr(),
             num_decode_items: &raw mut num_decode,
             prefill_items: prefill.as_mut_ptr(),
