@@ -153,7 +153,8 @@ fn add_norm_equals_the_reference() {
                 assert_eq!(got.0, reference.read(&r, rows).unwrap(), "{what}: residual");
                 assert_close(&what, &act.unpack(&got.1), &want, 1.01 * act.epsilon() + 1e-5, 1e-4);
                 for seed in SEEDS {
-                    assert!(add_norm(kernels, act, (&residual, delta, &weight), seed) == got, "{what} {seed}");
+                    let again = add_norm(kernels, act, (&residual, delta, &weight), seed);
+                    assert!(again == got, "{what} {seed}");
                 }
                 let last = (rows - 1) * hidden..;
                 let alone = (&residual[last.clone()], delta.map(|d| &d[last.clone()]), &weight[..]);
@@ -452,20 +453,20 @@ impl Rope {
         let mut norm = |weight: &[f32]| {
             let bytes = as_bytes(weight);
             let view = TensorView { dtype: DType::F32, shape: &[weight.len()], data: &bytes };
-            reference.load_norm("norm", view).unwrap()
+            reference.load_norm("norm", view).expect("the reference computes it")
         };
         let norms = (norm(&input.q_norm), norm(&input.k_norm));
         let layer = KvLayerShape { num_kv_heads: self.kv_heads as u32, head_dim: self.head_dim as u32 };
         let layout = KvLayout { num_blocks: 4, block_size: 16, layers: vec![layer], dtype: DType::F32 };
-        let mut kv = reference.alloc_kv(&layout).unwrap();
-        let mut qkv = reference.alloc(BufRole::Hidden, rows, self.columns()).unwrap();
+        let mut kv = reference.alloc_kv(&layout).expect("the reference computes it");
+        let mut qkv = reference.alloc(BufRole::Hidden, rows, self.columns()).expect("the reference computes it");
         let values = self.act.unpack(&input.qkv).into_iter().enumerate();
         let values: Vec<f32> = values
             .map(|(i, x)| if self.bias { x + input.bias[i % self.columns()] } else { x })
             .collect();
-        reference.write(&mut qkv, &values).unwrap();
+        reference.write(&mut qkv, &values).expect("the reference computes it");
         let slots = SLOTS.map(|slot| slot.max(0) as u32);
-        reference.prepare(&step(&[0; 5], &POSITIONS, &slots)).unwrap();
+        reference.prepare(&step(&[0; 5], &POSITIONS, &slots)).expect("the reference computes it");
         let shape = quire_backend::AttnShape {
             num_heads: self.heads as u32,
             num_kv_heads: self.kv_heads as u32,
@@ -480,8 +481,8 @@ impl Rope {
             kv: &mut kv,
             layer: 0,
         };
-        reference.rope_and_cache(op).unwrap();
-        reference.read(&qkv, rows).unwrap()
+        reference.rope_and_cache(op).expect("the reference computes it");
+        reference.read(&qkv, rows).expect("the reference computes it")
     }
 
     /// Where the key (0) or value (1) of a KV head in a slot begins in the pages.
