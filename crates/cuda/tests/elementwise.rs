@@ -459,11 +459,11 @@ impl Rope {
         let layer = KvLayerShape { num_kv_heads: self.kv_heads as u32, head_dim: self.head_dim as u32 };
         let layout = KvLayout { num_blocks: 4, block_size: 16, layers: vec![layer], dtype: DType::F32 };
         let mut kv = reference.alloc_kv(&layout).expect("the reference computes it");
-        let mut qkv = reference.alloc(BufRole::Hidden, rows, self.columns()).expect("the reference computes it");
+        let mut qkv =
+            reference.alloc(BufRole::Hidden, rows, self.columns()).expect("the reference computes it");
         let values = self.act.unpack(&input.qkv).into_iter().enumerate();
-        let values: Vec<f32> = values
-            .map(|(i, x)| if self.bias { x + input.bias[i % self.columns()] } else { x })
-            .collect();
+        let values: Vec<f32> =
+            values.map(|(i, x)| if self.bias { x + input.bias[i % self.columns()] } else { x }).collect();
         reference.write(&mut qkv, &values).expect("the reference computes it");
         let slots = SLOTS.map(|slot| slot.max(0) as u32);
         reference.prepare(&step(&[0; 5], &POSITIONS, &slots)).expect("the reference computes it");
@@ -625,7 +625,10 @@ fn roundings_are_those_of_ieee() {
         kernels.launch(&format!("quire_embed_{}", act.name()), [1, 1, 1], [256, 1, 1], 0, &params, 0);
         for (bits, &x) in out.iter().enumerate() {
             let want = act.value(bits as u16);
-            assert!(x.to_bits() == want.to_bits() || (x.is_nan() && want.is_nan()), "{act:?} {bits:04x}: {x}");
+            assert!(
+                x.to_bits() == want.to_bits() || (x.is_nan() && want.is_nan()),
+                "{act:?} {bits:04x}: {x}"
+            );
         }
         // And from f32: a bias on zeros, not rotated.
         let rope = Rope { rotary_dim: 0, norm: false, bias: true, act, ..ropes()[0] };

@@ -51,7 +51,9 @@ struct Answer {
 
 fn reference(cases: &[Case]) -> Vec<Answer> {
     let mut backend = RefBackend::new();
-    let mut logits = backend.alloc(BufRole::Logits, cases.len(), cases[0].logits.len()).expect("the reference computes it");
+    let mut logits = backend
+        .alloc(BufRole::Logits, cases.len(), cases[0].logits.len())
+        .expect("the reference computes it");
     let values: Vec<f32> = cases.iter().flat_map(|c| c.logits.iter().copied()).collect();
     backend.write(&mut logits, &values).expect("the reference computes it");
     let seqs: Vec<_> = cases.iter().map(|c| Some(c.seq.clone())).collect();
@@ -90,7 +92,9 @@ fn reference(cases: &[Case]) -> Vec<Answer> {
     cases
         .iter()
         .map(|case| match case.target {
-            Some(token) => Answer { token, logprobs: Some(scored.next().expect("the reference computes it").2.clone()) },
+            Some(token) => {
+                Answer { token, logprobs: Some(scored.next().expect("the reference computes it").2.clone()) }
+            }
             None => {
                 let (&token, logprobs) = sampled.next().expect("the reference computes it");
                 Answer { token, logprobs: logprobs.clone() }
@@ -458,7 +462,8 @@ fn tokens_and_logprobs_are_the_references() {
 #[test]
 fn long_rows_are_sampled_as_the_reference_does() {
     let Some(kernels) = HostKernels::load() else { return };
-    let cases: Vec<Case> = cases(2 * PART + 77).into_iter().filter(|c| !c.name.contains("logits 6")).collect();
+    let cases: Vec<Case> =
+        cases(2 * PART + 77).into_iter().filter(|c| !c.name.contains("logits 6")).collect();
     let want = reference(&cases);
     let have = sample(kernels, &cases, 2);
     for (case, (have, want)) in cases.iter().zip(have.iter().zip(&want)) {
