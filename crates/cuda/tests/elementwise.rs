@@ -83,7 +83,7 @@ fn add_norm(
         eps: 1e-5,
     };
     let (suffix, threads) = match hidden {
-        _ if hidden % 8 != 0 => ("_any", 256),
+        _ if !hidden.is_multiple_of(8) => ("_any", 256),
         0..=8192 => ("", (hidden / 8).next_multiple_of(32)),
         _ => ("_wide", (hidden / 8).div_ceil(4).next_multiple_of(32)),
     };
@@ -434,7 +434,7 @@ impl Rope {
             write_back: i32::from(write_back),
             reserved: 0,
         };
-        let is_any = self.head_dim % 16 != 0 || self.rotary_dim % 16 != 0;
+        let is_any = !(self.head_dim.is_multiple_of(16) && self.rotary_dim.is_multiple_of(16));
         let heads = self.heads + 2 * self.kv_heads;
         let lanes = if is_any { 32 } else { (self.head_dim / 16).next_power_of_two() };
         let (any, kv8) = (if is_any { "_any" } else { "" }, if self.kv8 { "_kv8" } else { "" });
