@@ -46,9 +46,10 @@ QUIRE_DEVICE long long fixed_point(float l) {
 
 /// max - l in units of 2^-27, or kFar for 32 and more, where a mass is zero.
 constexpr uint32_t kFar = 0xffffffffu;
+constexpr float kMaxDistance = 31.9999f;
 QUIRE_DEVICE uint32_t distance(float max, long long max_fixed, float l) {
     const float rounded = max - l;
-    if (!(rounded < 31.9999f)) return kFar;
+    if (!(rounded < kMaxDistance)) return kFar;
     if (rounded == 0.0f) return 0;
     return uint32_t((unsigned long long)(max_fixed - fixed_point(l)) >> 5);
 }
