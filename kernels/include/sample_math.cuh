@@ -32,10 +32,11 @@ QUIRE_DEVICE Ranked ranked(float l, int id) { return Ranked(key_of(l)) << 32 | u
 QUIRE_DEVICE int id_of(Ranked r) { return int(~uint32_t(r)); }
 QUIRE_DEVICE float value_of(Ranked r) { return value_of_key(uint32_t(r >> 32)); }
 
-/// `l` in units of 2^-32, for |l| < 2^30; what is smaller is cut off.
+/// `l` in units of 2^-32, for |l| < 2^30; what is smaller is cut off. Beyond, numbers are 64 and more apart or equal,
+/// which `distance` sees by itself, and the result is of no use.
 QUIRE_DEVICE long long fixed_point(float l) {
     const uint32_t bits = __float_as_uint(l);
-    const int shift = int(bits >> 23 & 0xff) - 118;  // 2^(e - 150) * 2^32
+    const int shift = min(int(bits >> 23 & 0xff) - 118, 38);  // 2^(e - 150) * 2^32
     const unsigned long long mantissa = (bits & 0x7fffffu) | 0x800000u;
     const unsigned long long magnitude = shift >= 0 ? mantissa << shift : shift > -32 ? mantissa >> -shift : 0;
     return bits >> 31 ? -(long long)magnitude : (long long)magnitude;
