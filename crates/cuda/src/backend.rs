@@ -69,11 +69,12 @@ pub struct Cuda {
     pub(crate) copy_rounds: Vec<Vec<[i32; 2]>>,
     /// The step's copies did not go with its upload.
     pub(crate) has_extra_copies: bool,
-    /// Prepared and not fetched.
+    /// Prepared and not sampled.
+    pub(crate) current: Flight,
+    /// Sampled and not fetched.
     pub(crate) flights: VecDeque<Flight>,
     /// Buffers of fetched steps.
     pub(crate) free_rows: Vec<Vec<RowMeta>>,
-    next_ring: usize,
     words: Vec<i32>,
     entries: Vec<i32>,
     /// Why nothing can be done any more.
@@ -81,7 +82,7 @@ pub struct Cuda {
 }
 
 /// A step between `prepare` and `fetch`.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Flight {
     pub step: StepId,
     pub rows: Vec<RowMeta>,
@@ -169,9 +170,9 @@ impl Cuda {
             query_lengths: (0, 0),
             copy_rounds: Vec::new(),
             has_extra_copies: false,
+            current: Flight::default(),
             flights: VecDeque::with_capacity(RING),
             free_rows: Vec::with_capacity(RING),
-            next_ring: 0,
             words: Vec::new(),
             entries: Vec::new(),
             poison: None,
@@ -207,11 +208,6 @@ impl Cuda {
             Some(error) => Err(BackendError::Device(error.clone())),
             None => Ok(()),
         }
-    }
-
-    /// The step that was prepared last.
-    pub(crate) fn current(&self) -> &Flight {
-        self.flights.back().expect("operations come after `prepare`")
     }
 
     /// Where a word of the step's upload lies.
@@ -290,15 +286,13 @@ impl Cuda {
         let lengths = input.cu_seqlens_q.windows(2).map(|w| (w[1] - w[0]) as usize);
         self.query_lengths = (lengths.clone().min().unwrap_or(0), lengths.max().unwrap_or(0));
 
-        let mut rows = self.free_rows.pop().unwrap_or_default();
-        pack(input, &self.layout, &mut self.words, &mut rows);
+        self.current.step = input.step;
+        pack(input, &self.layout, &mut self.words, &mut self.current.rows);
         self.pack_copies(input);
         self.entries.clear();
         if self.page_tokens > 0 {
             self.slots.table_changes(input, self.page_tokens, &mut self.entries);
         }
-        self.flights.push_back(Flight { step: input.step, rows, ring: self.next_ring });
-        self.next_ring = (self.next_ring + 1) % RING;
         self.send_step()
     }
 
@@ -396,7 +390,7 @@ impl Cuda {
     ) -> Result<(), BackendError> {
         self.rows = bucket(self.rows).min(self.max_rows);
         self.logit_launch_rows = bucket(self.logit_launch_rows).min(self.max_rows);
-        let logit_rows = if self.current().rows.is_empty() { 0 } else { self.logit_launch_rows };
+        let logit_rows = if self.current.rows.is_empty() { 0 } else { self.logit_launch_rows };
         let (shortest, longest) = self.query_lengths;
         let query_lengths = (shortest.min(DECODE_ROWS + 1), longest.min(DECODE_ROWS + 1));
         let signature = Signature { key, rows: self.rows, logit_rows, query_lengths };

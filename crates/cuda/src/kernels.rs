@@ -112,8 +112,8 @@ impl Kernels {
     pub fn add_norm(&self, rows: usize, hidden: usize) -> (&Function<AddNormParams>, LaunchShape) {
         let is_fast = hidden.is_multiple_of(8) && hidden <= NORM_MAX_HIDDEN;
         let vectors = match hidden {
-            ..=8192 => 1,
-            ..=16384 => 2,
+            0..=8192 => 1,
+            8193..=16384 => 2,
             _ => 4,
         };
         let threads =

@@ -214,7 +214,7 @@ impl Cuda {
 
     pub(crate) fn logit_rows(&mut self, op: &Logits<'_, Self>) -> Result<(), BackendError> {
         let (rows, act) = (self.logit_launch_rows, self.options.activations);
-        if self.current().rows.is_empty() {
+        if self.current.rows.is_empty() {
             return Ok(());
         }
         self.expect("logits input", op.x, 1, op.head.in_features, act)?;

@@ -4,6 +4,7 @@ use quire_backend::{BackendError, LogitKind, SeqState};
 use quire_core::{LateInputs, ModelRunnerOutput, StepId, TokenLogprobs};
 
 use crate::Cuda;
+use crate::backend::Flight;
 use crate::buffers::CudaBuf;
 use crate::driver::{Arena, Context, CudaError, DeviceSlice, Event, LaunchShape, Pinned};
 use crate::kernels::{Kernels, logits_splits};
@@ -83,9 +84,8 @@ impl Cuda {
         seqs: &[Option<SeqState>],
         late: &LateInputs,
     ) -> Result<(), BackendError> {
-        let current = self.current();
-        let (num_rows, ring) = (current.rows.len(), current.ring);
-        let top = current.rows.iter().map(|row| row.num_logprobs).max().unwrap_or(-1);
+        let (num_rows, ring) = (self.current.rows.len(), self.current.ring);
+        let top = self.current.rows.iter().map(|row| row.num_logprobs).max().unwrap_or(-1);
         if num_rows > logits.rows {
             return Err(self.refused(format!("{num_rows} rows of logits in a buffer of {}", logits.rows)));
         }
@@ -105,7 +105,11 @@ impl Cuda {
             }
             arrived.record(&self.copies)
         });
-        self.check(returned)
+        self.check(returned)?;
+        let rows = self.free_rows.pop().unwrap_or_default();
+        let next = Flight { rows, ring: (ring + 1) % RING, ..Flight::default() };
+        self.flights.push_back(std::mem::replace(&mut self.current, next));
+        Ok(())
     }
 
     /// Makes room for the rows of `logits`, and `top` alternatives.
@@ -134,7 +138,7 @@ impl Cuda {
 
     fn collect_masks(&self, late: &LateInputs, vocab: usize) -> Masks {
         let words = vocab.div_ceil(32);
-        let rows = &self.current().rows;
+        let rows = &self.current.rows;
         let mut masks = Masks { bits: Vec::new(), rows: Vec::new(), words };
         if late.masks.is_empty() {
             return masks;
@@ -160,8 +164,8 @@ impl Cuda {
 
     /// Sends what the device does not know yet of the sequences that sample.
     fn update_slots(&mut self, seqs: &[Option<SeqState>], vocab: usize) -> Result<(), BackendError> {
-        for i in 0..self.current().rows.len() {
-            let RowMeta { slot, position, kind, .. } = self.current().rows[i];
+        for i in 0..self.current.rows.len() {
+            let RowMeta { slot, position, kind, .. } = self.current.rows[i];
             if kind != LogitKind::Sample {
                 continue;
             }
@@ -203,7 +207,7 @@ impl Cuda {
     }
 
     fn launch_sampler(&mut self, logits: &CudaBuf, masks: &Masks, top: i32) -> Result<(), BackendError> {
-        let (num_rows, ring) = (self.current().rows.len(), self.current().ring);
+        let (num_rows, ring) = (self.current.rows.len(), self.current.ring);
         let vocab = logits.cols;
         let has_masks = !masks.bits.is_empty();
         let (state, slots) = (&self.sampler, &self.slots);
@@ -275,7 +279,7 @@ impl Cuda {
         out: &mut ModelRunnerOutput,
     ) -> Result<(), BackendError> {
         let Some(flight) = self.flights.pop_front() else {
-            return Err(self.refused(format!("step {step} was not prepared")));
+            return Err(self.refused(format!("step {step} was not sampled")));
         };
         if flight.step != step {
             return Err(self.refused(format!("step {step} is asked for before step {}", flight.step)));

@@ -37,7 +37,10 @@ fn check(kernels: &HostKernels, shape: Shape, lens: &[usize], chunks: &[Chunk]) 
         for route in [Route::Planned, Route::AllPrefill] {
             let out = problem.run(kernels, chunks, route, spread, 7 + i as u64);
             let error = problem.error(chunks, &out);
-            assert!(error < tolerance(&shape), "{shape:?}, {chunks:?}, {route:?}, {spread:?}: error {error:e}");
+            assert!(
+                error < tolerance(&shape),
+                "{shape:?}, {chunks:?}, {route:?}, {spread:?}: error {error:e}"
+            );
         }
     }
 }
@@ -47,7 +50,9 @@ fn decodes_any_length_and_group() {
     let Some(kernels) = HostKernels::load() else { return };
     let lens = [1, 63, 64, 65, 130];
     let last: Vec<Chunk> = lens.iter().enumerate().map(|(seq, &len)| (seq, len - 1, len)).collect();
-    for (group, num_kv_heads, page_tokens) in [(1, 3, 16), (2, 2, 32), (4, 1, 16), (8, 1, 64), (16, 1, 16), (3, 2, 16)] {
+    for (group, num_kv_heads, page_tokens) in
+        [(1, 3, 16), (2, 2, 32), (4, 1, 16), (8, 1, 64), (16, 1, 16), (3, 2, 16)]
+    {
         check(kernels, Shape { group, num_kv_heads, page_tokens, ..BASE }, &lens, &last);
     }
 }
@@ -70,7 +75,9 @@ fn every_type_and_head_size() {
 fn windows_caps_and_sinks() {
     let Some(kernels) = HostKernels::load() else { return };
     let chunks: &[Chunk] = &[(0, 149, 150), (1, 60, 100), (0, 80, 150)];
-    for (window, soft_cap, sinks) in [(5, 0.0, false), (64, 1.5, false), (70, 0.0, true), (0, 1.5, true), (1, 0.0, false)] {
+    for (window, soft_cap, sinks) in
+        [(5, 0.0, false), (64, 1.5, false), (70, 0.0, true), (0, 1.5, true), (1, 0.0, false)]
+    {
         for (fp8, group) in [(false, 2), (true, 4)] {
             check(kernels, Shape { window, soft_cap, sinks, fp8, group, ..BASE }, &[150, 100], chunks);
         }

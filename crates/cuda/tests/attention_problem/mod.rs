@@ -57,6 +57,7 @@ struct PlanParams {
     seq_lens: *const i32,
     seq_slots: *const i32,
     num_seqs: *const i32,
+    seq_slots: *const i32,
     decode_items: *mut Item,
     num_decode_items: *mut i32,
     prefill_items: *mut Item,
@@ -193,7 +194,8 @@ impl Rng {
 
 fn e4m3_value(byte: u8) -> f64 {
     let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f64::from(byte & 7));
-    let magnitude = if exponent == 0 { mantissa / 512.0 } else { (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7) };
+    let magnitude =
+        if exponent == 0 { mantissa / 512.0 } else { (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7) };
     if byte & 0x80 != 0 { -magnitude } else { magnitude }
 }
 
@@ -235,9 +237,10 @@ impl Problem {
         let first = if window > 0 { (position + 1).saturating_sub(window) } else { 0 };
         let q = &self.q[seq][position * self.shape.q_size() + head * head_dim..][..head_dim];
         let score = |token: usize| {
-            let products = q.iter().enumerate().map(|(d, &q)| {
-                self.shape.number.value(q) * self.element(seq, 0, token, head / group, d)
-            });
+            let products = q
+                .iter()
+                .enumerate()
+                .map(|(d, &q)| self.shape.number.value(q) * self.element(seq, 0, token, head / group, d));
             let score = products.sum::<f64>() * f64::from(self.scale());
             let cap = f64::from(soft_cap);
             if cap > 0.0 { cap * (score / cap).tanh() } else { score }
@@ -247,9 +250,10 @@ impl Problem {
         let max = scores.iter().copied().fold(sink, f64::max);
         let sum = scores.iter().map(|s| (s - max).exp()).sum::<f64>() + (sink - max).exp();
         let value = |d| {
-            let weighted = scores.iter().enumerate().map(|(i, s)| {
-                (s - max).exp() * self.element(seq, 1, first + i, head / group, d)
-            });
+            let weighted = scores
+                .iter()
+                .enumerate()
+                .map(|(i, s)| (s - max).exp() * self.element(seq, 1, first + i, head / group, d));
             weighted.sum::<f64>() / sum
         };
         (0..head_dim).map(value).collect()
@@ -275,7 +279,14 @@ impl Problem {
     }
 
     /// The outputs of the chunks' rows, `[rows, q_size]`, as one step of the kernels computes them.
-    pub fn run(&self, kernels: &HostKernels, chunks: &[Chunk], route: Route, spread: Spread, seed: u64) -> Vec<u16> {
+    pub fn run(
+        &self,
+        kernels: &HostKernels,
+        chunks: &[Chunk],
+        route: Route,
+        spread: Spread,
+        seed: u64,
+    ) -> Vec<u16> {
         Step::new(self, chunks, seed).run(kernels, route, spread, seed)
     }
 }
@@ -360,6 +371,7 @@ impl<'a> Step<'a> {
             seq_lens: self.seq_lens.as_ptr(),
             seq_slots: self.seq_slots.as_ptr(),
             num_seqs: &raw const num_seqs,
+            seq_slots: std::ptr::null(),
             decode_items: decode.as_mut_ptr(),
             num_decode_items: &raw mut num_decode,
             prefill_items: prefill.as_mut_ptr(),
