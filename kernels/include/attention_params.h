@@ -104,8 +104,6 @@ typedef struct QuireAttentionPlanParams {
     const int32_t* seq_lens;
     const int32_t* seq_slots;
     const int32_t* num_seqs;
-    /// [S] row of the block table of each sequence, or null: its own index.
-    const int32_t* seq_slots;
     QuireAttentionItem* decode_items;
     int32_t* num_decode_items;
     QuireAttentionItem* prefill_items;

@@ -73,7 +73,8 @@ impl IntWeights {
                 }
             }
             Bits::Four => {
-                let (mut codes, mut steps) = (vec![0; row.len()], vec![0; row.len().div_ceil(quant::INT4_GROUP)]);
+                let (mut codes, mut steps) =
+                    (vec![0; row.len()], vec![0; row.len().div_ceil(quant::INT4_GROUP)]);
                 self.scales[n] = quant::quantize_int4(row, &mut codes, &mut steps);
                 for (k, code) in codes.into_iter().enumerate() {
                     let (at, shift) = self.place(n, k).nibble_of_int4();

@@ -240,8 +240,8 @@ params! {
     AttentionPlanParams = "QuireAttentionPlanParams" {
         cu_seqlens_q: u64,
         seq_lens: u64,
-        num_seqs: u64,
         seq_slots: u64,
+        num_seqs: u64,
         decode_items: u64,
         num_decode_items: u64,
         prefill_items: u64,

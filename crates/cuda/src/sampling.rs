@@ -164,6 +164,7 @@ impl Cuda {
 
     /// Sends what the device does not know yet of the sequences that sample.
     fn update_slots(&mut self, seqs: &[Option<SeqState>], vocab: usize) -> Result<(), BackendError> {
+        self.reserve_counts(seqs, vocab)?;
         for i in 0..self.current.rows.len() {
             let RowMeta { slot, position, kind, .. } = self.current.rows[i];
             if kind != LogitKind::Sample {
@@ -175,18 +176,34 @@ impl Cuda {
             };
             let updated = self.slots.update(slot, seq, position, &mut self.staging, &self.stream);
             if let Some(recount) = self.check(updated)? {
+                if recount.num_tokens < position as usize {
+                    let known = recount.num_tokens;
+                    return Err(
+                        self.refused(format!("slot {slot}: {known} of {position} tokens are known to count"))
+                    );
+                }
                 self.count_tokens(&recount, seq, vocab)?;
             }
         }
         Ok(())
     }
 
-    fn count_tokens(&mut self, recount: &Recount, seq: &SeqState, vocab: usize) -> Result<(), BackendError> {
-        let row_bytes = vocab * 4;
-        if self.slots.counts.bytes() < self.slots.num_slots() * row_bytes {
-            self.slots.counts = self.take("token counts", self.slots.num_slots() * row_bytes)?;
+    /// Makes the table of counts when the first sequence with penalties comes.
+    fn reserve_counts(&mut self, seqs: &[Option<SeqState>], vocab: usize) -> Result<(), BackendError> {
+        let bytes = self.slots.num_slots() * vocab * 4;
+        let needs_history = |row: &RowMeta| {
+            let seq = seqs.get(row.slot.0 as usize).and_then(Option::as_ref);
+            seq.is_some_and(|seq| seq.params.needs_history())
+        };
+        if self.slots.counts.bytes() < bytes && self.current.rows.iter().any(needs_history) {
+            self.slots.counts = self.take("token counts", bytes)?;
             self.slots.forget_counts();
         }
+        Ok(())
+    }
+
+    fn count_tokens(&mut self, recount: &Recount, seq: &SeqState, vocab: usize) -> Result<(), BackendError> {
+        let row_bytes = vocab * 4;
         let tokens = &seq.tokens[..recount.num_tokens];
         let bytes = tokens.len() * 4;
         if self.sampler.tokens.bytes() < bytes {

@@ -153,7 +153,10 @@ fn add_norm_equals_the_reference() {
                 assert_eq!(got.0, reference.read(&r, rows).unwrap(), "{what}: residual");
                 assert_close(&what, &act.unpack(&got.1), &want, 1.01 * act.epsilon() + 1e-5, 1e-4);
                 for seed in SEEDS {
-                    assert!(add_norm(kernels, act, (&residual, delta, &weight), seed) == got, "{what} {seed}");
+                    assert!(
+                        add_norm(kernels, act, (&residual, delta, &weight), seed) == got,
+                        "{what} {seed}"
+                    );
                 }
                 let last = (rows - 1) * hidden..;
                 let alone = (&residual[last.clone()], delta.map(|d| &d[last.clone()]), &weight[..]);
@@ -460,9 +463,8 @@ impl Rope {
         let mut kv = reference.alloc_kv(&layout).unwrap();
         let mut qkv = reference.alloc(BufRole::Hidden, rows, self.columns()).unwrap();
         let values = self.act.unpack(&input.qkv).into_iter().enumerate();
-        let values: Vec<f32> = values
-            .map(|(i, x)| if self.bias { x + input.bias[i % self.columns()] } else { x })
-            .collect();
+        let values: Vec<f32> =
+            values.map(|(i, x)| if self.bias { x + input.bias[i % self.columns()] } else { x }).collect();
         reference.write(&mut qkv, &values).unwrap();
         let slots = SLOTS.map(|slot| slot.max(0) as u32);
         reference.prepare(&step(&[0; 5], &POSITIONS, &slots)).unwrap();
@@ -624,7 +626,10 @@ fn roundings_are_those_of_ieee() {
         kernels.launch(&format!("quire_embed_{}", act.name()), [1, 1, 1], [256, 1, 1], 0, &params, 0);
         for (bits, &x) in out.iter().enumerate() {
             let want = act.value(bits as u16);
-            assert!(x.to_bits() == want.to_bits() || (x.is_nan() && want.is_nan()), "{act:?} {bits:04x}: {x}");
+            assert!(
+                x.to_bits() == want.to_bits() || (x.is_nan() && want.is_nan()),
+                "{act:?} {bits:04x}: {x}"
+            );
         }
         // And from f32: a bias on zeros, not rotated.
         let rope = Rope { rotary_dim: 0, norm: false, bias: true, act, ..ropes()[0] };

@@ -11,8 +11,7 @@ use libloading::Library;
 #[derive(Clone, Copy)]
 struct Uint3([c_uint; 3]);
 
-type Emulate =
-    unsafe extern "C" fn(*const c_char, Uint3, Uint3, c_uint, *const c_void, c_ulonglong) -> c_int;
+type Emulate = unsafe extern "C" fn(*const c_char, Uint3, Uint3, c_uint, *const c_void, c_ulonglong) -> c_int;
 type Error = unsafe extern "C" fn() -> *const c_char;
 
 #[repr(C)]

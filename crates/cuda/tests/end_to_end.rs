@@ -18,6 +18,8 @@ use quire_model::{Checkpoint, ModelSpec};
 use quire_runner::{ModelRunner, RunnerConfig};
 use steps::Steps;
 
+/// Of a row of logits, norm over norm: activations are rounded to bf16, the reference keeps f32.
+const TOLERANCE: f32 = 1e-2;
 const MAX_NUM_SEQS: u32 = 8;
 const MAX_MODEL_LEN: u32 = 128;
 
@@ -83,8 +85,7 @@ fn compare(name: &str, gpu: &MockGpu, checkpoint: &Checkpoint, num_steps: usize)
         for (seq, (want, have)) in want.chunks(vocab).zip(have.chunks(vocab)).enumerate() {
             let error = relative_error(have, want);
             // A NaN is a failure too.
-            assert!(error <= 1e-2, "{name}, step {step}, sequence {seq}: relative error {error}");
-            worst = worst.max(error);
+            worst = if error <= worst { worst } else { error };
             let difference = have.iter().zip(want).map(|(h, w)| (h - w).abs()).fold(0.0, f32::max);
             let (wanted, chosen) = (expected.last_token(seq), got.last_token(seq));
             let is_clear = margin(want) > 2.0 * difference;
@@ -107,11 +108,14 @@ fn golden_checkpoints_agree_with_the_reference() {
     names.retain(|path| path.is_dir());
     names.sort();
     assert!(names.len() >= 10);
+    let mut errors = Vec::new();
     for path in names {
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         let worst = compare(&name, &gpu, &Checkpoint::open(&path).unwrap(), 4);
         println!("{name:20} relative error {worst:.1e}");
+        errors.push((name, worst));
     }
+    assert!(errors.iter().all(|(_, worst)| *worst <= TOLERANCE), "{errors:?}");
     gpu.assert_nothing_left();
 }
 
@@ -121,6 +125,7 @@ fn the_embedded_model_agrees_with_the_reference() {
     gpu.delay(true);
     let worst = compare("quire-demo", &gpu, &demo(), 2);
     println!("quire-demo relative error {worst:.1e}");
+    assert!(worst <= TOLERANCE, "{worst}");
 }
 
 /// The sampler's own choices, with two steps in flight and with one, whoever shares the batch.

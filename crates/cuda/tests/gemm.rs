@@ -42,7 +42,15 @@ struct GemvParams {
 }
 
 /// `[rows, n]`; `rows` of `x` exist beyond those asked for, and must not matter.
-fn gemv(kernels: &HostKernels, name: &str, x: &[u16], weight: &[u16], bias: &[f32], rows: usize, k: usize) -> Vec<u8> {
+fn gemv(
+    kernels: &HostKernels,
+    name: &str,
+    x: &[u16],
+    weight: &[u16],
+    bias: &[f32],
+    rows: usize,
+    k: usize,
+) -> Vec<u8> {
     let (n, num_rows) = (bias.len(), rows as i32);
     let size = if name.ends_with("f32") { 4 } else { 2 };
     let mut out = vec![0xff; rows * n * size];
@@ -84,7 +92,10 @@ fn few_rows_give_right_values_whatever_their_number() {
             let (row, column) = (i / n, i % n);
             let products = (0..k).map(|j| value(bits_x[row * stride + j]) * value(bits_w[column * k + j]));
             let expected = products.sum::<f64>() + f64::from(bias[column]);
-            assert!((f64::from(out) - expected).abs() < 1e-5 * (k as f64).sqrt(), "[{n}, {k}] {i}: {out} {expected}");
+            assert!(
+                (f64::from(out) - expected).abs() < 1e-5 * (k as f64).sqrt(),
+                "[{n}, {k}] {i}: {out} {expected}"
+            );
             assert_eq!(rounded[2 * i..2 * i + 2], bf16::from_f32(out).to_le_bytes(), "[{n}, {k}] {i}");
         }
         let half = |x: &[f32]| -> Vec<u16> { x.iter().map(|&x| f16::from_f32(x).to_bits()).collect() };
@@ -143,9 +154,8 @@ impl Layer {
         let weight: Vec<f32> = (0..n * k).map(|_| rng.signed()).collect();
         let bias: Vec<f32> = (0..n).map(|_| rng.signed()).collect();
         let magnitudes = [1.0, 1e-3, 0.0, 300.0, 1e-31, 1e10];
-        let x: Vec<f32> = (0..rows * k)
-            .map(|i| bf16::from_f32(magnitudes[i / k % 6] * rng.signed()).to_f32())
-            .collect();
+        let x: Vec<f32> =
+            (0..rows * k).map(|i| bf16::from_f32(magnitudes[i / k % 6] * rng.signed()).to_f32()).collect();
         let mut packed = IntWeights::new(bits, n, k);
         weight.chunks(k).enumerate().for_each(|(i, row)| packed.set_row(i, row));
         let expected = reference(bits, &weight, &bias, &x, [n, k, rows]);
@@ -239,7 +249,9 @@ fn quantized_products_equal_the_reference() {
     // The sanitizers look at addresses, which two shapes vary enough; they make everything slow.
     let shapes: &[_] = match std::env::var_os("QUIRE_TEST_SANITIZE") {
         Some(_) => &[(33, 300, 9), (1, 31, 1)],
-        None => &[(1, 1, 1), (15, 31, 2), (17, 256, 7), (48, 257, 9), (33, 300, 33), (130, 544, 5), (20, 2310, 3)],
+        None => {
+            &[(1, 1, 1), (15, 31, 2), (17, 256, 7), (48, 257, 9), (33, 300, 33), (130, 544, 5), (20, 2310, 3)]
+        }
     };
     for bits in [Bits::Eight, Bits::Four] {
         for &(n, k, rows) in shapes {
@@ -247,7 +259,10 @@ fn quantized_products_equal_the_reference() {
             for variant in ["m8", "m32", "wide"] {
                 let out = layer.run(kernels, variant);
                 for (i, (out, expected)) in out.iter().zip(&layer.expected).enumerate() {
-                    assert!(out == expected, "{bits:?} [{n}, {k}] x {rows}, {variant}, {i}: {out:e}, not {expected:e}");
+                    assert!(
+                        out == expected,
+                        "{bits:?} [{n}, {k}] x {rows}, {variant}, {i}: {out:e}, not {expected:e}"
+                    );
                 }
             }
         }

@@ -16,7 +16,8 @@ struct CheckParams {
 }
 
 fn launch(kernels: &HostKernels, name: &str, a: &[u8], b: &[u8], c: &mut [u8], bytes: usize) {
-    let params = CheckParams { a: a.as_ptr(), b: b.as_ptr(), c: c.as_mut_ptr(), bytes: bytes as i32, reserved: 0 };
+    let params =
+        CheckParams { a: a.as_ptr(), b: b.as_ptr(), c: c.as_mut_ptr(), bytes: bytes as i32, reserved: 0 };
     kernels.launch(name, [1, 1, 1], [32, 1, 1], 0, &params, bytes as u64);
 }
 
@@ -45,7 +46,11 @@ fn products_of_16_bits() {
                 let (row, column) = (i / 8, i % 8);
                 let of_b = |k: usize| if trans { k * 8 + column } else { column * 16 + k };
                 let sum: i32 = (0..16).map(|k| number(row * 16 + k) * number(1000 + of_b(k))).sum();
-                assert_eq!(f32::from_le_bytes(*out), (sum + i as i32) as f32, "{name}, {trans}, {row}, {column}");
+                assert_eq!(
+                    f32::from_le_bytes(*out),
+                    (sum + i as i32) as f32,
+                    "{name}, {trans}, {row}, {column}"
+                );
             }
         }
     }
@@ -54,7 +59,8 @@ fn products_of_16_bits() {
 #[test]
 fn products_of_8_bits() {
     let Some(kernels) = HostKernels::load() else { return };
-    let operand = |len: usize, first: usize| -> Vec<u8> { (0..len).map(|i| number(first + i) as u8).collect() };
+    let operand =
+        |len: usize, first: usize| -> Vec<u8> { (0..len).map(|i| number(first + i) as u8).collect() };
     let (a, b) = (operand(512, 0), operand(256, 1000));
     let mut c: Vec<u8> = (0..128i32).flat_map(i32::to_le_bytes).collect();
     launch(kernels, "quire_check_mma_int8", &a, &b, &mut c, 0);

@@ -458,7 +458,8 @@ fn tokens_and_logprobs_are_the_references() {
 #[test]
 fn long_rows_are_sampled_as_the_reference_does() {
     let Some(kernels) = HostKernels::load() else { return };
-    let cases: Vec<Case> = cases(2 * PART + 77).into_iter().filter(|c| !c.name.contains("logits 6")).collect();
+    let cases: Vec<Case> =
+        cases(2 * PART + 77).into_iter().filter(|c| !c.name.contains("logits 6")).collect();
     let want = reference(&cases);
     let have = sample(kernels, &cases, 2);
     for (case, (have, want)) in cases.iter().zip(have.iter().zip(&want)) {

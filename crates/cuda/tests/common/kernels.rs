@@ -99,6 +99,16 @@ impl HostKernels {
         *symbol.unwrap_or_else(|error| panic!("{name}: {error}"))
     }
 
+    /// Why the last launch of this thread failed.
+    fn error(&self) -> String {
+        // SAFETY: `kernels/emulate` defines it so; the text ends in a zero.
+        unsafe {
+            let symbol =
+                self.library.get::<unsafe extern "C" fn() -> *const c_char>(b"quire_emulate_error\0");
+            symbol.map_or_else(|_| "?".into(), |text| CStr::from_ptr(text()).to_string_lossy().into_owned())
+        }
+    }
+
     /// Runs one launch to its end. `params` is the kernel's parameter struct, `seed` decides in which order the threads
     /// of a block take turns: results must not depend on it.
     ///
@@ -124,7 +134,7 @@ impl HostKernels {
             let params = std::ptr::from_ref(params).cast();
             (self.emulate)(c_name.as_ptr(), grid.into(), block.into(), dynamic_smem, params, seed)
         };
-        assert_eq!(status, 0, "{name} failed on grid {grid:?}, block {block:?}, seed {seed}");
+        assert_eq!(status, 0, "{name} on grid {grid:?}, block {block:?}, seed {seed}: {}", self.error());
     }
 }
 

@@ -169,6 +169,7 @@ int launch(Device& d, const Function& f, Uint3 grid, Uint3 block, unsigned smem,
     d.by_name[f.name]++;
     if (d.idle) return OK;
     int status = emulate(f.name.c_str(), grid, block, smem, params.data(), d.seed++);
+    if (status != 0) std::fprintf(stderr, "%s failed under the double of the driver\n", f.name.c_str());
     return status == 0 ? OK : LAUNCH_FAILED;
 }
 
