@@ -655,3 +655,53 @@ fn roundings_are_those_of_ieee() {
         }
     }
 }
+
+/// The byte nearest to `x`, the even one of two; beyond 448 the largest.
+fn nearest_e4m3(x: f32) -> u8 {
+    let sign = if x.is_sign_negative() { 0x80 } else { 0 };
+    let distance = |bits: u8| (f64::from(e4m3(bits)) - f64::from(x.abs())).abs();
+    let best = (0..0x7F).min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1))));
+    best.expect("there are bytes") | sign
+}
+
+#[test]
+fn bytes_of_the_cache_are_rounded_to_nearest_even() {
+    let Some(kernels) = HostKernels::load() else { return };
+    let mut rng = Rng::new(9);
+    let rope = Rope { rotary_dim: 0, bias: true, kv8: true, ..ropes()[0] };
+    let mut input = rope.input(&mut rng);
+    input.qkv.fill(0);
+    for round in 0..10 {
+        for (i, bias) in input.bias.iter_mut().enumerate() {
+            let code = rng.below(0x7E) as u8;
+            *bias = match (i % rope.head_dim, rng.below(3)) {
+                // The largest number of each head makes its scale 1.
+                (5, _) => 448.0,
+                // Exactly between two bytes.
+                (_, 0) => (e4m3(code) + e4m3(code + 1)) / 2.0,
+                (_, 1) => e4m3(code),
+                _ => rng.signed(448.0) * 2f32.powi(-(rng.below(18) as i32)),
+            };
+            if rng.below(2) == 0 {
+                *bias = -*bias;
+            }
+        }
+        let got = rope.launch(kernels, &input, false, round);
+        for (row, slot) in SLOTS.into_iter().enumerate().filter(|(_, slot)| *slot >= 0) {
+            for (which, head) in (0..2).flat_map(|w| (0..rope.kv_heads).map(move |h| (w, h))) {
+                let index = rope.index(slot, which, head);
+                assert_eq!(got.scales[index], 1.0);
+                let column = (rope.heads + which * rope.kv_heads + head) * rope.head_dim;
+                for i in 0..rope.head_dim {
+                    let (x, have) = (input.bias[column + i], got.kv[index * rope.head_dim + i]);
+                    // Zero may lose its sign.
+                    let want = nearest_e4m3(x);
+                    assert!(
+                        have == want || (have | want) & 0x7F == 0,
+                        "row {row}: {x:e} is {have:02x}, not {want:02x}"
+                    );
+                }
+            }
+        }
+    }
+}
