@@ -31,6 +31,17 @@ pub enum BackendError {
     Device(#[from] ExecError),
 }
 
+/// What a buffer of activations holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BufRole {
+    /// The residual stream, which every layer adds to: kept in f32 everywhere.
+    Residual,
+    /// What goes from one operation to the next: rounded where the weights are.
+    Hidden,
+    /// Logits: in f32 everywhere.
+    Logits,
+}
+
 /// A device. Start-up methods may allocate; all others only enqueue work onto buffers made at start.
 ///
 /// Within a step the order is: `prepare`, then the model's operations inside `run`, then `logits` (in `run` too), then
@@ -71,11 +82,11 @@ pub trait Backend: Sized + Send + 'static {
     /// Out of memory.
     fn load_rope(&mut self, table: &RopeTable) -> Result<Self::Rope, BackendError>;
 
-    /// Allocates activations.
+    /// Allocates activations. `role` says what they are for, so that a backend can choose how to store them.
     ///
     /// # Errors
     /// Out of memory.
-    fn alloc(&mut self, rows: usize, cols: usize) -> Result<Self::Buf, BackendError>;
+    fn alloc(&mut self, role: BufRole, rows: usize, cols: usize) -> Result<Self::Buf, BackendError>;
 
     /// Allocates the cache of one KV group.
     ///

@@ -24,9 +24,9 @@ pub mod reference;
 pub mod sampling_rng;
 pub mod step_input;
 
-pub use backend::{Backend, BackendError};
+pub use backend::{Backend, BackendError, BufRole};
 pub use ops::{
     Activation, AddNorm, Attention, AttnShape, Embed, GraphKey, KvLayerShape, KvLayout, Linear, LinearPart,
     LinearSource, Logits, Mlp, MlpShape, RopeAndCache, RopeTable,
 };
-pub use step_input::{LogitKind, LogitRow, SeqState, StepBuffer, StepInput};
+pub use step_input::{LogitKind, LogitRow, ON_DEVICE, SeqState, StepBuffer, StepInput};

@@ -22,12 +22,16 @@ pub struct SeqState {
     pub seed: u64,
 }
 
+/// Stands for a token that was sampled in a step still in flight. Only backends that are not
+/// [`crate::Backend::INLINE`] are given it.
+pub const ON_DEVICE: TokenId = TokenId::MAX;
+
 /// One step.
 #[derive(Clone, Copy, Debug)]
 pub struct StepInput<'a> {
     /// Which step.
     pub step: StepId,
-    /// `[T]` input tokens.
+    /// `[T]` input tokens. [`ON_DEVICE`]: what the row's sequence sampled last, which the host does not know yet.
     pub token_ids: &'a [TokenId],
     /// `[T]` absolute positions.
     pub positions: &'a [u32],

@@ -5,8 +5,8 @@
 use std::time::Instant;
 
 use quire_backend::{
-    Activation, Attention, AttnShape, Backend, BackendError, KvLayerShape, KvLayout, Linear, LinearPart,
-    LinearSource, Mlp, MlpShape, RopeAndCache, RopeTable, StepInput,
+    Activation, Attention, AttnShape, Backend, BackendError, BufRole, KvLayerShape, KvLayout, Linear,
+    LinearPart, LinearSource, Mlp, MlpShape, RopeAndCache, RopeTable, StepInput,
 };
 use quire_core::{DType, QuantFormat, Shard, Slot, StepId, TensorView};
 use quire_cpu::{CpuBackend, CpuBuf, CpuConfig, CpuWeight, Precision};
@@ -75,7 +75,7 @@ fn linear(
         let layers = (0..(96 << 20) / (n * k)).map(|_| load(backend, quant, (n, k)));
         weights.push(layers.collect::<Result<Vec<_>, _>>()?);
     }
-    let (x, mut out) = (activations(backend, rows, k)?, backend.alloc(rows as usize, n)?);
+    let (x, mut out) = (activations(backend, rows, k)?, backend.alloc(BufRole::Hidden, rows as usize, n)?);
     prepare(backend, 1, rows, rows)?;
     report(name, n * k, rows, weights.iter().map(Vec::len).min().unwrap_or(0), |form, layer| {
         backend.linear(Linear { x: &x, weight: &weights[form][layer], out: &mut out })
@@ -95,8 +95,8 @@ fn feed_forward(backend: &mut CpuBackend, rows: u32) -> Result<(), BackendError>
         weights.push((0..10).map(|_| layer()).collect::<Result<Vec<_>, _>>()?);
     }
     let x = activations(backend, rows, HIDDEN)?;
-    let mut scratch = backend.alloc(rows as usize, 2 * INTERMEDIATE)?;
-    let mut out = backend.alloc(rows as usize, HIDDEN)?;
+    let mut scratch = backend.alloc(BufRole::Hidden, rows as usize, 2 * INTERMEDIATE)?;
+    let mut out = backend.alloc(BufRole::Hidden, rows as usize, HIDDEN)?;
     prepare(backend, 1, rows, rows)?;
     report("mlp", 3 * HIDDEN * INTERMEDIATE, rows, 10, |form, layer| {
         let (up, down) = &weights[form][layer];
@@ -119,7 +119,7 @@ fn load(
 
 /// Not zeros: a multiplier that has nothing to do takes less power, and the clock rises.
 fn activations(backend: &mut CpuBackend, rows: u32, k: usize) -> Result<CpuBuf, BackendError> {
-    let mut x = backend.alloc(rows as usize, k)?;
+    let mut x = backend.alloc(BufRole::Hidden, rows as usize, k)?;
     let values: Vec<f32> = (0..rows as usize * k).map(|i| (i * 7919 % 1013) as f32 / 506.5 - 1.0).collect();
     backend.write(&mut x, &values)?;
     Ok(x)
@@ -172,7 +172,7 @@ fn attention(
     let mut kv = backend.alloc_kv(&layout)?;
     let tokens = (seqs * context) as usize;
     let (mut qkv, mut out) =
-        (backend.alloc(tokens, shape.qkv_size())?, backend.alloc(tokens, shape.q_size())?);
+        (backend.alloc(BufRole::Hidden, tokens, shape.qkv_size())?, backend.alloc(tokens, shape.q_size())?);
     let angles = RopeTable { inv_freq: vec![0.1; 64], max_positions: context, attention_factor: 1.0 };
     let ones = TensorView { dtype: DType::F32, shape: &[128], data: &1f32.to_le_bytes().repeat(128) };
     let (norm, rope) = (backend.load_norm("norm", ones)?, backend.load_rope(&angles)?);

@@ -2,8 +2,8 @@
 
 use quire_backend::convert::to_f32;
 use quire_backend::{
-    AddNorm, Attention, Backend, BackendError, Embed, GraphKey, KvLayout, Linear, LinearSource, LogitKind,
-    LogitRow, Logits, Mlp, MlpShape, RopeAndCache, RopeTable, SeqState, StepBuffer, StepInput,
+    AddNorm, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout, Linear, LinearSource,
+    LogitKind, LogitRow, Logits, Mlp, MlpShape, RopeAndCache, RopeTable, SeqState, StepBuffer, StepInput,
 };
 use quire_core::{
     DType, ExecError, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId, TokenLogprobs,
@@ -161,7 +161,7 @@ impl Backend for CpuBackend {
         CpuRope::new(&mut self.pool, table)
     }
 
-    fn alloc(&mut self, rows: usize, cols: usize) -> Result<CpuBuf, BackendError> {
+    fn alloc(&mut self, _role: BufRole, rows: usize, cols: usize) -> Result<CpuBuf, BackendError> {
         let len = rows.saturating_mul(cols);
         if self.precision == Precision::Bf16 {
             // Any buffer may become the input of a linear layer.

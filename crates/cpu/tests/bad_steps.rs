@@ -1,8 +1,8 @@
 //! A step that does not fit its buffers is an error, not undefined behaviour, and the backend stays usable.
 
 use quire_backend::{
-    Attention, AttnShape, Backend, BackendError, Embed, KvLayerShape, KvLayout, LinearPart, LinearSource,
-    RopeAndCache, StepInput,
+    Attention, AttnShape, Backend, BackendError, BufRole, Embed, KvLayerShape, KvLayout, LinearPart,
+    LinearSource, RopeAndCache, StepInput,
 };
 use quire_core::{DType, QuantFormat, Shard, Slot, StepId, TensorView};
 use quire_cpu::{CpuBackend, CpuBuf, CpuConfig, CpuKv, CpuWeight};
@@ -34,9 +34,9 @@ fn fixture() -> Result<Fixture, BackendError> {
     Ok(Fixture {
         table: backend.load_linear(&source)?,
         kv: backend.alloc_kv(&layout)?,
-        hidden: backend.alloc(4, 8)?,
-        qkv: backend.alloc(4, SHAPE.qkv_size())?,
-        out: backend.alloc(4, SHAPE.q_size())?,
+        hidden: backend.alloc(BufRole::Hidden, 4, 8)?,
+        qkv: backend.alloc(BufRole::Hidden, 4, SHAPE.qkv_size())?,
+        out: backend.alloc(BufRole::Hidden, 4, SHAPE.q_size())?,
         backend,
     })
 }
@@ -92,7 +92,7 @@ fn indices_out_of_range_are_errors() {
 #[test]
 fn buffers_of_the_wrong_shape_are_errors() {
     let mut fixture = fixture().unwrap();
-    fixture.hidden = fixture.backend.alloc(1, 8).unwrap();
+    fixture.hidden = fixture.backend.alloc(BufRole::Hidden, 1, 8).unwrap();
     let error = fixture.run(1, 1, 0).unwrap_err().to_string();
     assert!(error.contains("embed") && error.contains("[2, 8]"), "{error}");
 }

@@ -1,6 +1,6 @@
 //! The CPU backend against the reference.
 
-use quire_backend::conformance::{self, Tolerance};
+use quire_backend::conformance::{self, Support, Tolerance};
 use quire_core::QuantFormat;
 use quire_cpu::{CpuBackend, CpuConfig, Isa, Precision};
 
@@ -46,7 +46,7 @@ fn bf16_backend(threads: usize, max_isa: Isa) -> CpuBackend {
 #[test]
 fn bf16_products() {
     let mut calls = 0;
-    conformance::run_with(BF16_PRODUCTS, || {
+    conformance::run_with(BF16_PRODUCTS, Support::default(), || {
         calls += 1;
         bf16_backend(1 + calls % 3, Isa::detect())
     });
@@ -56,7 +56,7 @@ fn bf16_products() {
 #[test]
 fn bf16_products_on_changing_instruction_sets() {
     let mut calls = 0;
-    conformance::run_with(BF16_PRODUCTS, || {
+    conformance::run_with(BF16_PRODUCTS, Support::default(), || {
         calls += 1;
         // What is not a product differs between portable code and AVX2, so not with `Isa::Portable`.
         bf16_backend(2, [Isa::detect(), Isa::detect().min(Isa::Avx2)][calls % 2])
@@ -65,7 +65,7 @@ fn bf16_products_on_changing_instruction_sets() {
 
 #[test]
 fn bf16_products_in_portable_code() {
-    conformance::run_with(BF16_PRODUCTS, || bf16_backend(2, Isa::Portable));
+    conformance::run_with(BF16_PRODUCTS, Support::default(), || bf16_backend(2, Isa::Portable));
 }
 
 /// To the bit, on every instruction set and number of threads.

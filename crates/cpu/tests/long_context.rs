@@ -1,7 +1,8 @@
 //! Attention over contexts of several partial results: against plain f64, and to the bit whoever computes them.
 
 use quire_backend::{
-    Attention, AttnShape, Backend, BackendError, KvLayerShape, KvLayout, LogitRow, RopeAndCache, StepInput,
+    Attention, AttnShape, Backend, BackendError, BufRole, KvLayerShape, KvLayout, LogitRow, RopeAndCache,
+    StepInput,
 };
 use quire_core::{DType, Slot, StepId};
 use quire_cpu::{CpuBackend, CpuConfig, Isa, Precision};
@@ -34,8 +35,8 @@ fn outputs(case: Case, threads: usize, max_isa: Isa) -> Result<Vec<f32>, Backend
         dtype: case.dtype,
     };
     let mut kv = backend.alloc_kv(&layout)?;
-    let mut qkv = backend.alloc(CONTEXT as usize, SHAPE.qkv_size())?;
-    let mut out = backend.alloc(CONTEXT as usize, SHAPE.q_size())?;
+    let mut qkv = backend.alloc(BufRole::Hidden, CONTEXT as usize, SHAPE.qkv_size())?;
+    let mut out = backend.alloc(BufRole::Hidden, CONTEXT as usize, SHAPE.q_size())?;
     let values: Vec<f32> = (0..CONTEXT as usize * SHAPE.qkv_size()).map(noise).collect();
     backend.write(&mut qkv, &values)?;
     prepare(&mut backend, CONTEXT)?;

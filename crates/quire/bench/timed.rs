@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use quire_backend::quant::row_bytes;
 use quire_backend::{
-    AddNorm, Attention, Backend, BackendError, Embed, GraphKey, KvLayout, Linear, LinearSource, Logits, Mlp,
-    RopeAndCache, RopeTable, SeqState, StepInput,
+    AddNorm, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout, Linear, LinearSource,
+    Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
 };
 use quire_core::{LateInputs, ModelRunnerOutput, StepId, TensorView};
 
@@ -190,8 +190,8 @@ impl<B: Backend> Backend for Timed<B> {
         self.inner.load_rope(table)
     }
 
-    fn alloc(&mut self, rows: usize, cols: usize) -> Result<Self::Buf, BackendError> {
-        self.inner.alloc(rows, cols)
+    fn alloc(&mut self, role: BufRole, rows: usize, cols: usize) -> Result<Self::Buf, BackendError> {
+        self.inner.alloc(role, rows, cols)
     }
 
     fn alloc_kv(&mut self, layout: &KvLayout) -> Result<Self::Kv, BackendError> {

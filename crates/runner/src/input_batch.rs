@@ -13,6 +13,10 @@ use crate::error::PlanError;
 #[derive(Debug)]
 pub(crate) struct InputBatch {
     seqs: Vec<Option<SeqState>>,
+    /// Counts who had the slot: tokens of a step in flight belong to its occupant of then.
+    generations: Vec<u32>,
+    /// Tokens sampled in steps in flight: known to the device, not here.
+    pending: Vec<u32>,
     /// One per KV group.
     tables: Vec<BlockTables>,
     /// Token buffers of sequences that left, to be used again. At most one per slot.
@@ -25,6 +29,8 @@ impl InputBatch {
         let table = || BlockTables::new(config.max_num_seqs, config.max_blocks_per_seq(), config.num_blocks);
         Self {
             seqs: (0..config.max_num_seqs).map(|_| None).collect(),
+            generations: vec![0; config.max_num_seqs as usize],
+            pending: vec![0; config.max_num_seqs as usize],
             tables: (0..num_groups).map(|_| table()).collect(),
             spare_tokens: Vec::with_capacity(config.max_num_seqs as usize),
             max_model_len: config.max_model_len,
@@ -38,13 +44,34 @@ impl InputBatch {
         plan.grown.iter().try_for_each(|grown| self.grow(grown))
     }
 
-    /// Appends what was sampled, so that the next step can feed it.
-    pub fn append_sampled(&mut self, out: &ModelRunnerOutput) -> Result<(), PlanError> {
-        for row in &out.rows {
-            let tokens = &mut self.seq_mut(row.slot)?.tokens;
-            tokens.extend_from_slice(out.tokens_of(row));
+    /// Notes the rows of a step that will be sampled: `(slot, generation)`, for [`InputBatch::append_sampled`].
+    pub fn expect_sampled(&mut self, plan: &SchedulerOutput, sampled: &mut Vec<(Slot, u32)>) {
+        for row in plan.scheduled.iter().filter(|row| row.sample) {
+            let slot = row.slot.0 as usize;
+            sampled.push((row.slot, self.generations[slot]));
+            self.pending[slot] += 1;
+        }
+    }
+
+    /// Appends what was sampled, so that the next step can feed it. Sequences that have left meanwhile get nothing.
+    pub fn append_sampled(
+        &mut self,
+        out: &ModelRunnerOutput,
+        sampled: &[(Slot, u32)],
+    ) -> Result<(), PlanError> {
+        for (row, &(slot, generation)) in out.rows.iter().zip(sampled) {
+            let index = slot.0 as usize;
+            if self.generations[index] == generation {
+                self.pending[index] -= 1;
+                self.seq_mut(row.slot)?.tokens.extend_from_slice(out.tokens_of(row));
+            }
         }
         Ok(())
+    }
+
+    /// Tokens of the sequence in a slot, those included that only the device knows.
+    pub fn num_tokens(&self, slot: Slot) -> Result<usize, PlanError> {
+        Ok(self.seq(slot)?.tokens.len() + self.pending[slot.0 as usize] as usize)
     }
 
     /// All sequences, by slot.
@@ -75,6 +102,8 @@ impl InputBatch {
     fn free(&mut self, slot: Slot) -> Result<(), PlanError> {
         let seq = self.entry(slot)?.take().ok_or(PlanError::SlotEmpty(slot))?;
         self.spare_tokens.push(seq.tokens);
+        self.generations[slot.0 as usize] += 1;
+        self.pending[slot.0 as usize] = 0;
         Ok(())
     }
 
@@ -119,7 +148,7 @@ impl InputBatch {
 mod tests {
     use std::sync::Arc;
 
-    use quire_core::{BlockId, DType, QuantFormat, RequestId, SamplingParams};
+    use quire_core::{BlockId, DType, LogitRows, QuantFormat, RequestId, SamplingParams, Scheduled};
 
     use super::*;
 
@@ -183,11 +212,24 @@ mod tests {
         let before = tokens(&batch);
         let mut out = ModelRunnerOutput::default();
         out.push_row(Slot(0), &[1, 2, 3, 4, 5, 6, 7], []);
-        batch.append_sampled(&out).unwrap();
+        let row = Scheduled {
+            slot: Slot(0),
+            num_computed_tokens: 0,
+            num_new_tokens: 1,
+            logits: LogitRows::Last,
+            sample: true,
+        };
+        let (mut sampled, mut step) = (Vec::new(), plan(&[], &[], &[]));
+        step.scheduled.push(row);
+        batch.expect_sampled(&step, &mut sampled);
+        assert_eq!(batch.num_tokens(Slot(0)).unwrap(), 2, "one of them on the device");
+        batch.append_sampled(&out, &sampled).unwrap();
         assert_eq!(batch.seq(Slot(0)).unwrap().tokens, [7, 1, 2, 3, 4, 5, 6, 7]);
         assert_eq!(tokens(&batch), before);
         batch.apply(&plan(&[0], &[new_seq(1, &[4], &[1])], &[])).unwrap();
         assert_eq!(batch.seq(Slot(1)).unwrap().tokens.as_ptr(), before, "the buffer is used again");
+        batch.append_sampled(&out, &sampled).unwrap();
+        assert_eq!(batch.seq(Slot(1)).unwrap().tokens, [4], "whoever left gets nothing");
     }
 
     #[test]

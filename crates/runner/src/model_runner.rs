@@ -3,11 +3,12 @@
 //! `submit` brings the mirror up to date; the work is enqueued there, or, on a backend that computes at once, done in
 //! `collect`. A step is a sequence of passes, nearly always one (see `pass.rs`).
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use quire_backend::{Backend, BackendError};
+use quire_backend::{Backend, BackendError, GraphKey};
 use quire_core::{
-    ExecError, Executor, ExecutorLimits, LateInputs, ModelRunnerOutput, SchedulerOutput, StepId,
+    ExecError, Executor, ExecutorLimits, LateInputs, ModelRunnerOutput, SchedulerOutput, Slot, StepId,
 };
 use quire_model::Checkpoint;
 
@@ -20,6 +21,12 @@ use crate::pass::{Cursor, Pass};
 use crate::workspace::{Workspace, WorkspaceShape};
 use crate::{LoadProgress, MemoryPlan, RunnerConfig, RunnerError};
 
+/// Steps of decoding alone: the same launches, on a number of rows that the backend rounds up as it likes.
+const DECODE: GraphKey = GraphKey(0);
+/// With one step computing, another one ready behind it.
+const PIPELINE: u32 = 2;
+const NOT_SAMPLED: &str = "`sample` was not called for it";
+
 /// A model on a device, with its KV cache and the mirrored batch.
 pub struct ModelRunner<B: Backend> {
     backend: B,
@@ -30,7 +37,10 @@ pub struct ModelRunner<B: Backend> {
     pass: Pass,
     limits: ExecutorLimits,
     memory: MemoryPlan,
-    in_flight: Option<InFlight>,
+    /// Submitted and not collected, oldest first.
+    in_flight: VecDeque<InFlight>,
+    /// Lists of collected steps, to be used again.
+    spare_sampled: Vec<Vec<(Slot, u32)>>,
     late: LateInputs,
     /// [`Backend::INLINE`]: the work is done in `collect`.
     inline: bool,
@@ -42,6 +52,10 @@ struct InFlight {
     /// Where the next pass begins.
     cursor: Cursor,
     is_sampled: bool,
+    /// Who gets the tokens: see [`InputBatch::expect_sampled`].
+    sampled: Vec<(Slot, u32)>,
+    /// The answer, if it had to be fetched before it is collected.
+    answer: Option<ModelRunnerOutput>,
 }
 
 impl<B: Backend> ModelRunner<B> {
@@ -71,12 +85,13 @@ impl<B: Backend> ModelRunner<B> {
                 max_num_batched_tokens: config.max_num_batched_tokens,
                 max_model_len: config.max_model_len,
                 vocab_size: spec.vocab_size as u32,
-                // More needs a backend that feeds its own sampled tokens; here they come from the host.
-                max_steps_in_flight: 1,
+                // More than one needs a backend that feeds its own sampled tokens.
+                max_steps_in_flight: if B::INLINE { 1 } else { PIPELINE },
                 kv_groups,
             },
             memory: MemoryPlan::new(spec, config),
-            in_flight: None,
+            in_flight: VecDeque::with_capacity(PIPELINE as usize),
+            spare_sampled: Vec::with_capacity(PIPELINE as usize),
             late: LateInputs::default(),
             inline: B::INLINE,
             backend,
@@ -113,6 +128,7 @@ impl<B: Backend> ModelRunner<B> {
         let has_copies = !input.block_copies.is_empty();
         let has_tokens = input.num_tokens() > 0;
         let wants_logits = !input.logit_rows.is_empty();
+        let key = self.pass.is_decode().then_some(DECODE);
         self.backend.prepare(&input)?;
         if has_copies {
             self.backend.copy_blocks(&mut self.kv)?;
@@ -121,7 +137,7 @@ impl<B: Backend> ModelRunner<B> {
             return Ok(());
         }
         let Self { backend, decoder, workspace, kv, .. } = self;
-        backend.run(None, |backend| decoder.forward(backend, workspace, kv, wants_logits))
+        backend.run(key, |backend| decoder.forward(backend, workspace, kv, wants_logits))
     }
 
     fn sample_pass(&mut self) -> Result<(), ExecError> {
@@ -131,27 +147,40 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// Runs what is left of a step, and waits for it.
-    fn finish(&mut self, step: &InFlight, out: &mut ModelRunnerOutput) -> Result<(), ExecError> {
-        let mut cursor = step.cursor;
+    fn finish(&mut self, step: &mut InFlight, out: &mut ModelRunnerOutput) -> Result<(), ExecError> {
         let mut is_enqueued = !self.inline;
         loop {
             if !is_enqueued {
-                cursor = self.forward_pass(&step.plan, cursor)?;
+                step.cursor = self.forward_pass(&step.plan, step.cursor)?;
                 self.sample_pass()?;
             }
             self.backend.fetch(step.plan.step, out).map_err(|error| self.backend_failed(error))?;
             is_enqueued = false;
-            if cursor.at_end(&step.plan) {
-                return self.batch.append_sampled(out).map_err(|error| self.bad_plan(&error));
+            if step.cursor.at_end(&step.plan) {
+                return Ok(());
             }
         }
     }
 
-    fn in_flight(&mut self, step: StepId) -> Result<&mut InFlight, PlanError> {
-        match &mut self.in_flight {
-            Some(in_flight) if in_flight.plan.step == step => Ok(in_flight),
-            _ => Err(PlanError::OutOfOrder(step, "was not submitted")),
+    /// A step of several passes (see `pass.rs`) must be through before another one is enqueued behind it, which may
+    /// need what its last pass computes. Rare, so the wait does not matter.
+    fn finish_passes(&mut self) -> Result<(), ExecError> {
+        let Some(mut step) = self.in_flight.pop_back() else { return Ok(()) };
+        if !step.cursor.at_end(&step.plan) && !self.inline {
+            if !step.is_sampled {
+                return Err(self.bad_plan(&PlanError::OutOfOrder(step.plan.step, NOT_SAMPLED)));
+            }
+            let mut answer = ModelRunnerOutput { step: step.plan.step, ..Default::default() };
+            self.finish(&mut step, &mut answer)?;
+            step.answer = Some(answer);
         }
+        self.in_flight.push_back(step);
+        Ok(())
+    }
+
+    fn in_flight(&mut self, step: StepId) -> Result<&mut InFlight, PlanError> {
+        let found = self.in_flight.iter_mut().find(|in_flight| in_flight.plan.step == step);
+        found.ok_or(PlanError::OutOfOrder(step, "was not submitted"))
     }
 
     fn bad_plan(&self, error: &PlanError) -> ExecError {
@@ -173,16 +202,20 @@ impl<B: Backend> Executor for ModelRunner<B> {
 
     fn submit(&mut self, plan: Arc<SchedulerOutput>) -> Result<StepId, ExecError> {
         let step = plan.step;
-        if self.in_flight.is_some() {
+        if self.in_flight.len() >= self.limits.max_steps_in_flight as usize {
             return Err(self.bad_plan(&PlanError::OutOfOrder(step, "the step before was not collected")));
         }
+        self.finish_passes()?;
         let applied = self.batch.apply(&plan).and_then(|()| self.pass.check(&plan, &self.batch));
         applied.map_err(|error| self.bad_plan(&error))?;
         let mut cursor = Cursor::default();
         if !self.inline {
             cursor = self.forward_pass(&plan, cursor)?;
         }
-        self.in_flight = Some(InFlight { plan, cursor, is_sampled: false });
+        let mut sampled = self.spare_sampled.pop().unwrap_or_default();
+        sampled.clear();
+        self.batch.expect_sampled(&plan, &mut sampled);
+        self.in_flight.push_back(InFlight { plan, cursor, is_sampled: false, sampled, answer: None });
         Ok(step)
     }
 
@@ -196,18 +229,23 @@ impl<B: Backend> Executor for ModelRunner<B> {
     }
 
     fn collect(&mut self, step: StepId, out: &mut ModelRunnerOutput) -> Result<(), ExecError> {
-        let is_sampled = self.in_flight(step).map(|in_flight| in_flight.is_sampled);
-        match is_sampled {
-            Ok(true) => {}
-            Ok(false) => {
-                return Err(self.bad_plan(&PlanError::OutOfOrder(step, "`sample` was not called for it")));
-            }
-            Err(error) => return Err(self.bad_plan(&error)),
+        let refuse = |why| PlanError::OutOfOrder(step, why);
+        match self.in_flight.front() {
+            Some(oldest) if oldest.plan.step == step && oldest.is_sampled => {}
+            Some(oldest) if oldest.plan.step == step => return Err(self.bad_plan(&refuse(NOT_SAMPLED))),
+            Some(_) => return Err(self.bad_plan(&refuse("is not the oldest one submitted"))),
+            None => return Err(self.bad_plan(&refuse("was not submitted"))),
         }
-        let in_flight = self.in_flight.take().expect("it was found just now");
+        let mut in_flight = self.in_flight.pop_front().expect("it was found just now");
         out.clear();
         out.step = step;
-        self.finish(&in_flight, out)
+        match in_flight.answer.take() {
+            Some(answer) => *out = answer,
+            None => self.finish(&mut in_flight, out)?,
+        }
+        let appended = self.batch.append_sampled(out, &in_flight.sampled);
+        self.spare_sampled.push(in_flight.sampled);
+        appended.map_err(|error| self.bad_plan(&error))
     }
 }
 

@@ -1,7 +1,7 @@
 //! One pass over the model as flat arrays. A step is one pass, unless it wants more rows of logits than the buffer
 //! holds (log-probabilities of long prompts); then it is cut, in order, into several.
 
-use quire_backend::{LogitKind, LogitRow, SeqState, StepInput};
+use quire_backend::{LogitKind, LogitRow, ON_DEVICE, SeqState, StepInput};
 use quire_core::{BlockCopy, LogitRows, Scheduled, SchedulerOutput, Slot, StepId, TokenId};
 
 use crate::RunnerConfig;
@@ -75,7 +75,7 @@ impl Pass {
 
     fn check_row(&self, row: &Scheduled, batch: &InputBatch) -> Result<(), PlanError> {
         let slot = row.slot;
-        let known = batch.seq(slot)?.tokens.len();
+        let known = batch.num_tokens(slot)?;
         let (start, end) =
             (row.num_computed_tokens, row.num_computed_tokens.saturating_add(row.num_new_tokens));
         if start >= end || end as usize > known {
@@ -136,6 +136,15 @@ impl Pass {
         }
     }
 
+    /// Whether every sequence computes one token and samples the next: such passes differ in what they read only.
+    pub fn is_decode(&self) -> bool {
+        let rows = self.token_ids.len();
+        rows > 0
+            && rows == self.seq_slots.len()
+            && rows == self.logit_rows.len()
+            && self.block_copies.is_empty()
+    }
+
     /// Rows of logits in this pass.
     pub fn num_logit_rows(&self) -> usize {
         self.logit_rows.len()
@@ -183,7 +192,8 @@ impl Pass {
                 self.logit_rows.push(LogitRow { row: index, slot: row.slot, position: position + 1, kind });
             }
             let block = table[(position / self.block_size) as usize];
-            self.token_ids.push(seq.tokens[position as usize]);
+            // Checked before: what is not known here was sampled in a step in flight.
+            self.token_ids.push(seq.tokens.get(position as usize).copied().unwrap_or(ON_DEVICE));
             self.positions.push(position);
             self.slot_mapping.push(block * self.block_size + position % self.block_size);
         }
@@ -357,7 +367,9 @@ mod tests {
         let (pass, mut batch, mut plan) = set_up(&[4], &[row(0, 4, 1, last, true)]);
         let mut out = quire_core::ModelRunnerOutput::default();
         out.push_row(Slot(0), &[1], []);
-        batch.append_sampled(&out).unwrap();
+        let mut sampled = Vec::new();
+        batch.expect_sampled(&plan, &mut sampled);
+        batch.append_sampled(&out, &sampled).unwrap();
         plan.new.clear();
         let no_blocks = PlanError::NoBlocks { slot: Slot(0), start: 4, end: 5, capacity: 4 };
         assert_eq!(pass.check(&plan, &batch).unwrap_err(), no_blocks);

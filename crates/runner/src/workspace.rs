@@ -1,6 +1,6 @@
 //! The buffers of the forward pass: allocated once, for the largest step.
 
-use quire_backend::{Backend, BackendError};
+use quire_backend::{Backend, BackendError, BufRole};
 use quire_model::{Ffn, FfnShape, Mixer, ModelSpec};
 
 use crate::RunnerConfig;
@@ -66,13 +66,13 @@ impl<B: Backend> Workspace<B> {
     pub fn new(backend: &mut B, shape: &WorkspaceShape) -> Result<Self, BackendError> {
         let tokens = shape.tokens;
         Ok(Self {
-            residual: backend.alloc(tokens, shape.hidden)?,
-            hidden: backend.alloc(tokens, shape.hidden)?,
-            delta: backend.alloc(tokens, shape.hidden)?,
-            qkv: backend.alloc(tokens, shape.qkv)?,
-            attn: backend.alloc(tokens, shape.attn)?,
-            mlp: backend.alloc(tokens, shape.mlp)?,
-            logits: backend.alloc(shape.logit_rows, shape.vocab)?,
+            residual: backend.alloc(BufRole::Residual, tokens, shape.hidden)?,
+            hidden: backend.alloc(BufRole::Hidden, tokens, shape.hidden)?,
+            delta: backend.alloc(BufRole::Hidden, tokens, shape.hidden)?,
+            qkv: backend.alloc(BufRole::Hidden, tokens, shape.qkv)?,
+            attn: backend.alloc(BufRole::Hidden, tokens, shape.attn)?,
+            mlp: backend.alloc(BufRole::Hidden, tokens, shape.mlp)?,
+            logits: backend.alloc(BufRole::Logits, shape.logit_rows, shape.vocab)?,
         })
     }
 }

@@ -2,10 +2,10 @@
 
 use quire_core::{BlockCopy, BlockId, DType};
 
-use super::Tolerance;
 use super::model::{Shape, TinyModel};
 use super::random::Rng;
 use super::schedule::{Piece, Sequence, Step, Trace, alone, execute, mixed, same_bits, sequences};
+use super::{Support, Tolerance};
 use crate::reference::RefBackend;
 use crate::{Activation, AttnShape, Backend, MlpShape};
 
@@ -141,11 +141,23 @@ const GRID: &[(Shape, &[u32])] = &[
     ),
 ];
 
-pub(super) fn run<B: Backend>(tolerance: Tolerance, make: &mut impl FnMut() -> B) {
+pub(super) fn run<B: Backend>(tolerance: Tolerance, support: Support, make: &mut impl FnMut() -> B) {
     for (shape, lens) in GRID {
-        values_and_invariance(shape, lens, tolerance, make);
-        block_copies(shape, make);
+        let shape = adapted(shape, support);
+        values_and_invariance(&shape, lens, tolerance, make);
+        block_copies(&shape, make);
     }
+}
+
+/// The case as the backend can take it.
+fn adapted(shape: &Shape, support: Support) -> Shape {
+    let mut shape = shape.clone();
+    if let Some(dtype) = support.dtype {
+        (shape.weight_dtype, shape.kv_dtype) = (dtype, dtype);
+    }
+    shape.block_size = shape.block_size.max(support.min_block_size);
+    shape.attn.head_dim = shape.attn.head_dim.next_multiple_of(support.head_dim_multiple);
+    shape
 }
 
 fn values_and_invariance<B: Backend>(

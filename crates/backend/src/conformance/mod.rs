@@ -20,7 +20,7 @@ mod schedule;
 #[cfg(test)]
 pub(crate) use random::Rng;
 
-use quire_core::QuantFormat;
+use quire_core::{DType, QuantFormat};
 
 use crate::Backend;
 
@@ -42,20 +42,39 @@ impl Default for Tolerance {
     }
 }
 
+/// What a backend computes with, where that is not whatever a case asks for. Cases are changed to fit, on the reference
+/// too; none is left out.
+#[derive(Clone, Copy, Debug)]
+pub struct Support {
+    /// Type of weights and of the cache, instead of the case's.
+    pub dtype: Option<DType>,
+    /// The smallest block.
+    pub min_block_size: u32,
+    /// What `head_dim` is a multiple of.
+    pub head_dim_multiple: u32,
+}
+
+impl Default for Support {
+    /// Everything.
+    fn default() -> Self {
+        Self { dtype: None, min_block_size: 1, head_dim_multiple: 1 }
+    }
+}
+
 /// Runs the whole suite with the tolerance of f32 arithmetic. `make` gives a fresh backend for each case.
 ///
 /// # Panics
 /// At the first failure, with the case, the sequence and position, and the operation's output.
 pub fn run<B: Backend>(make: impl FnMut() -> B) {
-    run_with(Tolerance::default(), make);
+    run_with(Tolerance::default(), Support::default(), make);
 }
 
-/// [`run`] with another tolerance.
+/// [`run`] with another tolerance, for a backend that does not take everything.
 ///
 /// # Panics
 /// As [`run`].
-pub fn run_with<B: Backend>(tolerance: Tolerance, mut make: impl FnMut() -> B) {
-    forward::run(tolerance, &mut make);
+pub fn run_with<B: Backend>(tolerance: Tolerance, support: Support, mut make: impl FnMut() -> B) {
+    forward::run(tolerance, support, &mut make);
     sampling::run(&mut make);
 }
 

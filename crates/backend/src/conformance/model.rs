@@ -4,7 +4,7 @@ use quire_core::{DType, QuantFormat, Shard};
 
 use super::random::{HostTensor, Rng};
 use crate::{
-    Activation, AddNorm, Attention, AttnShape, Backend, BackendError, Embed, GraphKey, KvLayerShape,
+    Activation, AddNorm, Attention, AttnShape, Backend, BackendError, BufRole, Embed, GraphKey, KvLayerShape,
     KvLayout, Linear, LinearPart, LinearSource, Logits, Mlp, MlpShape, RopeAndCache, RopeTable,
 };
 
@@ -154,8 +154,8 @@ impl<B: Backend> TinyModel<B> {
             layers: vec![kv_layer; NUM_LAYERS],
             dtype: shape.kv_dtype,
         })?;
-        let mut alloc = |cols| backend.alloc(shape.max_rows, cols);
-        let layers = weights
+        let mut alloc = |cols| backend.alloc(BufRole::Hidden, shape.max_rows, cols);
+        let layers: Vec<_> = weights
             .into_iter()
             .map(|weights| {
                 let buffers = LayerBuffers {
@@ -177,9 +177,9 @@ impl<B: Backend> TinyModel<B> {
             rope,
             layers,
             kv,
-            residual: alloc(shape.hidden)?,
             normed: alloc(shape.hidden)?,
-            logits: alloc(shape.vocab)?,
+            residual: backend.alloc(BufRole::Residual, shape.max_rows, shape.hidden)?,
+            logits: backend.alloc(BufRole::Logits, shape.max_rows, shape.vocab)?,
             keys: Vec::new(),
             shape: shape.clone(),
         })

@@ -6,8 +6,8 @@ use super::random::{HostTensor, Rng};
 use crate::quant::TINY;
 use crate::reference::RefBackend;
 use crate::{
-    Activation, Backend, BackendError, Embed, Linear, LinearPart, LinearSource, LogitKind, LogitRow, Logits,
-    Mlp, MlpShape, StepInput,
+    Activation, Backend, BackendError, BufRole, Embed, Linear, LinearPart, LinearSource, LogitKind, LogitRow,
+    Logits, Mlp, MlpShape, StepInput,
 };
 
 /// Inputs of a layer: below, at, and beyond the groups of 32 and 256, and not multiples of anything.
@@ -100,10 +100,10 @@ impl Case {
         outputs: &mut Vec<Output>,
     ) -> Result<(), BackendError> {
         let (out_features, in_features) = (self.outs.iter().sum::<usize>(), self.in_features);
-        let mut x = backend.alloc(rows, in_features)?;
+        let mut x = backend.alloc(BufRole::Hidden, rows, in_features)?;
         backend.write(&mut x, &activations(rows, in_features))?;
-        let mut wide = backend.alloc(rows, out_features)?;
-        let mut narrow = backend.alloc(rows, in_features)?;
+        let mut wide = backend.alloc(BufRole::Hidden, rows, out_features)?;
+        let mut narrow = backend.alloc(BufRole::Hidden, rows, in_features)?;
         prepare(backend, rows, out_features)?;
 
         let Layers { linear, table, gated, down } = layers;
@@ -118,7 +118,7 @@ impl Case {
             ("gated mlp", MlpShape::Gated, gated, 2 * out_features),
         ];
         for (name, shape, up, scratch_cols) in shapes {
-            let mut scratch = backend.alloc(rows, scratch_cols)?;
+            let mut scratch = backend.alloc(BufRole::Hidden, rows, scratch_cols)?;
             let activation = Activation::Relu;
             backend.run(None, |backend| {
                 let (scratch, out) = (&mut scratch, &mut narrow);

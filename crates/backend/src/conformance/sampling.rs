@@ -6,7 +6,7 @@ use quire_core::{LateInputs, ModelRunnerOutput, SamplingParams, Slot, StepId, To
 
 use super::random::Rng;
 use crate::reference::RefBackend;
-use crate::{Backend, BackendError, LogitKind, LogitRow, SeqState, StepInput};
+use crate::{Backend, BackendError, BufRole, LogitKind, LogitRow, SeqState, StepInput};
 
 /// One row with everything that decides its token.
 #[derive(Clone)]
@@ -150,7 +150,7 @@ fn sample<B: Backend>(backend: &mut B, cases: &[Case]) -> Result<Vec<Outcome>, B
         masks: cases.iter().zip(&slots).filter_map(|(c, &slot)| Some((slot, c.mask.clone()?))).collect(),
     };
 
-    let mut logits = backend.alloc(n, cases[0].logits.len())?;
+    let mut logits = backend.alloc(BufRole::Logits, n, cases[0].logits.len())?;
     let values: Vec<f32> = cases.iter().flat_map(|c| c.logits.iter().copied()).collect();
     backend.write(&mut logits, &values)?;
     backend.prepare(&StepInput {

@@ -19,8 +19,8 @@ pub use self::linear::RefWeight;
 use crate::convert::to_f32;
 use crate::step_input::StepBuffer;
 use crate::{
-    AddNorm, Attention, Backend, BackendError, Embed, GraphKey, KvLayout, Linear, LinearSource, LogitKind,
-    Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
+    AddNorm, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout, Linear, LinearSource,
+    LogitKind, Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
 };
 
 /// Activations `[rows, cols]`, row-major.
@@ -90,7 +90,7 @@ impl Backend for RefBackend {
         Ok(table.clone())
     }
 
-    fn alloc(&mut self, rows: usize, cols: usize) -> Result<RefBuf, BackendError> {
+    fn alloc(&mut self, _role: BufRole, rows: usize, cols: usize) -> Result<RefBuf, BackendError> {
         Ok(RefBuf { values: vec![0.0; rows * cols], cols })
     }
 

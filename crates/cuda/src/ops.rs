@@ -1,0 +1,278 @@
+//! The layers' operations: checks of shapes, then one launch or product each.
+
+use quire_backend::{Activation, AddNorm, BackendError, Embed, Linear, Logits, Mlp, MlpShape, RopeAndCache};
+
+use crate::Cuda;
+use crate::blaslt::{Element, GemmShape};
+use crate::buffers::{CudaBuf, CudaKv, CudaWeight};
+use crate::driver::{CudaError, DeviceSlice, Function, LaunchShape};
+use crate::kernels::Kernels;
+use crate::params::{
+    ActParams, AddNormParams, CopyPagesParams, EmbedParams, GatherRowsParams, RopeCacheParams,
+};
+use crate::staging::bytes_of_i32;
+use crate::step::{Layout, MAX_COPIES};
+
+impl Cuda {
+    /// Enqueues a launch of one of our kernels.
+    pub(crate) fn launch<P: Copy>(
+        &self,
+        kernel: &Function<P>,
+        shape: LaunchShape,
+        params: &P,
+    ) -> Result<(), CudaError> {
+        // SAFETY: `Kernels::find` pairs each kernel with its struct, which the driver knows the size of; every address
+        // in it is of a slice of this backend's arenas, large enough for the rows given (the callers check), and the
+        // arenas outlive the stream.
+        unsafe { kernel.launch(&self.stream, shape, params) }
+    }
+
+    /// A buffer has at least `rows` rows of exactly `cols` columns, of `element`.
+    fn expect(
+        &self,
+        op: &str,
+        buf: &CudaBuf,
+        rows: usize,
+        cols: usize,
+        element: Element,
+    ) -> Result<(), BackendError> {
+        if buf.rows >= rows && buf.cols == cols && buf.element == element {
+            return Ok(());
+        }
+        Err(self.refused(format!(
+            "{op}: needs a buffer of [{rows}, {cols}] {element:?}, got [{}, {}] {:?}",
+            buf.rows, buf.cols, buf.element
+        )))
+    }
+
+    pub(crate) fn embed_rows(&mut self, op: &Embed<'_, Self>) -> Result<(), BackendError> {
+        let (table, out) = (op.table, &op.out);
+        self.expect("embed", out, self.rows, table.in_features, Element::F32)?;
+        let params = EmbedParams {
+            table: table.data.address(),
+            token_ids: self.step_address(self.layout.token_ids),
+            last_tokens: self.slots.last_tokens.address(),
+            out: out.slice.address(),
+            num_rows: self.step_address(Layout::NUM_TOKENS),
+            hidden: table.in_features as i32,
+            vocab: table.out_features as i32,
+        };
+        let launched = self.launch(&self.kernels.embed, Kernels::by_row(self.rows), &params);
+        self.check(launched)
+    }
+
+    pub(crate) fn add_and_norm(&mut self, op: &AddNorm<'_, Self>) -> Result<(), BackendError> {
+        let (rows, hidden, act) = (self.rows, op.weight.len, self.options.activations);
+        self.expect("add_norm residual", op.residual, rows, hidden, Element::F32)?;
+        self.expect("add_norm output", op.out, rows, hidden, act)?;
+        if let Some(delta) = op.delta {
+            self.expect("add_norm delta", delta, rows, hidden, act)?;
+        }
+        let params = AddNormParams {
+            residual: op.residual.slice.address(),
+            delta: op.delta.map_or(0, |delta| delta.slice.address()),
+            weight: op.weight.slice.address(),
+            out: op.out.slice.address(),
+            num_rows: self.step_address(Layout::NUM_TOKENS),
+            hidden: hidden as i32,
+            eps: op.eps,
+        };
+        let (kernel, shape) = self.kernels.add_norm(rows, hidden);
+        let launched = self.launch(kernel, shape, &params);
+        self.check(launched)
+    }
+
+    pub(crate) fn linear_rows(&mut self, op: &Linear<'_, Self>) -> Result<(), BackendError> {
+        let act = self.options.activations;
+        self.expect("linear input", op.x, self.rows, op.weight.in_features, act)?;
+        self.expect("linear output", op.out, self.rows, op.weight.out_features, op.out.element)?;
+        self.product(op.x.slice, op.weight, op.out, self.rows)
+    }
+
+    /// `out = x · weightᵀ + bias` for dense rows of `x`.
+    fn product(
+        &mut self,
+        x: DeviceSlice,
+        weight: &CudaWeight,
+        out: &CudaBuf,
+        rows: usize,
+    ) -> Result<(), BackendError> {
+        let cell = weight.gemm(out.element);
+        if cell.get().is_none() {
+            let shape = GemmShape {
+                n: weight.out_features,
+                k: weight.in_features,
+                x_stride: weight.in_features,
+                out_stride: out.stride,
+                input: self.options.activations,
+                output: out.element,
+                has_bias: weight.bias != DeviceSlice::NULL,
+            };
+            let planned = self.blas.plan(shape, weight.data, weight.bias, &self.stream);
+            let gemm = self.check(planned.map_err(|error| CudaError {
+                status: format!("{} (weight {})", error.status, weight.name),
+                ..error
+            }))?;
+            let _ = cell.set(gemm);
+        }
+        let gemm = cell.get().expect("set above");
+        if gemm.shape().out_stride != out.stride {
+            return Err(self.refused(format!("weight {} writes to buffers of different widths", weight.name)));
+        }
+        let enqueued = self.blas.matmul(gemm, x, out.slice, rows, &self.stream);
+        self.check(enqueued)
+    }
+
+    pub(crate) fn rope_rows(&mut self, op: &RopeAndCache<'_, Self>) -> Result<(), BackendError> {
+        let (shape, kv) = (op.shape, &op.kv);
+        self.expect("rope_and_cache", op.qkv, self.rows, shape.qkv_size(), self.options.activations)?;
+        let head_dim = shape.head_dim as usize;
+        self.expect_cache(kv, shape.num_kv_heads, shape.head_dim, op.layer)?;
+        let rotary_dim = op.rope.map_or(0, |rope| rope.rotary_dim);
+        let params = RopeCacheParams {
+            qkv: op.qkv.slice.address(),
+            q_norm: op.qk_norm.map_or(0, |(q, _)| q.slice.address()),
+            k_norm: op.qk_norm.map_or(0, |(_, k)| k.slice.address()),
+            rope: op.rope.map_or(0, |rope| rope.slice.address()),
+            positions: self.positions.address(),
+            slot_mapping: self.slot_mapping.address(),
+            kv: kv.layer(op.layer),
+            num_rows: self.step_address(Layout::NUM_TOKENS),
+            num_heads: shape.num_heads as i32,
+            num_kv_heads: shape.num_kv_heads as i32,
+            head_dim: head_dim as i32,
+            rotary_dim: rotary_dim as i32,
+            page_tokens: kv.page_tokens as i32,
+            eps: op.eps,
+            write_back: i32::from(self.options.write_back),
+            ..RopeCacheParams::default()
+        };
+        let heads = (shape.num_heads + 2 * shape.num_kv_heads) as usize;
+        let (kernel, launch) = self.kernels.rope_cache(self.rows, heads, head_dim, rotary_dim);
+        let launched = self.launch(kernel, launch, &params);
+        self.check(launched)
+    }
+
+    /// The cache has this layer, with these heads.
+    pub(crate) fn expect_cache(
+        &self,
+        kv: &CudaKv,
+        num_kv_heads: u32,
+        head_dim: u32,
+        layer: usize,
+    ) -> Result<(), BackendError> {
+        if (kv.num_kv_heads, kv.head_dim) == (num_kv_heads, head_dim) && layer < kv.num_layers {
+            return Ok(());
+        }
+        Err(self.refused(format!(
+            "layer {layer} with {num_kv_heads} heads of {head_dim} on a cache of {} layers with {} heads of {}",
+            kv.num_layers, kv.num_kv_heads, kv.head_dim
+        )))
+    }
+
+    pub(crate) fn mlp_rows(&mut self, op: &Mlp<'_, Self>) -> Result<(), BackendError> {
+        let (rows, act) = (self.rows, self.options.activations);
+        let width = op.down.in_features;
+        let is_gated = op.shape == MlpShape::Gated;
+        let up_width = width * if is_gated { 2 } else { 1 };
+        if op.up.out_features != up_width {
+            return Err(self.refused(format!("mlp: {} rows of up for {width} of down", op.up.out_features)));
+        }
+        self.expect("mlp input", op.x, rows, op.up.in_features, act)?;
+        self.expect("mlp scratch", op.scratch, rows, up_width, act)?;
+        self.expect("mlp output", op.out, rows, op.down.out_features, act)?;
+        let hidden = self.mlp_hidden(width)?;
+        self.product(op.x.slice, op.up, op.scratch, rows)?;
+        let params = ActParams {
+            r#in: op.scratch.slice.address(),
+            out: hidden.address(),
+            num_rows: self.step_address(Layout::NUM_TOKENS),
+            width: width as i32,
+            kind: match op.activation {
+                Activation::Silu => 0,
+                Activation::GeluTanh => 1,
+                Activation::Gelu => 2,
+                Activation::Relu => 3,
+            },
+            gated: i32::from(is_gated),
+            reserved: 0,
+        };
+        let (kernel, shape) = self.kernels.act(rows, width);
+        let launched = self.launch(kernel, shape, &params);
+        self.check(launched)?;
+        self.product(hidden, op.down, op.out, rows)
+    }
+
+    /// Room for what a feed-forward layer's nonlinearity gives, made at the first use.
+    fn mlp_hidden(&mut self, width: usize) -> Result<DeviceSlice, BackendError> {
+        let bytes = self.max_rows * width * self.options.activations.size();
+        if self.mlp_hidden.bytes() < bytes {
+            self.mlp_hidden = self.take("activations", bytes)?;
+        }
+        Ok(self.mlp_hidden)
+    }
+
+    pub(crate) fn logit_rows(&mut self, op: &Logits<'_, Self>) -> Result<(), BackendError> {
+        let (rows, act) = (self.logit_launch_rows, self.options.activations);
+        if self.current.rows.is_empty() {
+            return Ok(());
+        }
+        self.expect("logits input", op.x, 1, op.head.in_features, act)?;
+        self.expect("logits output", op.out, rows, op.head.out_features, Element::F32)?;
+        let bytes = op.out.rows * op.head.in_features * act.size();
+        if self.gathered.bytes() < bytes {
+            self.gathered = self.take("activations", bytes)?;
+        }
+        let params = GatherRowsParams {
+            r#in: op.x.slice.address(),
+            rows: self.step_address(self.layout.logit_rows),
+            out: self.gathered.address(),
+            num_rows: self.step_address(Layout::NUM_LOGIT_ROWS),
+            row_stride: 6,
+            hidden: op.head.in_features as i32,
+        };
+        let launched = self.launch(&self.kernels.gather_rows, Kernels::by_row(rows), &params);
+        self.check(launched)?;
+        self.product(self.gathered, op.head, op.out, rows)
+    }
+
+    /// The step's page copies. Those that went with the upload take one launch, which also serves replays; others are
+    /// sent round by round.
+    pub(crate) fn copy_pages(&mut self, kv: &CudaKv) -> Result<(), BackendError> {
+        if !self.has_extra_copies {
+            return self.copy_round(kv);
+        }
+        let rounds = std::mem::take(&mut self.copy_rounds);
+        for piece in rounds.iter().flat_map(|round| round.chunks(MAX_COPIES)) {
+            let words: Vec<i32> = piece.iter().flatten().copied().collect();
+            let count = self.step_slice(Layout::NUM_PAIRS, 1);
+            let pairs = self.step_slice(self.layout.pairs, words.len());
+            let sent = self
+                .staging
+                .upload(bytes_of_i32(&[piece.len() as i32]), count, &self.stream)
+                .and_then(|()| self.staging.upload(bytes_of_i32(&words), pairs, &self.stream));
+            self.check(sent)?;
+            self.copy_round(kv)?;
+        }
+        self.copy_rounds = rounds;
+        Ok(())
+    }
+
+    fn copy_round(&mut self, kv: &CudaKv) -> Result<(), BackendError> {
+        let stride = kv.layer_bytes() as u64;
+        let params = CopyPagesParams {
+            pairs: self.step_address(self.layout.pairs),
+            num_pairs: self.step_address(Layout::NUM_PAIRS),
+            src: kv.slice.address(),
+            dst: kv.slice.address(),
+            page_bytes: kv.page_bytes as u64,
+            src_layer_stride: stride,
+            dst_layer_stride: stride,
+            num_layers: kv.num_layers as i32,
+            reserved: 0,
+        };
+        let blocks = self.context.sm_count().min(4 * kv.num_layers as u32);
+        let launched = self.launch(&self.kernels.copy_pages, LaunchShape::linear(blocks, 256), &params);
+        self.check(launched)
+    }
+}

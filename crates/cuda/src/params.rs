@@ -1,0 +1,263 @@
+//! The argument structs of the kernels, as `kernels/include/*params.h` defines them: field by field, in order. A test
+//! compiles the headers and compares sizes and offsets.
+//!
+//! Addresses are `u64`, null where a header allows it. What each field means is said there.
+
+/// Declares mirrors, with the offsets of their fields for the test.
+macro_rules! params {
+    ($($(#[$doc:meta])* $name:ident = $c_name:literal { $($field:ident: $type:ty),* $(,)? })*) => {
+        $(
+            $(#[$doc])*
+            #[repr(C)]
+            #[derive(Clone, Copy, Debug, Default)]
+            pub struct $name {
+                $(#[allow(missing_docs, reason = "documented in the header")] pub $field: $type,)*
+            }
+        )*
+
+        /// `(C name, size, fields with their offsets)` of every mirror.
+        pub fn layouts() -> Vec<(&'static str, usize, Vec<(&'static str, usize)>)> {
+            vec![$((
+                $c_name,
+                size_of::<$name>(),
+                vec![$((stringify!($field), std::mem::offset_of!($name, $field))),*],
+            )),*]
+        }
+    };
+}
+
+params! {
+    /// `quire_embed_*`.
+    EmbedParams = "QuireEmbedParams" {
+        table: u64,
+        token_ids: u64,
+        last_tokens: u64,
+        out: u64,
+        num_rows: u64,
+        hidden: i32,
+        vocab: i32,
+    }
+    /// `quire_add_norm_*`.
+    AddNormParams = "QuireAddNormParams" {
+        residual: u64,
+        delta: u64,
+        weight: u64,
+        out: u64,
+        num_rows: u64,
+        hidden: i32,
+        eps: f32,
+    }
+    /// `quire_rope_cache_*`.
+    RopeCacheParams = "QuireRopeCacheParams" {
+        qkv: u64,
+        bias: u64,
+        q_norm: u64,
+        k_norm: u64,
+        rope: u64,
+        positions: u64,
+        slot_mapping: u64,
+        kv: u64,
+        kv_scales: u64,
+        num_rows: u64,
+        num_heads: i32,
+        num_kv_heads: i32,
+        head_dim: i32,
+        rotary_dim: i32,
+        page_tokens: i32,
+        eps: f32,
+        write_back: i32,
+        reserved: i32,
+    }
+    /// `quire_act_*`.
+    ActParams = "QuireActParams" {
+        r#in: u64,
+        out: u64,
+        num_rows: u64,
+        width: i32,
+        kind: i32,
+        gated: i32,
+        reserved: i32,
+    }
+    /// `quire_gather_rows_*`.
+    GatherRowsParams = "QuireGatherRowsParams" {
+        r#in: u64,
+        rows: u64,
+        out: u64,
+        num_rows: u64,
+        row_stride: i32,
+        hidden: i32,
+    }
+    /// `quire_copy_pages`.
+    CopyPagesParams = "QuireCopyPagesParams" {
+        pairs: u64,
+        num_pairs: u64,
+        src: u64,
+        dst: u64,
+        page_bytes: u64,
+        src_layer_stride: u64,
+        dst_layer_stride: u64,
+        num_layers: i32,
+        reserved: i32,
+    }
+    /// `quire_step_plan`.
+    StepPlanParams = "QuireStepPlanParams" {
+        cu_seqlens_q: u64,
+        seq_lens: u64,
+        seq_slots: u64,
+        num_seqs: u64,
+        block_tables: u64,
+        positions: u64,
+        slot_mapping: u64,
+        num_rows: u64,
+        table_stride: i32,
+        page_tokens: i32,
+        bucket: i32,
+        reserved: i32,
+    }
+    /// `quire_update_tables`.
+    UpdateTablesParams = "QuireUpdateTablesParams" {
+        entries: u64,
+        num_entries: u64,
+        block_tables: u64,
+        table_stride: i32,
+        reserved: i32,
+    }
+    /// A row of logits of a step.
+    LogitRowEntry = "QuireLogitRow" {
+        row: i32,
+        slot: i32,
+        position: u32,
+        target: i32,
+        num_logprobs: i32,
+        reserved: i32,
+    }
+    /// How a slot samples.
+    SlotSampling = "QuireSlotSampling" {
+        seed: u64,
+        temperature: f32,
+        top_p: f32,
+        min_p: f32,
+        presence_penalty: f32,
+        frequency_penalty: f32,
+        repetition_penalty: f32,
+        top_k: u32,
+        prompt_len: u32,
+        min_tokens: u32,
+        counts: i32,
+        bias_begin: i32,
+        bias_count: i32,
+        stop_begin: i32,
+        stop_count: i32,
+    }
+    /// `quire_logits_process`.
+    LogitsParams = "QuireLogitsParams" {
+        logits: u64,
+        adjusted: u64,
+        rows: u64,
+        num_rows: u64,
+        slots: u64,
+        counts: u64,
+        masks: u64,
+        mask_rows: u64,
+        bias_ids: u64,
+        bias_values: u64,
+        stop_ids: u64,
+        best: u64,
+        vocab: i32,
+        stride: i32,
+        mask_words: i32,
+        reserved: i32,
+    }
+    /// `quire_sample`.
+    SampleParams = "QuireSampleParams" {
+        logits: u64,
+        adjusted: u64,
+        rows: u64,
+        num_rows: u64,
+        slots: u64,
+        masks: u64,
+        mask_rows: u64,
+        best: u64,
+        sampled: u64,
+        last_tokens: u64,
+        counts: u64,
+        vocab: i32,
+        stride: i32,
+        mask_words: i32,
+        splits: i32,
+    }
+    /// `quire_logprobs`.
+    LogprobsParams = "QuireLogprobsParams" {
+        logits: u64,
+        rows: u64,
+        num_rows: u64,
+        best: u64,
+        sampled: u64,
+        logprob: u64,
+        rank: u64,
+        top_ids: u64,
+        top_logprobs: u64,
+        max_top: i32,
+        vocab: i32,
+        stride: i32,
+        splits: i32,
+    }
+    /// `quire_count_tokens`.
+    CountTokensParams = "QuireCountTokensParams" {
+        counts: u64,
+        tokens: u64,
+        num_tokens: i32,
+        num_prompt: i32,
+        vocab: i32,
+        reserved: i32,
+    }
+    /// `quire_attention_{decode,prefill}_*`.
+    AttentionParams = "QuireAttentionParams" {
+        q: u64,
+        kv: u64,
+        kv_scales: u64,
+        out: u64,
+        block_tables: u64,
+        items: u64,
+        num_items: u64,
+        partial_out: u64,
+        partial_max_sum: u64,
+        counters: u64,
+        carry: u64,
+        sinks: u64,
+        scale: f32,
+        soft_cap: f32,
+        window: i32,
+        num_kv_heads: i32,
+        group: i32,
+        head_dim: i32,
+        page_shift: i32,
+        block_table_stride: i32,
+        q_stride: i32,
+        out_stride: i32,
+    }
+    /// `quire_attention_plan`.
+    AttentionPlanParams = "QuireAttentionPlanParams" {
+        cu_seqlens_q: u64,
+        seq_lens: u64,
+        seq_slots: u64,
+        num_seqs: u64,
+        decode_items: u64,
+        num_decode_items: u64,
+        prefill_items: u64,
+        num_prefill_items: u64,
+        num_kv_heads: i32,
+        group: i32,
+        window: i32,
+        prefill_rows: i32,
+        decode_blocks: i32,
+        prefill_blocks: i32,
+        max_items: i32,
+        max_partials: i32,
+        max_counters: i32,
+        reserved: i32,
+    }
+}
+
+/// Bytes of a `QuireAttentionItem`, of which the host only makes room.
+pub const ATTENTION_ITEM_BYTES: usize = 64;

@@ -1,0 +1,25 @@
+//! The conformance suite of the backend interface on the CUDA backend, under the double of a driver.
+
+mod common;
+
+use common::{MockGpu, mock};
+use quire_backend::conformance::{Support, Tolerance, run_with};
+use quire_core::DType;
+use quire_cuda::{Cuda, CudaOptions};
+
+fn options(gpu: &MockGpu) -> CudaOptions {
+    CudaOptions { ordinal: gpu.ordinal(), arena_chunk: 0, write_back: true, ..CudaOptions::default() }
+}
+
+/// Activations in bf16 between operations; the reference keeps f32.
+const TOLERANCE: Tolerance = Tolerance { f32: 3e-2, f16_kv: 0.0, bf16_kv: 0.0 };
+const SUPPORT: Support = Support { dtype: Some(DType::BF16), min_block_size: 16, head_dim_multiple: 8 };
+
+#[test]
+fn conforms_with_graphs_and_late_streams() {
+    let Some(gpu) = MockGpu::new() else { return };
+    gpu.delay(true);
+    run_with(TOLERANCE, SUPPORT, || Cuda::new(mock::images(), options(&gpu)).expect("the double is a GPU"));
+    assert!(!gpu.is_mock() || gpu.counters().graph_launches > 100);
+    gpu.assert_nothing_left();
+}

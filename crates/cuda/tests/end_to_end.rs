@@ -1,0 +1,289 @@
+//! Whole models through the runner on the CUDA backend under the double of a driver: the golden checkpoints and the
+//! embedded model against the reference backend, two steps in flight, what a step launches, and how failure ends.
+
+mod common;
+#[path = "end_to_end/steps.rs"]
+mod steps;
+
+use common::build::repository;
+use common::{MockGpu, mock};
+use quire_backend::Backend;
+use quire_backend::reference::RefBackend;
+use quire_core::{DType, Executor, LateInputs, ModelRunnerOutput, QuantFormat, SamplingParams, TokenId};
+use quire_cuda::blaslt::Element;
+use quire_cuda::{Cuda, CudaOptions};
+use quire_model::{Checkpoint, ModelSpec};
+use quire_runner::{ModelRunner, RunnerConfig};
+use steps::Steps;
+
+/// Of a row of logits, norm over norm: activations are rounded to bf16, the reference keeps f32.
+const TOLERANCE: f32 = 1e-2;
+/// The same for the golden checkpoints, whose random weights on 64 columns amplify rounding: the worst row has 0.025.
+const GOLDEN_TOLERANCE: f32 = 3e-2;
+const MAX_NUM_SEQS: u32 = 8;
+const MAX_MODEL_LEN: u32 = 128;
+
+fn config(kv_dtype: DType) -> RunnerConfig {
+    RunnerConfig {
+        max_num_seqs: MAX_NUM_SEQS,
+        max_num_batched_tokens: 256,
+        max_model_len: MAX_MODEL_LEN,
+        block_size: 16,
+        num_blocks: MAX_NUM_SEQS * MAX_MODEL_LEN / 16,
+        kv_dtype,
+        quant: QuantFormat::None,
+    }
+}
+
+fn cuda(gpu: &MockGpu) -> Cuda {
+    cuda_with(gpu, Element::Bf16)
+}
+
+fn cuda_with(gpu: &MockGpu, activations: Element) -> Cuda {
+    let options =
+        CudaOptions { ordinal: gpu.ordinal(), activations, arena_chunk: 0, ..CudaOptions::default() };
+    Cuda::new(mock::images(), options).expect("the double is a GPU")
+}
+
+fn load<B: Backend>(backend: B, checkpoint: &Checkpoint, kv_dtype: DType) -> ModelRunner<B> {
+    ModelRunner::load(backend, checkpoint, &config(kv_dtype), |_| {}).expect("the checkpoint loads")
+}
+
+fn demo() -> Checkpoint {
+    Checkpoint::from_static(quire_demo_model::CONFIG_JSON, None, quire_demo_model::WEIGHTS)
+        .expect("it is ours")
+}
+
+/// Prompts of different lengths, one of them across pages.
+fn prompts(vocab: usize) -> Vec<Vec<TokenId>> {
+    let id = |seq: usize, i: usize| ((seq * 131 + i * i * 7 + i * 29 + 5) % vocab) as TokenId;
+    [3, 18, 1, 40].iter().enumerate().map(|(seq, &len)| (0..len).map(|i| id(seq, i)).collect()).collect()
+}
+
+/// Norm of the difference over the norm.
+fn relative_error(got: &[f32], want: &[f32]) -> f32 {
+    let norm =
+        |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+    let difference = norm(&mut got.iter().zip(want).map(|(g, w)| g - w));
+    (difference / norm(&mut want.iter().copied())) as f32
+}
+
+/// The lead of the largest over the next.
+fn margin(logits: &[f32]) -> f32 {
+    let mut sorted = logits.to_vec();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    sorted[0] - sorted[1]
+}
+
+/// Prefills and decodes on both; returns the worst error of a row of logits.
+fn compare(name: &str, gpu: &MockGpu, checkpoint: &Checkpoint, num_steps: usize) -> f32 {
+    let vocab = checkpoint.spec().vocab_size;
+    let greedy = SamplingParams::greedy(100);
+    let mut expected = Steps::new(load(RefBackend::new(), checkpoint, DType::F32), prompts(vocab), &greedy);
+    let is_f16 = checkpoint.spec().dtype == DType::F16;
+    let (element, kv_dtype) = if is_f16 { (Element::F16, DType::F16) } else { (Element::Bf16, DType::BF16) };
+    let mut got = Steps::new(load(cuda_with(gpu, element), checkpoint, kv_dtype), prompts(vocab), &greedy);
+    let mut worst = 0.0f32;
+    for step in 0..num_steps {
+        expected.step();
+        got.step();
+        let (want, have) = (expected.logits(), got.logits());
+        assert_eq!(want.len(), have.len());
+        for (seq, (want, have)) in want.chunks(vocab).zip(have.chunks(vocab)).enumerate() {
+            let error = relative_error(have, want);
+            // A NaN is a failure too.
+            worst = if error <= worst { worst } else { error };
+            let difference = have.iter().zip(want).map(|(h, w)| (h - w).abs()).fold(0.0, f32::max);
+            let (wanted, chosen) = (expected.last_token(seq), got.last_token(seq));
+            let is_clear = margin(want) > 2.0 * difference;
+            assert!(
+                wanted == chosen || !is_clear,
+                "{name}, step {step}, sequence {seq}: {chosen} for {wanted}"
+            );
+            // Where the two may differ, both go on from the same token.
+            got.force(seq, wanted);
+        }
+    }
+    worst
+}
+
+#[test]
+fn golden_checkpoints_agree_with_the_reference() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let folder = repository().join("tests/data/golden");
+    let mut names: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    names.retain(|path| path.is_dir());
+    names.sort();
+    assert!(names.len() >= 10);
+    let mut errors = Vec::new();
+    for path in names {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        let worst = compare(&name, &gpu, &Checkpoint::open(&path).unwrap(), 4);
+        println!("{name:20} relative error {worst:.1e}");
+        errors.push((name, worst));
+    }
+    assert!(errors.iter().all(|(_, worst)| *worst <= GOLDEN_TOLERANCE), "{errors:?}");
+    gpu.assert_nothing_left();
+}
+
+#[test]
+fn the_embedded_model_agrees_with_the_reference() {
+    let Some(gpu) = MockGpu::new() else { return };
+    gpu.delay(true);
+    let worst = compare("quire-demo", &gpu, &demo(), 2);
+    println!("quire-demo relative error {worst:.1e}");
+    assert!(worst <= TOLERANCE, "{worst}");
+}
+
+/// The sampler's own choices, with two steps in flight and with one, whoever shares the batch.
+#[test]
+fn two_steps_in_flight_and_company_change_no_token() {
+    let Some(gpu) = MockGpu::new() else { return };
+    gpu.delay(true);
+    let path = repository().join("tests/data/golden/qwen3");
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let vocab = checkpoint.spec().vocab_size;
+    for params in [
+        SamplingParams::greedy(100),
+        SamplingParams { seed: 7, top_p: 0.9, ..SamplingParams::default() },
+        SamplingParams {
+            seed: 9,
+            presence_penalty: 0.5,
+            frequency_penalty: 0.3,
+            repetition_penalty: 1.2,
+            ..SamplingParams::default()
+        },
+    ] {
+        let runner = || load(cuda(&gpu), &checkpoint, DType::BF16);
+        assert_eq!(runner().limits().max_steps_in_flight, 2);
+        let mut one = Steps::new(runner(), prompts(vocab), &params);
+        (0..12).for_each(|_| one.step());
+        let mut two = Steps::new(runner(), prompts(vocab), &params);
+        two.pipelined(12);
+        assert_eq!(one.outputs(), two.outputs(), "{params:?}");
+        let mut alone = Steps::new(runner(), vec![prompts(vocab)[3].clone()], &params);
+        alone.reseed(3);
+        alone.pipelined(12);
+        assert_eq!(one.outputs()[3], alone.outputs()[0], "{params:?}");
+    }
+    gpu.assert_nothing_left();
+}
+
+/// Nine launches a layer (norm, qkv, rope, attention, o, norm, up, activation, down); the step's plan, that of attention,
+/// embedding, last norm, gather and head; two to sample.
+#[test]
+fn a_steady_step_is_one_graph_and_its_launches_are_counted() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let checkpoint = Checkpoint::open(&repository().join("tests/data/golden/qwen3")).unwrap();
+    let runner = load(cuda(&gpu), &checkpoint, DType::BF16);
+    let mut steps = Steps::new(runner, prompts(checkpoint.spec().vocab_size), &SamplingParams::greedy(100));
+    (0..4).for_each(|_| steps.step());
+    let before = gpu.counters();
+    steps.step();
+    let after = gpu.counters();
+    let layers = checkpoint.spec().layers.len() as u64;
+    assert_eq!(after.graph_launches - before.graph_launches, 1);
+    assert_eq!(after.graph_nodes - before.graph_nodes, 9 * layers + 6);
+    assert_eq!(after.matmuls - before.matmuls, 4 * layers + 1);
+    assert_eq!(after.launches - before.launches, 5 * layers + 5 + 2, "products are not among them");
+    assert_eq!(after.direct_launches - before.direct_launches, 2);
+    assert_eq!(after.host_to_device - before.host_to_device, 1);
+    assert_eq!(after.device_to_host - before.device_to_host, 1);
+    assert_eq!(after.synchronizations - before.synchronizations, 2, "for the ring and for the tokens");
+    assert_eq!(after.allocations, before.allocations);
+    assert_eq!(after.pdl_launches - before.pdl_launches, 2);
+}
+
+#[test]
+fn a_device_error_poisons_everything_after_it() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let checkpoint = Checkpoint::open(&repository().join("tests/data/golden/llama3")).unwrap();
+    for after in [0, 1, 5, 12] {
+        let gpu = MockGpu::new().unwrap_or_else(|| panic!("there was one before {}", gpu.ordinal()));
+        let runner = load(cuda(&gpu), &checkpoint, DType::BF16);
+        let mut steps =
+            Steps::new(runner, prompts(checkpoint.spec().vocab_size), &SamplingParams::greedy(100));
+        (0..4).for_each(|_| steps.step());
+        gpu.fail_after(after, mock::ILLEGAL_ADDRESS);
+        let first = steps.try_step().expect_err("the device has failed");
+        assert!(first.message.contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{first}");
+        assert_eq!(first.device, format!("cuda:{}", gpu.ordinal()));
+        let mut runner = steps.into_runner();
+        for _ in 0..3 {
+            let mut out = ModelRunnerOutput::default();
+            let plan = std::sync::Arc::new(quire_core::SchedulerOutput::default());
+            let submitted = runner.submit(plan);
+            let later = submitted.and_then(|step| {
+                runner.sample(step, &LateInputs::default())?;
+                runner.collect(step, &mut out)
+            });
+            assert!(later.is_err() && out.tokens.is_empty(), "no token after it");
+        }
+        drop(runner);
+    }
+}
+
+/// Timed GEMM algorithms instead of invariant ones: the same within rounding, and kept on disk.
+#[test]
+fn timed_algorithms_agree_and_are_remembered() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("algorithms");
+    let _ = std::fs::remove_dir_all(&folder);
+    let checkpoint = Checkpoint::open(&repository().join("tests/data/golden/llama3")).unwrap();
+    let run = || {
+        let options = CudaOptions {
+            ordinal: gpu.ordinal(),
+            batch_invariant: false,
+            algorithm_cache: Some(folder.clone()),
+            activations: Element::Bf16,
+            ..CudaOptions::default()
+        };
+        let cuda = Cuda::new(mock::images(), options).expect("the double is a GPU");
+        let runner = load(cuda, &checkpoint, DType::BF16);
+        let prompts = prompts(checkpoint.spec().vocab_size);
+        let mut steps = Steps::new(runner, prompts, &SamplingParams::greedy(100));
+        (0..3).for_each(|_| steps.step());
+        (steps.outputs(), gpu.counters().matmuls)
+    };
+    let (first, after_first) = run();
+    let files: Vec<_> = std::fs::read_dir(&folder).unwrap().collect();
+    assert_eq!(files.len(), 1);
+    let (second, after_second) = run();
+    assert_eq!(first, second);
+    assert!(!gpu.is_mock() || after_second - after_first < after_first / 2, "nothing is timed again");
+}
+
+/// Time of the host alone: kernels, products and copies do nothing. Targets: 50 us a step at 64 sequences, 200 at 512.
+#[test]
+#[ignore = "a measurement: run it by name, in release mode"]
+fn host_budget() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let spec = ModelSpec::from_config_json(
+        r#"{"architectures": ["Qwen3ForCausalLM"], "hidden_size": 64, "intermediate_size": 64,
+            "num_hidden_layers": 28, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
+            "vocab_size": 512, "max_position_embeddings": 2048, "tie_word_embeddings": true,
+            "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}"#,
+    );
+    let checkpoint = Checkpoint::dummy(spec.unwrap(), 1);
+    for num_seqs in [1u32, 64, 512] {
+        let config = RunnerConfig {
+            max_num_seqs: num_seqs,
+            max_num_batched_tokens: num_seqs * 2,
+            max_model_len: 2048,
+            num_blocks: num_seqs * 128,
+            ..config(DType::BF16)
+        };
+        let options = CudaOptions { ordinal: gpu.ordinal(), ..CudaOptions::default() };
+        let cuda = Cuda::new(mock::images(), options).unwrap();
+        let runner = ModelRunner::load(cuda, &checkpoint, &config, |_| {}).unwrap();
+        gpu.idle(true);
+        let prompts = vec![vec![1, 2]; num_seqs as usize];
+        let mut steps = Steps::new(runner, prompts, &SamplingParams::greedy(2000));
+        steps.pipelined(20);
+        let (before, count) = (steps.busy, 1000);
+        steps.pipelined(count);
+        let busy = steps.busy - before;
+        gpu.idle(false);
+        println!("{num_seqs:4} sequences: {:.1} us a step", busy.as_secs_f64() * 1e6 / count as f64);
+    }
+}
