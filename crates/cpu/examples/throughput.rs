@@ -171,8 +171,10 @@ fn attention(
     };
     let mut kv = backend.alloc_kv(&layout)?;
     let tokens = (seqs * context) as usize;
-    let (mut qkv, mut out) =
-        (backend.alloc(BufRole::Hidden, tokens, shape.qkv_size())?, backend.alloc(tokens, shape.q_size())?);
+    let (mut qkv, mut out) = (
+        backend.alloc(BufRole::Hidden, tokens, shape.qkv_size())?,
+        backend.alloc(BufRole::Hidden, tokens, shape.q_size())?,
+    );
     let angles = RopeTable { inv_freq: vec![0.1; 64], max_positions: context, attention_factor: 1.0 };
     let ones = TensorView { dtype: DType::F32, shape: &[128], data: &1f32.to_le_bytes().repeat(128) };
     let (norm, rope) = (backend.load_norm("norm", ones)?, backend.load_rope(&angles)?);
