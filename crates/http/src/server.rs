@@ -158,7 +158,6 @@ fn builder(idle: Duration) -> Builder<TokioExecutor> {
         .http1()
         .timer(TokioTimer::new())
         .max_headers(MAX_HEADERS)
-        .writev(std::env::var_os("QUIRE_TRY_FLAT").is_none())
         .max_buf_size(MAX_HEADER_BYTES)
         .header_read_timeout(idle);
     builder
