@@ -73,36 +73,48 @@ pub fn parse(
     env: impl Iterator<Item = (OsString, OsString)>,
 ) -> Result<Parsed, LayerError> {
     let matches = Cli::command().try_get_matches_from(argv)?;
-    let Some((command, given)) = matches.subcommand() else {
-        return Ok(Parsed { cli: Cli::from_arg_matches(&matches)?, warnings: Vec::new() });
-    };
+    let (command, given) = innermost(&matches);
     if given.try_contains_id("config").is_err() {
         return Ok(Parsed { cli: Cli::from_arg_matches(&matches)?, warnings: Vec::new() });
     }
     let mut warnings = Vec::new();
-    let known = flags_of("serve");
+    let known = flags_of(&["serve"]);
     let from_env = read_env(env, &known, &mut warnings);
     let config = given.get_one::<std::path::PathBuf>("config").cloned();
     let config = config.or_else(|| from_env.get("config").map(|setting| setting.value.clone().into()));
     let mut settings = config.map(|path| read_file(&path, &known)).transpose()?.unwrap_or_default();
     settings.extend(from_env);
-    let lower = as_flags(&settings, command, given)?;
-    let merged = [&argv[..1], &[OsString::from(command)], &lower, &argv[2..]].concat();
+    let lower = as_flags(&settings, &command, given)?;
+    // Only the commands' names come before the flags of the innermost one.
+    let (names, rest) = argv.split_at((1 + command.len()).min(argv.len()));
+    let merged = [names, &lower, rest].concat();
     let matches = Cli::command().try_get_matches_from(merged)?;
     Ok(Parsed { cli: Cli::from_arg_matches(&matches)?, warnings })
 }
 
+/// The command that was given, as `["bench", "latency"]`, and its own arguments.
+fn innermost(mut matches: &ArgMatches) -> (Vec<&str>, &ArgMatches) {
+    let mut command = Vec::new();
+    while let Some((name, inner)) = matches.subcommand() {
+        command.push(name);
+        matches = inner;
+    }
+    (command, matches)
+}
+
 /// Ids of a command's settings; an id is the flag's name with `_` for `-`.
-fn flags_of(command: &str) -> Vec<String> {
+fn flags_of(command: &[&str]) -> Vec<String> {
     let cli = Cli::command();
-    let command = cli.find_subcommand(command).expect("the command exists, the caller names it literally");
+    let find = |parent, name: &&str| clap::Command::find_subcommand(parent, name);
+    let command = command.iter().try_fold(&cli, find);
+    let command = command.expect("the command exists: it was parsed, or named literally");
     command.get_arguments().map(|arg| arg.get_id().to_string()).collect()
 }
 
 /// The settings this command has and the user did not give, as flags; each is tried alone first, to blame its source.
-fn as_flags(settings: &Settings, command: &str, given: &ArgMatches) -> Result<Vec<OsString>, LayerError> {
+fn as_flags(settings: &Settings, command: &[&str], given: &ArgMatches) -> Result<Vec<OsString>, LayerError> {
     let mut flags = Vec::new();
-    let serve = flags_of("serve");
+    let serve = flags_of(&["serve"]);
     let own = flags_of(command);
     for (id, setting) in settings {
         let flag: OsString = match id.as_str() {
@@ -318,6 +330,26 @@ mod tests {
             panic!("not run")
         };
         assert_eq!(args.engine.dtype, crate::args::DTypeArg::F32);
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn so_do_the_measurements_of_a_model() {
+        use crate::bench::args::BenchCommand;
+        let path = file("bench", "port = 1\nthreads = 3\ndtype = 'f32'");
+        let line = format!("quire bench latency --dtype bf16 --config {} some-model", path.display());
+        let argv: Vec<OsString> = line.split(' ').map(Into::into).collect();
+        let env = [("QUIRE_BLOCK_SIZE".into(), "32".into())];
+        let Command::Bench(bench) = parse(&argv, env.into_iter()).unwrap().cli.command else {
+            panic!("not bench")
+        };
+        let BenchCommand::Latency(args) = bench.command else { panic!("not latency") };
+        let engine = &args.model.engine;
+        assert_eq!(
+            (engine.threads, engine.block_size, engine.model.as_deref()),
+            (Some(3), 32, Some("some-model"))
+        );
+        assert_eq!(engine.dtype, crate::args::DTypeArg::Bf16, "flag over file");
         std::fs::remove_file(path).unwrap();
     }
 }

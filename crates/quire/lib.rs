@@ -105,7 +105,7 @@ fn dispatch(command: Command, warnings: &[String]) -> Result<()> {
             inspect::inspect(&args, &mut out)
         }
         Command::Bench(args) => {
-            start_logging(args::LogFormat::Text, "warn", warnings)?;
+            start_logging(args.log_format(), "warn", warnings)?;
             bench::bench(&args, &mut out)
         }
         Command::Doctor => doctor::doctor(&mut out).map_err(Failure::output),

@@ -2,8 +2,9 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::mpsc::Sender;
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use quire_core::{
@@ -14,6 +15,7 @@ use tokio::sync::Notify;
 
 use crate::dispatch::{Mailbox, Registry, SeqDelta};
 use crate::metrics::{EngineMetrics, Rejection};
+use crate::sessions::Sessions;
 use crate::snapshot::{EngineSnapshot, SharedSnapshot};
 
 /// What a caller asks of an engine; ids and times are added by [`EngineClient::submit`].
@@ -29,6 +31,8 @@ pub struct RequestSpec {
     pub priority: i8,
     /// Namespace of the prefix cache; `None` neither reads nor fills it.
     pub cache_salt: Option<CacheSalt>,
+    /// The conversation that it is a turn of, if the client named one: what its last turn began with is not hashed again.
+    pub session: Option<u64>,
     /// Time from now after which the answer is worthless.
     pub timeout: Option<Duration>,
 }
@@ -72,6 +76,7 @@ pub(crate) struct Shared {
     pub(crate) registry: Registry,
     pub(crate) snapshot: SharedSnapshot,
     pub(crate) metrics: EngineMetrics,
+    pub(crate) sessions: Sessions,
     /// Live continuations: accepted and not finished.
     pub(crate) live: AtomicU32,
     pub(crate) idle: Notify,
@@ -88,6 +93,7 @@ impl Shared {
             registry: Registry::default(),
             snapshot: SharedSnapshot::default(),
             metrics,
+            sessions: Sessions::default(),
             live: AtomicU32::new(0),
             idle: Notify::new(),
             state: AtomicU8::new(EngineState::Ready as u8),
@@ -107,6 +113,8 @@ impl Shared {
     /// Moves forward only: a dead engine never becomes ready again.
     pub(crate) fn advance_state(&self, state: EngineState) {
         self.state.fetch_max(state as u8, Ordering::AcqRel);
+        // What was sent before is seen by whoever reads the inbox from now on, or else the sender sees the state.
+        fence(Ordering::SeqCst);
     }
 
     /// Gives back the places of `n` ended continuations.
@@ -184,19 +192,21 @@ impl EngineClient {
         request.validate(&shared.limits)?;
         self.admit(n)?;
         if spec.cache_salt.is_some() {
-            request.block_hashes = shared.hasher.chain(salt, &request.prompt).into();
+            request.block_hashes = shared.sessions.chain(&shared.hasher, salt, spec.session, &request.prompt);
         }
         let id = request.id;
-        let mailbox = Arc::new(Mailbox::new(n));
-        shared.registry.insert(id, Arc::clone(&mailbox));
+        let mailbox = Arc::new(Mailbox::new(&request));
+        shared.registry.insert(Arc::clone(&mailbox));
         shared.metrics.accepted(&request);
-        let handle = RequestHandle { id, mailbox, inbox: self.inbox.clone(), unfinished: n };
+        let in_our_clock = |at: Micros| shared.epoch.checked_add(Duration::from_micros(at.0));
+        let deadline = request.deadline.and_then(in_our_clock);
+        let handle = RequestHandle { id, mailbox, inbox: self.inbox.clone(), unfinished: n, deadline };
         let sent = self.inbox.send(Command::Add(request)).is_ok();
+        fence(Ordering::SeqCst);
         // The engine marks itself dead before it empties its inbox for the last time, so a request sent while it was
         // alive is always ended by it; one sent later may never be seen.
         if !sent || self.state() == EngineState::Dead {
             shared.registry.remove(id);
-            shared.metrics.withdrawn(id);
             return Err(self.unavailable("dead"));
         }
         Ok(handle)
@@ -261,12 +271,16 @@ impl EngineClient {
     }
 }
 
+/// Front ends that watch a deadline themselves let go of a request so much before it.
+const DEADLINE_GRACE: Duration = Duration::from_millis(5);
+
 /// One request in flight. Dropping it cancels what is unfinished.
 pub struct RequestHandle {
     id: RequestId,
     mailbox: Arc<Mailbox>,
     inbox: Sender<Command>,
     unfinished: u32,
+    deadline: Option<Instant>,
 }
 
 impl RequestHandle {
@@ -278,14 +292,19 @@ impl RequestHandle {
     /// The next piece of any continuation; `None` once all have ended. Pieces of one continuation come in order; what
     /// several steps produced while nobody read comes as one piece.
     pub async fn next(&mut self) -> Option<SeqDelta> {
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// [`RequestHandle::next`] for a hand-written future.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<SeqDelta>> {
         if self.unfinished == 0 {
-            return None;
+            return Poll::Ready(None);
         }
-        let delta = poll_fn(|cx| self.mailbox.poll_pop(cx)).await;
+        let delta = ready!(self.mailbox.poll_pop(cx));
         if delta.finished.is_some() {
             self.unfinished -= 1;
         }
-        Some(delta)
+        Poll::Ready(Some(delta))
     }
 
     /// Ends one continuation, for example because a stop string matched. Its final piece still comes.
@@ -293,13 +312,21 @@ impl RequestHandle {
         // A dead engine has ended it already.
         let _ = self.inbox.send(Command::Finish { id: self.id, index: Some(index), reason });
     }
+
+    /// Why it ends if it is dropped now: nobody waits any more, or nobody waited longer than was agreed.
+    pub fn reason_of_drop(&self) -> FinishReason {
+        match self.deadline {
+            Some(deadline) if Instant::now() + DEADLINE_GRACE >= deadline => FinishReason::Deadline,
+            _ => FinishReason::Abort,
+        }
+    }
 }
 
 impl Drop for RequestHandle {
     fn drop(&mut self) {
         if self.unfinished > 0 {
-            let _ =
-                self.inbox.send(Command::Finish { id: self.id, index: None, reason: FinishReason::Abort });
+            let reason = self.reason_of_drop();
+            let _ = self.inbox.send(Command::Finish { id: self.id, index: None, reason });
         }
     }
 }

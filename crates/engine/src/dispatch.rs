@@ -3,21 +3,31 @@
 //! The engine thread sends each step's events and output as a whole; the dispatcher, a tokio task, sorts them into
 //! mailboxes, records metrics, and sends the buffers back for reuse. A mailbox holds at most what its request may
 //! generate, so it needs no other bound.
+//!
+//! With a thousand streams a step finds none of them in the nearer caches, so what a token costs here is the number of
+//! cache lines it touches: a mailbox is one piece of memory, with the tokens and what metrics need inside.
 
-use std::collections::VecDeque;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::task::{Context, Poll, Waker};
 
-use dashmap::DashMap;
 use parking_lot::Mutex;
-use quire_core::{FinishReason, Micros, ModelRunnerOutput, RequestId, TokenId, TokenLogprobs, Usage};
+use quire_core::{
+    FinishReason, Micros, ModelRunnerOutput, Request, RequestId, TokenId, TokenLogprobs, Usage,
+};
 use quire_scheduler::{SeqEvent, SeqEventKind};
+use smallvec::SmallVec;
 use tokio::sync::mpsc::Receiver;
 
 use crate::client::Shared;
 use crate::core::StepStats;
+use crate::metrics::LiveRequest;
 use crate::snapshot::EngineSnapshot;
+
+/// Mailboxes that are asked for from memory together.
+const LOOK_AHEAD: usize = 16;
 
 /// A piece of one continuation.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -29,11 +39,11 @@ pub struct SeqDelta {
     /// `(position, log-probability of the prompt token there)`, ascending.
     pub prompt_logprobs: Vec<(u32, TokenLogprobs)>,
     /// New tokens, the stop token included.
-    pub tokens: Vec<TokenId>,
-    /// Parallel to `tokens`.
+    pub tokens: SmallVec<[TokenId; 4]>,
+    /// Parallel to `tokens`, or empty if none of them has any.
     pub logprobs: Vec<Option<TokenLogprobs>>,
     /// Set on the last piece.
-    pub finished: Option<SeqFinished>,
+    pub finished: Option<Box<SeqFinished>>,
 }
 
 /// The end of one continuation.
@@ -57,48 +67,59 @@ pub(crate) struct StepMessage {
 
 /// Pieces waiting for their reader: at most one per continuation, later tokens are appended to it.
 pub(crate) struct Mailbox {
+    id: RequestId,
     inner: Mutex<MailboxInner>,
 }
 
 struct MailboxInner {
-    pending: VecDeque<SeqDelta>,
     waker: Option<Waker>,
     /// Continuations that have not ended.
     open: u32,
+    pending: SmallVec<[SeqDelta; 1]>,
+    measured: LiveRequest,
 }
 
 impl Mailbox {
-    pub(crate) fn new(n: u32) -> Self {
-        Self { inner: Mutex::new(MailboxInner { pending: VecDeque::new(), waker: None, open: n }) }
+    pub(crate) fn new(request: &Request) -> Self {
+        let inner = MailboxInner {
+            waker: None,
+            open: request.params.n,
+            pending: SmallVec::new(),
+            measured: LiveRequest::new(request),
+        };
+        Self { id: request.id, inner: Mutex::new(inner) }
     }
 
     pub(crate) fn poll_pop(&self, cx: &mut Context<'_>) -> Poll<SeqDelta> {
         let mut inner = self.inner.lock();
-        if let Some(delta) = inner.pending.pop_front() {
-            return Poll::Ready(delta);
+        if !inner.pending.is_empty() {
+            return Poll::Ready(inner.pending.remove(0));
         }
-        inner.waker = Some(cx.waker().clone());
+        if !inner.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            inner.waker = Some(cx.waker().clone());
+        }
         Poll::Pending
     }
 
     /// Lets `write` extend the pending piece of `index`, and wakes the reader. Returns the continuations still open.
-    fn update(&self, index: u32, write: impl FnOnce(&mut SeqDelta)) -> u32 {
-        let mut inner = self.inner.lock();
+    fn update(&self, index: u32, write: impl FnOnce(&mut SeqDelta, &mut LiveRequest)) -> u32 {
+        let mut guard = self.inner.lock();
+        let inner = &mut *guard;
         let at = match inner.pending.iter().position(|delta| delta.index == index) {
             Some(at) => at,
             None => {
-                inner.pending.push_back(SeqDelta { index, ..SeqDelta::default() });
+                inner.pending.push(SeqDelta { index, ..SeqDelta::default() });
                 inner.pending.len() - 1
             }
         };
         let delta = &mut inner.pending[at];
-        write(delta);
+        write(delta, &mut inner.measured);
         if delta.finished.is_some() {
             inner.open = inner.open.saturating_sub(1);
         }
         let open = inner.open;
         let waker = inner.waker.take();
-        drop(inner);
+        drop(guard);
         if let Some(waker) = waker {
             waker.wake();
         }
@@ -106,32 +127,55 @@ impl Mailbox {
     }
 }
 
-/// Mailboxes of live requests.
+/// Where clients leave the mailboxes of new requests for the dispatcher, before the engine hears of the requests.
 #[derive(Default)]
 pub(crate) struct Registry {
-    mailboxes: DashMap<RequestId, Arc<Mailbox>>,
+    arrived: Mutex<Vec<Arc<Mailbox>>>,
 }
 
 impl Registry {
-    pub(crate) fn insert(&self, id: RequestId, mailbox: Arc<Mailbox>) {
-        self.mailboxes.insert(id, mailbox);
+    pub(crate) fn insert(&self, mailbox: Arc<Mailbox>) {
+        self.arrived.lock().push(mailbox);
     }
 
+    /// For a request that never came to the engine. If the dispatcher has it already it keeps it, to no harm: that
+    /// happens only while an engine dies.
     pub(crate) fn remove(&self, id: RequestId) {
-        self.mailboxes.remove(&id);
+        self.arrived.lock().retain(|mailbox| mailbox.id != id);
+    }
+}
+
+/// Mailboxes of live requests. Ids are given out in order, so a multiplication spreads them well enough.
+type Mailboxes = HashMap<RequestId, Arc<Mailbox>, BuildHasherDefault<IdHasher>>;
+
+#[derive(Default)]
+struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        self.0
     }
 
-    fn get(&self, id: RequestId) -> Option<Arc<Mailbox>> {
-        self.mailboxes.get(&id).map(|entry| Arc::clone(entry.value()))
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&byte| self.write_u64(byte.into()));
+    }
+
+    fn write_u64(&mut self, id: u64) {
+        // The golden ratio in 64 bits; the map takes its bits from both ends.
+        self.0 = (self.0.rotate_left(8) ^ id).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     }
 }
 
 /// Runs until the engine thread hangs up.
 pub(crate) async fn run(shared: Arc<Shared>, mut steps: Receiver<StepMessage>, recycle: Sender<StepMessage>) {
     let mut rate = FinishRate::default();
+    let mut mailboxes = Mailboxes::default();
     while let Some(mut message) = steps.recv().await {
-        shared.metrics.record(&message);
-        let ended = deliver(&shared, &mut message);
+        shared.metrics.record_step(&message.stats);
+        // After the message: whoever has an event in it left his mailbox before.
+        let arrived = std::mem::take(&mut *shared.registry.arrived.lock());
+        mailboxes.extend(arrived.into_iter().map(|mailbox| (mailbox.id, mailbox)));
+        let ended = deliver(&shared, &mut mailboxes, &mut message);
         shared.snapshot.store(snapshot(&message.stats, rate.update(message.stats.at, ended)));
         message.events.clear();
         message.output.clear();
@@ -173,19 +217,37 @@ impl FinishRate {
 }
 
 /// Sorts the step into mailboxes; returns how many continuations ended.
-fn deliver(shared: &Shared, message: &mut StepMessage) -> u32 {
-    let mut ended = 0;
-    for event in &message.events {
-        let Some(mailbox) = shared.registry.get(event.request) else { continue };
-        let output = &mut message.output;
-        let open = mailbox.update(event.index, |delta| apply(event, output, delta));
-        if matches!(event.kind, SeqEventKind::Finished { .. }) {
-            ended += 1;
-            shared.release(1);
-            if open == 0 {
-                shared.registry.remove(event.request);
+fn deliver(shared: &Shared, mailboxes: &mut Mailboxes, message: &mut StepMessage) -> u32 {
+    let StepMessage { events, output, stats } = message;
+    let (mut ended, mut num_tokens) = (0, 0);
+    let mut done: SmallVec<[RequestId; 8]> = SmallVec::new();
+    for events in events.chunks(LOOK_AHEAD) {
+        let mut found = [None; LOOK_AHEAD];
+        // Nothing here waits for the read before, so all of them are on their way at once.
+        let mut touched = 0;
+        for (found, event) in found.iter_mut().zip(events) {
+            *found = mailboxes.get(&event.request);
+            touched ^= found.map_or(0, |mailbox| mailbox.id.0);
+        }
+        std::hint::black_box(touched);
+        for (mailbox, event) in found.iter().zip(events) {
+            let Some(mailbox) = mailbox else { continue };
+            let open = mailbox.update(event.index, |delta, measured| {
+                num_tokens += shared.metrics.record(event, stats.at, measured);
+                apply(event, output, delta);
+            });
+            if matches!(event.kind, SeqEventKind::Finished { .. }) {
+                ended += 1;
+                shared.release(1);
+                if open == 0 {
+                    done.push(event.request);
+                }
             }
         }
+    }
+    shared.metrics.record_generated(num_tokens);
+    for id in done {
+        mailboxes.remove(&id);
     }
     ended
 }
@@ -200,11 +262,16 @@ fn apply(event: &SeqEvent, output: &mut ModelRunnerOutput, delta: &mut SeqDelta)
         &SeqEventKind::Tokens { row, num_tokens } => {
             let start = output.rows[row as usize].start as usize;
             let range = start..start + num_tokens as usize;
-            delta.tokens.extend_from_slice(&output.tokens[range.clone()]);
-            delta.logprobs.extend(output.logprobs[range].iter_mut().map(Option::take));
+            let logprobs = &mut output.logprobs[range.clone()];
+            if !delta.logprobs.is_empty() || logprobs.iter().any(Option::is_some) {
+                delta.logprobs.resize(delta.tokens.len(), None);
+                delta.logprobs.extend(logprobs.iter_mut().map(Option::take));
+            }
+            delta.tokens.extend_from_slice(&output.tokens[range]);
         }
         SeqEventKind::Finished { reason, stop_token, usage } => {
-            delta.finished = Some(SeqFinished { reason: *reason, stop_token: *stop_token, usage: **usage });
+            let finished = SeqFinished { reason: *reason, stop_token: *stop_token, usage: **usage };
+            delta.finished = Some(Box::new(finished));
         }
     }
 }

@@ -7,13 +7,14 @@
 //! * every accepted continuation ends with exactly one final piece, also when the device fails;
 //! * every queue is bounded: admission bounds the inbox and the mailboxes, the step channel has a fixed capacity.
 //!
-//! Reading order: [`core`], [`thread`], [`dispatch`], [`client`], [`snapshot`], [`metrics`].
+//! Reading order: [`core`], [`thread`], [`dispatch`], [`client`], [`sessions`], [`snapshot`], [`metrics`].
 #![forbid(unsafe_code)]
 
 pub mod client;
 pub mod core;
 pub mod dispatch;
 pub mod metrics;
+pub mod sessions;
 pub mod snapshot;
 pub mod thread;
 

@@ -1,18 +1,15 @@
 //! What the engine reports about itself. All handles are looked up once, at start; every series exists from then on.
 //!
-//! The engine thread records nothing: it fills a `StepStats`, and the dispatcher records it together with the step's
-//! events. The clock of all durations is the engine's.
-
-use std::collections::HashMap;
+//! The engine thread records nothing: it fills a `StepStats`, and the dispatcher records it and the step's events. What
+//! must be remembered of a live request lies in its mailbox. The clock of all durations is the engine's.
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
-use parking_lot::Mutex;
 use quire_core::metric_names::{self as names, ENGINE, FIRST_ENGINE, Family, MODEL_NAME};
-use quire_core::{FinishReason, Micros, Request, RequestId, Usage};
+use quire_core::{FinishReason, Micros, Request, Usage};
 use quire_scheduler::{SchedulerStats, SeqEvent, SeqEventKind};
+use smallvec::SmallVec;
 
 use crate::core::StepStats;
-use crate::dispatch::StepMessage;
 
 /// Values of the label `state` of `quire_engine_state`, in the order of an engine's life.
 pub const ENGINE_STATES: [&str; 4] = ["loading", "ready", "draining", "dead"];
@@ -58,18 +55,17 @@ impl Labels {
     }
 }
 
-/// Handles of one engine, and what must be remembered of live requests to measure them.
+/// Handles of one engine.
 pub struct EngineMetrics {
     queue: QueueMetrics,
     cache: CacheMetrics,
     tokens: TokenMetrics,
     requests: RequestMetrics,
     steps: StepMetrics,
-    live: Mutex<HashMap<RequestId, LiveRequest>>,
 }
 
-/// Kept from submission until the last continuation has ended; admission bounds how many there are.
-struct LiveRequest {
+/// What must be remembered of a request to measure it, until its last continuation has ended.
+pub(crate) struct LiveRequest {
     arrival: Micros,
     prompt_tokens: u32,
     /// Continuations that have not ended.
@@ -77,7 +73,19 @@ struct LiveRequest {
     /// Tokens of the longest continuation that has.
     longest: u32,
     /// When each continuation got its latest token.
-    last_token: Vec<Option<Micros>>,
+    last_token: SmallVec<[Option<Micros>; 1]>,
+}
+
+impl LiveRequest {
+    pub(crate) fn new(request: &Request) -> Self {
+        Self {
+            arrival: request.arrival,
+            prompt_tokens: request.prompt.len() as u32,
+            open: request.params.n,
+            longest: 0,
+            last_token: SmallVec::from_elem(None, request.params.n as usize),
+        }
+    }
 }
 
 impl EngineMetrics {
@@ -91,28 +99,13 @@ impl EngineMetrics {
             tokens: TokenMetrics::new(&labels),
             requests: RequestMetrics::new(&labels),
             steps: StepMetrics::new(&labels),
-            live: Mutex::default(),
         }
     }
 
     /// A request was accepted and is about to be sent to the engine.
     pub(crate) fn accepted(&self, request: &Request) {
-        let n = request.params.n;
-        self.requests.params_n.record(n);
+        self.requests.params_n.record(request.params.n);
         self.requests.params_max_tokens.record(request.params.max_tokens);
-        let live = LiveRequest {
-            arrival: request.arrival,
-            prompt_tokens: request.prompt.len() as u32,
-            open: n,
-            longest: 0,
-            last_token: vec![None; n as usize],
-        };
-        self.live.lock().insert(request.id, live);
-    }
-
-    /// A request that was accepted never reached the engine.
-    pub(crate) fn withdrawn(&self, id: RequestId) {
-        self.live.lock().remove(&id);
     }
 
     /// A request was refused.
@@ -123,20 +116,20 @@ impl EngineMetrics {
         }
     }
 
-    /// Everything one step did.
-    pub(crate) fn record(&self, message: &StepMessage) {
-        let stats = &message.stats;
+    /// What a step did as a whole.
+    pub(crate) fn record_step(&self, stats: &StepStats) {
         self.queue.record(&stats.scheduler);
         self.cache.record(&stats.scheduler);
         self.steps.record(stats);
-        let mut live = self.live.lock();
-        for event in &message.events {
-            self.record_event(event, stats.at, &mut live);
-        }
     }
 
-    fn record_event(&self, event: &SeqEvent, now: Micros, live: &mut HashMap<RequestId, LiveRequest>) {
-        let Some(request) = live.get_mut(&event.request) else { return };
+    /// Tokens that a step generated, over all its events.
+    pub(crate) fn record_generated(&self, num_tokens: u64) {
+        self.tokens.generation.increment(num_tokens);
+    }
+
+    /// One event of a step; returns its tokens, for [`Self::record_generated`].
+    pub(crate) fn record(&self, event: &SeqEvent, now: Micros, request: &mut LiveRequest) -> u64 {
         match &event.kind {
             &SeqEventKind::Started { cached_tokens } => {
                 self.tokens.prompt.increment(request.prompt_tokens.into());
@@ -145,6 +138,7 @@ impl EngineMetrics {
             SeqEventKind::PromptLogprobs { .. } => {}
             &SeqEventKind::Tokens { num_tokens, .. } => {
                 self.record_tokens(request, event.index, num_tokens, now);
+                return num_tokens.into();
             }
             SeqEventKind::Finished { reason, usage, .. } => {
                 self.requests.finished(*reason, usage);
@@ -152,15 +146,14 @@ impl EngineMetrics {
                 request.longest = request.longest.max(usage.generated_tokens);
                 if request.open == 0 {
                     self.requests.max_generation_tokens.record(request.longest);
-                    live.remove(&event.request);
                 }
             }
         }
+        0
     }
 
     /// The first token of a continuation counts from the request's arrival, later ones from the one before.
     fn record_tokens(&self, request: &mut LiveRequest, index: u32, num_tokens: u32, now: Micros) {
-        self.tokens.generation.increment(num_tokens.into());
         let Some(last) = request.last_token.get_mut(index as usize) else { return };
         match last.replace(now) {
             None => self.tokens.time_to_first.record(now.since(request.arrival).as_secs_f64()),
@@ -434,11 +427,12 @@ impl StepMetrics {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
     use std::sync::Arc;
 
     use metrics_util::CompositeKey;
     use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
-    use quire_core::{CacheSalt, SamplingParams, TenantId};
+    use quire_core::{CacheSalt, RequestId, SamplingParams, TenantId};
 
     use super::*;
 
@@ -456,14 +450,13 @@ mod tests {
         }
     }
 
-    fn message(at: u64, events: &[(u32, SeqEventKind)]) -> StepMessage {
-        let events = events
-            .iter()
-            .cloned()
-            .map(|(index, kind)| SeqEvent { request: RequestId(1), index, kind })
-            .collect();
-        let stats = StepStats { at: Micros(at), ..StepStats::default() };
-        StepMessage { events, stats, ..StepMessage::default() }
+    /// Records the events of one step of request 1.
+    fn step(metrics: &EngineMetrics, live: &mut LiveRequest, at: u64, events: &[(u32, SeqEventKind)]) {
+        let record = |(index, kind): &(u32, SeqEventKind)| {
+            let event = SeqEvent { request: RequestId(1), index: *index, kind: kind.clone() };
+            metrics.record(&event, Micros(at), live)
+        };
+        metrics.record_generated(events.iter().map(record).sum());
     }
 
     /// Runs `record` against a recorder of its own and returns what it recorded, by family and the last label.
@@ -473,7 +466,6 @@ mod tests {
         metrics::with_local_recorder(&recorder, || {
             let metrics = EngineMetrics::new("m");
             record(&metrics);
-            assert!(metrics.live.lock().is_empty(), "nothing is remembered of ended requests");
         });
         let name = |key: &CompositeKey| {
             let labels: Vec<_> = key.key().labels().collect();
@@ -513,12 +505,12 @@ mod tests {
         let finished =
             SeqEventKind::Finished { reason: FinishReason::Stop, stop_token: None, usage: Box::new(usage) };
         let recorded = recorded(|metrics| {
-            metrics.accepted(&request(1, 1));
-            metrics.record(&message(
-                1_500_000,
-                &[(0, SeqEventKind::Started { cached_tokens: 2 }), (0, tokens(1))],
-            ));
-            metrics.record(&message(1_900_000, &[(0, tokens(2)), (0, finished)]));
+            let request = request(1, 1);
+            metrics.accepted(&request);
+            let mut live = LiveRequest::new(&request);
+            let started = SeqEventKind::Started { cached_tokens: 2 };
+            step(metrics, &mut live, 1_500_000, &[(0, started), (0, tokens(1))]);
+            step(metrics, &mut live, 1_900_000, &[(0, tokens(2)), (0, finished)]);
         });
         let histogram = |family| histogram_of(&recorded, family);
         assert_eq!(histogram(names::TIME_TO_FIRST_TOKEN), [0.5]);
@@ -545,14 +537,12 @@ mod tests {
         };
         let tokens = || SeqEventKind::Tokens { row: 0, num_tokens: 1 };
         let recorded = recorded(|metrics| {
-            metrics.accepted(&request(1, 3));
-            metrics.record(&message(1_250_000, &[(0, tokens())]));
-            metrics.record(&message(1_500_000, &[(1, tokens()), (0, tokens())]));
+            let mut live = LiveRequest::new(&request(1, 3));
+            step(metrics, &mut live, 1_250_000, &[(0, tokens())]);
+            step(metrics, &mut live, 1_500_000, &[(1, tokens()), (0, tokens())]);
             let ends = [(0, finished(2, FinishReason::Length)), (1, finished(1, FinishReason::Stop))];
-            metrics.record(&message(1_600_000, &ends));
-            metrics.record(&message(1_700_000, &[(2, finished(0, FinishReason::Abort))]));
-            metrics.accepted(&request(2, 1));
-            metrics.withdrawn(RequestId(2));
+            step(metrics, &mut live, 1_600_000, &ends);
+            step(metrics, &mut live, 1_700_000, &[(2, finished(0, FinishReason::Abort))]);
             metrics.rejected(Rejection::QueueFull);
         });
         assert_eq!(histogram_of(&recorded, names::TIME_TO_FIRST_TOKEN), [0.25, 0.5]);

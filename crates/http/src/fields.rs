@@ -1,13 +1,16 @@
 //! A JSON object that is taken apart field by field, so that every error names its field and nothing is overlooked.
 
-use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use std::collections::HashMap;
+use std::fmt;
+
+use serde::de::{Deserialize, DeserializeOwned, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value};
 
 use crate::error::ApiError;
 
 /// The fields that have not been taken yet. `null` is the same as absent.
 pub(crate) struct Fields {
-    map: Map<String, Value>,
+    map: HashMap<String, Field>,
     /// Where the object is, for errors: empty for the body itself, else for example `stream_options.`.
     path: String,
 }
@@ -24,8 +27,9 @@ pub(crate) struct Unsupported {
 impl Fields {
     pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
         match serde_json::from_slice(body) {
-            Ok(Value::Object(map)) => Ok(Self { map, path: String::new() }),
-            Ok(_) => Err(ApiError::malformed("the body must be a JSON object")),
+            Ok(Object(map)) => Ok(Self { map, path: String::new() }),
+            // Every value is taken as it is, so only the body itself can be of a wrong type.
+            Err(error) if error.is_data() => Err(ApiError::malformed("the body must be a JSON object")),
             Err(error) => Err(ApiError::malformed(format!("the body is not valid JSON: {error}"))),
         }
     }
@@ -33,7 +37,10 @@ impl Fields {
     /// The fields of an object inside another.
     pub(crate) fn nested(value: Value, path: &str) -> Result<Self, ApiError> {
         match value {
-            Value::Object(map) => Ok(Self { map, path: format!("{path}.") }),
+            Value::Object(map) => {
+                let map = map.into_iter().map(|(name, value)| (name, Field::Value(value))).collect();
+                Ok(Self { map, path: format!("{path}.") })
+            }
             other => {
                 Err(ApiError::invalid(path.to_owned(), format!("must be an object, got {}", kind_of(&other))))
             }
@@ -46,8 +53,18 @@ impl Fields {
     }
 
     pub(crate) fn take_value(&mut self, name: &str) -> Option<Value> {
-        // The order of the rest does not matter.
-        self.map.swap_remove(name).filter(|value| !value.is_null())
+        self.map.remove(name).map(Field::into_value).filter(|value| !value.is_null())
+    }
+
+    /// A field that is a list of whole numbers; anything else stays.
+    pub(crate) fn take_ids(&mut self, name: &str) -> Option<Vec<u32>> {
+        match self.map.remove(name)? {
+            Field::Ids(ids) => Some(ids),
+            Field::Value(value) => {
+                self.map.insert(name.to_owned(), Field::Value(value));
+                None
+            }
+        }
     }
 
     pub(crate) fn take<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, ApiError> {
@@ -60,7 +77,7 @@ impl Fields {
 
     /// Whether a field is there with this value.
     pub(crate) fn is(&self, name: &str, value: &Value) -> bool {
-        self.map.get(name) == Some(value)
+        matches!(self.map.get(name), Some(Field::Value(given)) if given == value)
     }
 
     pub(crate) fn flag(&mut self, name: &str, default: bool) -> Result<bool, ApiError> {
@@ -74,10 +91,146 @@ impl Fields {
                 return Err(ApiError::unsupported(self.name_of(field.name), field.feature));
             }
         }
-        match self.map.iter().find(|(name, value)| !value.is_null() && !ignored.contains(&name.as_str())) {
-            Some((name, _)) => Err(ApiError::unknown_field(&self.name_of(name))),
+        let is_null = |field: &Field| matches!(field, Field::Value(Value::Null));
+        let left =
+            self.map.iter().filter(|(name, field)| !is_null(field) && !ignored.contains(&name.as_str()));
+        match left.map(|(name, _)| name).min() {
+            Some(name) => Err(ApiError::unknown_field(&self.name_of(name))),
             None => Ok(()),
         }
+    }
+}
+
+/// The value of a field.
+enum Field {
+    /// A list of whole numbers, with at least one: prompts of tens of thousands of token ids come so, and a [`Value`] for
+    /// each of them would cost more than everything else on the way of a request to the engine.
+    Ids(Vec<u32>),
+    /// Anything else.
+    Value(Value),
+}
+
+impl Field {
+    fn into_value(self) -> Value {
+        match self {
+            Self::Ids(ids) => Value::Array(ids.into_iter().map(Value::from).collect()),
+            Self::Value(value) => value,
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Field {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(FieldVisitor)
+    }
+}
+
+struct FieldVisitor;
+
+impl<'de> Visitor<'de> for FieldVisitor {
+    type Value = Field;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any JSON value")
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Field, E> {
+        Ok(Field::Value(Value::Null))
+    }
+
+    fn visit_bool<E: Error>(self, value: bool) -> Result<Field, E> {
+        Ok(Field::Value(value.into()))
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Field, E> {
+        Ok(Field::Value(value.into()))
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Field, E> {
+        Ok(Field::Value(value.into()))
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Field, E> {
+        Ok(Field::Value(Number::from_f64(value).map_or(Value::Null, Value::Number)))
+    }
+
+    fn visit_str<E: Error>(self, value: &str) -> Result<Field, E> {
+        Ok(Field::Value(value.into()))
+    }
+
+    fn visit_string<E: Error>(self, value: String) -> Result<Field, E> {
+        Ok(Field::Value(value.into()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Field, A::Error> {
+        let mut ids = Vec::new();
+        let other = loop {
+            match list.next_element()? {
+                Some(Element::Id(id)) => ids.push(id),
+                Some(Element::Other(value)) => break value,
+                None if ids.is_empty() => return Ok(Field::Value(Value::Array(Vec::new()))),
+                None => return Ok(Field::Ids(ids)),
+            }
+        };
+        let mut values: Vec<Value> = ids.into_iter().map(Value::from).collect();
+        values.push(other);
+        while let Some(value) = list.next_element()? {
+            values.push(value);
+        }
+        Ok(Field::Value(Value::Array(values)))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Field, A::Error> {
+        let mut map = Map::new();
+        while let Some((name, value)) = entries.next_entry()? {
+            map.insert(name, value);
+        }
+        Ok(Field::Value(Value::Object(map)))
+    }
+}
+
+/// An element of a list.
+enum Element {
+    Id(u32),
+    Other(Value),
+}
+
+impl<'de> Deserialize<'de> for Element {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(match Field::deserialize(deserializer)?.into_value() {
+            Value::Number(number) => match number.as_u64().and_then(|id| u32::try_from(id).ok()) {
+                Some(id) => Self::Id(id),
+                None => Self::Other(Value::Number(number)),
+            },
+            value => Self::Other(value),
+        })
+    }
+}
+
+/// The fields of an object.
+struct Object(HashMap<String, Field>);
+
+impl<'de> Deserialize<'de> for Object {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ObjectVisitor)
+    }
+}
+
+struct ObjectVisitor;
+
+impl<'de> Visitor<'de> for ObjectVisitor {
+    type Value = Object;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Object, A::Error> {
+        let mut map = HashMap::new();
+        while let Some((name, field)) = entries.next_entry()? {
+            map.insert(name, field);
+        }
+        Ok(Object(map))
     }
 }
 
@@ -110,6 +263,30 @@ mod tests {
             assert!(message(&error).contains(part), "{body}: {}", message(&error));
         }
         assert!(Fields::parse(&b"[".repeat(100_000)).is_err(), "depth is bounded");
+    }
+
+    #[test]
+    fn values_are_those_of_the_json_whatever_form_they_are_kept_in() {
+        for value in [
+            "[1, 2, 4294967295]",
+            "[]",
+            "[1, 2, -3]",
+            "[1, 4294967296, 2]",
+            "[1, 2.5]",
+            "[[1], [2, \"x\"], null]",
+            "{\"a\": [1, 2], \"b\": {\"c\": null}}",
+            "\"\\u00e9\\n\"",
+            "true",
+            "-7",
+            "1e300",
+            "18446744073709551615",
+        ] {
+            let mut fields = Fields::parse(format!("{{\"v\": {value}, \"v\": {value}}}").as_bytes()).unwrap();
+            let ids = fields.take_ids("v");
+            assert_eq!(ids.is_some(), value == "[1, 2, 4294967295]", "{value}");
+            let back = ids.map(|ids| serde_json::json!(ids)).or_else(|| fields.take_value("v"));
+            assert_eq!(back, Some(serde_json::from_str(value).unwrap()));
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 use std::task::{Context, Poll};
 
 use axum::body::Body;
@@ -74,8 +74,18 @@ pub(crate) async fn observe(mut request: Request, next: Next) -> Response {
     if version > Version::HTTP_11 {
         response.headers_mut().remove(CONNECTION);
     }
+    if let Some(KeepsCount(keeper)) = response.extensions_mut().remove() {
+        // It is set here only, and once.
+        let _ = keeper.set(inflight);
+        return response;
+    }
     response.map(|body| Body::new(Counted { body, _inflight: inflight }))
 }
+
+/// In a response's extensions: its body keeps what counts the request for as long as it lives, so that no other body need
+/// be wrapped around it, through which every event would have to pass.
+#[derive(Clone)]
+pub(crate) struct KeepsCount(pub(crate) Arc<OnceLock<Inflight>>);
 
 /// Methods are the client's words; labels must be bounded.
 fn known_method(method: &http::Method) -> &'static str {
@@ -133,7 +143,7 @@ impl Drop for CountedUnless {
 }
 
 /// One request being answered, until its body is gone.
-struct Inflight;
+pub(crate) struct Inflight;
 
 impl Inflight {
     fn new() -> Self {

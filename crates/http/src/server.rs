@@ -1,9 +1,11 @@
 //! The accept loop: HTTP/1.1 and HTTP/2 on one port, bounded, and ended with care.
 
+use std::future::poll_fn;
 use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use axum::Router;
@@ -11,10 +13,9 @@ use http::Request;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tower::Service;
 
 use crate::auth::Peer;
@@ -65,7 +66,7 @@ pub async fn serve(listener: TcpListener, state: AppState, shutdown: impl Future
 
 async fn accept(listener: TcpListener, app: Router, patience: Patience, shutdown: impl Future<Output = ()>) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let graceful = GracefulShutdown::new();
+    let (closing, _) = watch::channel(());
     let mut shutdown = pin!(shutdown);
     loop {
         let next = async {
@@ -76,7 +77,7 @@ async fn accept(listener: TcpListener, app: Router, patience: Patience, shutdown
         tokio::select! {
             (accepted, permit) = next => match accepted {
                 Ok((stream, peer)) => {
-                    let connection = connection(stream, peer.ip(), app.clone(), patience, graceful.watcher());
+                    let connection = connection(stream, peer.ip(), app.clone(), patience, closing.subscribe());
                     tokio::spawn(async move {
                         connection.await;
                         drop(permit);
@@ -91,12 +92,20 @@ async fn accept(listener: TcpListener, app: Router, patience: Patience, shutdown
         }
     }
     drop(listener);
-    if tokio::time::timeout(CLOSE_TIMEOUT, graceful.shutdown()).await.is_err() {
+    // Nobody listens if there is no connection; else each ends after its answer.
+    let _ = closing.send(());
+    if tokio::time::timeout(CLOSE_TIMEOUT, closing.closed()).await.is_err() {
         tracing::warn!("connections were still open after {CLOSE_TIMEOUT:?}");
     }
 }
 
-async fn connection(stream: TcpStream, peer: IpAddr, app: Router, patience: Patience, watcher: Watcher) {
+async fn connection(
+    stream: TcpStream,
+    peer: IpAddr,
+    app: Router,
+    patience: Patience,
+    mut closing: watch::Receiver<()>,
+) {
     // Tokens are small writes; each is to leave at once.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
@@ -112,17 +121,32 @@ async fn connection(stream: TcpStream, peer: IpAddr, app: Router, patience: Pati
     };
     let builder = builder(patience.idle);
     let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
-    let mut connection = pin!(watcher.watch(connection.into_owned()));
-    let outcome = tokio::select! {
-        outcome = &mut connection => outcome,
-        () = tokio::time::sleep(patience.first) => {
-            if !spoke.load(Ordering::Relaxed) {
-                // Not one whole request yet, not even enough to tell the protocol.
-                return;
-            }
-            connection.await
+    let mut connection = pin!(connection.into_owned());
+    let is_closing = closing.clone();
+    let mut close = pin!(closing.changed());
+    let mut first_request = pin!(tokio::time::sleep(patience.first));
+    let (mut closed, mut waits) = (false, true);
+    let mut registered: Option<Waker> = None;
+    // Called for every event of a stream. Signal and timer stay registered, so they are asked only when they may have
+    // something to say: what is not touched need not be fetched from memory.
+    let outcome = poll_fn(|cx| {
+        let is_known = registered.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+        let may_close = !closed && (!is_known || is_closing.has_changed().unwrap_or(true));
+        if may_close && close.as_mut().poll(cx).is_ready() {
+            closed = true;
+            connection.as_mut().graceful_shutdown();
         }
-    };
+        waits = waits && !spoke.load(Ordering::Relaxed);
+        // Not one whole request yet, not even enough to tell the protocol.
+        if waits && first_request.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        if !is_known {
+            registered = Some(cx.waker().clone());
+        }
+        connection.as_mut().poll(cx)
+    });
+    let outcome = outcome.await;
     if let Err(error) = outcome {
         tracing::debug!(%error, "a connection ended with an error");
     }

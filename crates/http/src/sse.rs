@@ -6,7 +6,8 @@
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -18,7 +19,10 @@ use http_body::{Body as HttpBody, Frame};
 use tokio::time::{Instant, Sleep};
 
 use crate::error::ApiError;
-use crate::observe::{CountedUnless, after_panic};
+use crate::observe::{CountedUnless, Inflight, KeepsCount, after_panic};
+
+/// Most frames hold one event and fit.
+pub(crate) const COMMON_FRAME_BYTES: usize = 512;
 
 /// A frame is not made larger than about this.
 pub(crate) const FRAME_BYTES: usize = 16 << 10;
@@ -34,14 +38,19 @@ pub(crate) trait Events: Send + Unpin + 'static {
 
 /// A streaming answer.
 pub(crate) fn response(events: impl Events, keep_alive: Duration) -> Response {
+    let count = Arc::new(OnceLock::new());
     let stream = EventStream {
+        _inflight: Arc::clone(&count),
         events: Some(events),
         keep_alive,
         last_write: Instant::now(),
         timer: Box::pin(tokio::time::sleep(keep_alive)),
+        timer_due: Instant::now(),
+        timer_wakes: None,
         disconnected: CountedUnless::new(),
     };
     let mut response = Body::new(stream).into_response();
+    response.extensions_mut().insert(KeepsCount(count));
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -63,7 +72,12 @@ struct EventStream<E> {
     keep_alive: Duration,
     last_write: Instant,
     timer: Pin<Box<Sleep>>,
+    /// When the timer fires; it lies elsewhere, and is not to be fetched for every event.
+    timer_due: Instant,
+    /// Whom it wakes then.
+    timer_wakes: Option<Waker>,
     disconnected: CountedUnless,
+    _inflight: Arc<OnceLock<Inflight>>,
 }
 
 impl<E: Events> EventStream<E> {
@@ -85,17 +99,24 @@ impl<E: Events> EventStream<E> {
         }
     }
 
-    /// Whether the stream has been silent for too long. The timer is moved only when it fires, not at every event.
+    /// Whether the stream has been silent for too long. The timer is moved only when it fires, not at every event, and
+    /// asked only when it may have fired or would wake somebody else.
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> bool {
+        let now = Instant::now();
+        let wakes_us = self.timer_wakes.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+        if wakes_us && now < self.timer_due {
+            return false;
+        }
         while self.timer.as_mut().poll(cx).is_ready() {
             let due = self.last_write + self.keep_alive;
-            let now = Instant::now();
             if due <= now {
                 self.timer.as_mut().reset(now + self.keep_alive);
                 return true;
             }
             self.timer.as_mut().reset(due);
         }
+        self.timer_due = self.timer.deadline();
+        self.timer_wakes = Some(cx.waker().clone());
         false
     }
 }

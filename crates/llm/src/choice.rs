@@ -13,6 +13,10 @@ use crate::logprobs::TokenLogprob;
 pub(crate) struct Rules {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) params: Arc<SamplingParams>,
+    /// Those of `params`; shared with other requests where they are the model's own, so that they stay in the cache.
+    pub(crate) stop_token_ids: Arc<[TokenId]>,
+    /// That of `params`.
+    pub(crate) min_tokens: u32,
     pub(crate) stop: Vec<String>,
     pub(crate) include_stop: bool,
     pub(crate) skip_special: bool,
@@ -35,11 +39,12 @@ pub(crate) enum Event {
 
 pub(crate) struct Choice {
     detokenizer: Detokenizer,
-    matcher: StopMatcher,
+    /// Only where there are stop strings.
+    matcher: Option<Box<StopMatcher>>,
     /// What has not been handed out.
     pending: ChoiceDelta,
     num_tokens: u32,
-    end: Option<(FinishReason, Option<StopReason>)>,
+    end: Option<Box<(FinishReason, Option<StopReason>)>>,
 }
 
 impl Choice {
@@ -48,7 +53,8 @@ impl Choice {
         pending.text.push_str(prompt_text.unwrap_or_default());
         Self {
             detokenizer: Detokenizer::after_prompt(&rules.tokenizer, rules.skip_special, prompt),
-            matcher: StopMatcher::new(&rules.stop, rules.include_stop),
+            matcher: (!rules.stop.is_empty())
+                .then(|| Box::new(StopMatcher::new(&rules.stop, rules.include_stop))),
             pending,
             num_tokens: 0,
             end: None,
@@ -72,12 +78,12 @@ impl Choice {
         for token in delta.tokens {
             let matched = self.push_token(rules, token, logprobs.next().flatten().as_ref());
             if let Some(stop) = matched {
-                self.end = Some((FinishReason::Stop, Some(stop)));
+                self.end = Some(Box::new((FinishReason::Stop, Some(stop))));
                 return Ok(Event::Ended { engine_goes_on: delta.finished.is_none() });
             }
         }
         let Some(finished) = delta.finished else { return Ok(Event::None) };
-        self.end = Some(self.finish(rules, &finished)?);
+        self.end = Some(Box::new(self.finish(rules, &finished)?));
         Ok(Event::Ended { engine_goes_on: false })
     }
 
@@ -93,7 +99,7 @@ impl Choice {
         }
         let next = ChoiceDelta::new(pending.index);
         let mut delta = std::mem::replace(&mut self.pending, next);
-        if let Some((reason, stop_reason)) = self.end.clone() {
+        if let Some((reason, stop_reason)) = self.end.as_deref().cloned() {
             let usage = TokenUsage { completion_tokens: self.num_tokens, ..prompt };
             delta.finish = Some(Finish { reason, stop_reason, usage });
             // Remembered, so that a choice ends once.
@@ -118,7 +124,11 @@ impl Choice {
             self.pending.logprobs.push(TokenLogprob::new(&rules.tokenizer, token, logprobs));
         }
         // The engine ends the choice at a stop token, so any is the last one. Its text is a control code, not an answer.
-        if rules.params.stop_token_ids.binary_search(&token).is_ok() && !rules.include_stop {
+        if rules.stop_token_ids.binary_search(&token).is_ok() && !rules.include_stop {
+            return None;
+        }
+        if self.matcher.is_none() {
+            self.detokenizer.push(token, &mut self.pending.text);
             return None;
         }
         let mut text = String::new();
@@ -127,11 +137,11 @@ impl Choice {
     }
 
     fn push_text(&mut self, rules: &Rules, text: &str) -> Option<StopReason> {
-        if self.num_tokens <= rules.params.min_tokens {
+        let Some(matcher) = self.matcher.as_mut().filter(|_| self.num_tokens > rules.min_tokens) else {
             self.pending.text.push_str(text);
             return None;
-        }
-        let found = self.matcher.push(text, &mut self.pending.text)?;
+        };
+        let found = matcher.push(text, &mut self.pending.text)?;
         Some(StopReason::String(rules.stop[found.index].clone()))
     }
 
@@ -160,7 +170,9 @@ impl Choice {
         if let Some(stop) = self.push_text(rules, &text) {
             return Ok((FinishReason::Stop, Some(stop)));
         }
-        self.matcher.finish(&mut self.pending.text);
+        if let Some(matcher) = &mut self.matcher {
+            matcher.finish(&mut self.pending.text);
+        }
         let stop_token = finished.stop_token.map(|id| {
             if rules.eos_token_ids.contains(&id) { StopReason::Eos(id) } else { StopReason::Token(id) }
         });
@@ -187,6 +199,8 @@ mod tests {
             SamplingParams { min_tokens, stop_token_ids: vec![0, 2, 77], ..SamplingParams::default() };
         Rules {
             tokenizer: TOKENIZER.clone(),
+            stop_token_ids: params.stop_token_ids.as_slice().into(),
+            min_tokens,
             params: Arc::new(params),
             stop: stop.iter().map(|&stop| stop.to_owned()).collect(),
             include_stop,
@@ -209,9 +223,9 @@ mod tests {
         for (at, piece) in pieces.iter().enumerate() {
             let last = at + 1 == pieces.len();
             let delta = SeqDelta {
-                tokens: piece.to_vec(),
+                tokens: piece.iter().copied().collect(),
                 logprobs: vec![None; piece.len()],
-                finished: last.then_some(finished),
+                finished: last.then(|| Box::new(finished)),
                 ..SeqDelta::default()
             };
             ends += usize::from(matches!(choice.take(rules, delta)?, Event::Ended { .. }));

@@ -2,13 +2,13 @@
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
 use quire_core::{FinishReason, Meter, RequestError, TokenId, TokenLogprobs};
 use quire_engine::{RequestHandle, SeqDelta};
 use quire_tokenizer::Tokenizer;
+use smallvec::SmallVec;
 
 use crate::choice::{Choice, Event, Rules};
 use crate::logprobs::TokenLogprob;
@@ -77,17 +77,20 @@ pub struct TokenUsage {
 }
 
 /// A request in flight. Dropping it cancels what is unfinished.
+///
+/// One piece of memory for a request of one choice: see `quire_engine::dispatch` for why that matters.
 pub struct Generation {
     handle: RequestHandle,
-    rules: Arc<Rules>,
+    rules: Rules,
     prompt_token_ids: Arc<[TokenId]>,
     prompt_logprobs: PromptLogprobs,
     cached_tokens: Option<u32>,
-    choices: Vec<Choice>,
+    choices: SmallVec<[Choice; 1]>,
     /// Choices that have not ended.
     open: usize,
     /// Tokens of choices that have ended.
     completion_tokens: u32,
+    /// Pieces that came together with one that has been handed out.
     ready: VecDeque<ChoiceDelta>,
     meter: Option<Box<dyn Meter>>,
 }
@@ -100,7 +103,6 @@ impl Generation {
         prompt_text: Option<&str>,
         meter: Option<Box<dyn Meter>>,
     ) -> Self {
-        let rules = Arc::new(rules);
         let choices = (0..rules.params.n).map(|i| Choice::new(i, &rules, &prompt_token_ids, prompt_text));
         let wanted = rules.params.prompt_logprobs.is_some();
         Self {
@@ -174,17 +176,19 @@ impl Generation {
             if self.open == 0 {
                 return Poll::Ready(None);
             }
-            let polled = pin!(self.handle.next()).poll(cx);
-            let outcome = match polled {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Some(delta)) => self.take(delta),
-                Poll::Ready(None) => Err(RequestError::Internal("the engine ended the request early".into())),
+            let outcome = match ready!(self.handle.poll_next(cx)) {
+                Some(delta) => self.take(delta),
+                None => Err(RequestError::Internal("the engine ended the request early".into())),
             };
-            if let Err(error) = outcome {
-                self.settle(reason_of(&error));
-                self.open = 0;
-                self.ready.clear();
-                return Poll::Ready(Some(Err(error)));
+            match outcome {
+                Ok(None) => {}
+                Ok(Some(delta)) => return Poll::Ready(Some(Ok(delta))),
+                Err(error) => {
+                    self.settle(reason_of(&error));
+                    self.open = 0;
+                    self.ready.clear();
+                    return Poll::Ready(Some(Err(error)));
+                }
             }
         }
     }
@@ -202,7 +206,8 @@ impl Generation {
         Ok(whole)
     }
 
-    fn take(&mut self, mut delta: SeqDelta) -> Result<(), RequestError> {
+    /// Takes what the engine made, while nothing is ready; returns the first piece that it led to.
+    fn take(&mut self, mut delta: SeqDelta) -> Result<Option<ChoiceDelta>, RequestError> {
         self.note_start(&delta);
         for (position, logprobs) in delta.prompt_logprobs.drain(..) {
             self.prompt_logprobs.insert(&self.rules.tokenizer, &self.prompt_token_ids, position, &logprobs);
@@ -224,8 +229,7 @@ impl Generation {
                 }
             }
         }
-        self.publish(index as usize);
-        Ok(())
+        Ok(self.publish(index as usize))
     }
 
     fn note_start(&mut self, delta: &SeqDelta) {
@@ -246,17 +250,20 @@ impl Generation {
         }
     }
 
-    /// Moves what is worth a piece to `ready`: nothing before the prompt's log-probabilities are complete, then first
-    /// whatever had to wait for them.
-    fn publish(&mut self, index: usize) {
+    /// What is worth a piece now: nothing before the prompt's log-probabilities are complete, then first whatever had
+    /// to wait for them. Returns the first one; the others are ready.
+    fn publish(&mut self, index: usize) -> Option<ChoiceDelta> {
         let prompt = self.prompt_usage();
         let ended = self.choices[index].has_ended();
-        let choices = match self.prompt_logprobs.release(ended) {
-            Release::Hold => return,
-            Release::All => &mut self.choices[..],
-            Release::One => &mut self.choices[index..=index],
-        };
-        self.ready.extend(choices.iter_mut().filter_map(|choice| choice.pop(&self.rules, prompt)));
+        match self.prompt_logprobs.release(ended) {
+            Release::Hold => None,
+            Release::One => self.choices[index].pop(&self.rules, prompt),
+            Release::All => {
+                let rules = &self.rules;
+                self.ready.extend(self.choices.iter_mut().filter_map(|choice| choice.pop(rules, prompt)));
+                self.ready.pop_front()
+            }
+        }
     }
 }
 
@@ -269,8 +276,7 @@ impl Drop for Generation {
         let mut cx = Context::from_waker(Waker::noop());
         let mut unread = 0;
         loop {
-            let polled = pin!(self.handle.next()).poll(&mut cx);
-            let Poll::Ready(Some(delta)) = polled else { break };
+            let Poll::Ready(Some(delta)) = self.handle.poll_next(&mut cx) else { break };
             self.note_start(&delta);
             // Behind its end, as `llm` counts it, a choice costs nothing.
             if self.choices.get(delta.index as usize).is_some_and(|choice| !choice.has_ended()) {
@@ -278,7 +284,7 @@ impl Drop for Generation {
             }
         }
         self.completion_tokens += unread;
-        self.settle(FinishReason::Abort);
+        self.settle(self.handle.reason_of_drop());
     }
 }
 

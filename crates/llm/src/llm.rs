@@ -28,8 +28,9 @@ const RESERVED_KWARGS: [&str; 9] = [
     "eos_token",
 ];
 
-/// Tokens of a prompt that are hashed on the spot: some tens of microseconds.
-const HASH_INLINE_TOKENS: u32 = 4096;
+/// Tokens of a prompt that are hashed on the spot, and taken over as they are: some tens of microseconds, where the way
+/// to another thread and back costs as much.
+const INLINE_TOKENS: usize = 4096;
 
 /// What an [`Llm`] is made of.
 pub struct LlmConfig {
@@ -152,12 +153,16 @@ impl Llm {
         self.start(prepared, None).await
     }
 
-    /// Turns a request into tokens and parameters, in the pool. What it will cost is known then.
+    /// Turns a request into tokens and parameters, in the pool if that is work. What it will cost is known then.
     ///
     /// # Errors
     /// Whatever is wrong with the request, [`RequestError::Overloaded`] and [`RequestError::DeadlineExceeded`].
     pub async fn prepare(&self, request: GenerateRequest) -> Result<Prepared, RequestError> {
         let deadline = request.timeout.map(|timeout| Instant::now() + timeout);
+        // Nothing to tokenize.
+        if matches!(&request.prompt, Prompt::Tokens(ids) if ids.len() <= INLINE_TOKENS && !request.echo) {
+            return self.make_ready(request, deadline);
+        }
         let llm = self.clone();
         self.within(deadline, move || llm.make_ready(request, deadline)).await
     }
@@ -173,7 +178,7 @@ impl Llm {
         meter: Option<Box<dyn Meter>>,
     ) -> Result<Generation, RequestError> {
         // Submitting hashes the prompt; only for a long one is another thread worth the way there.
-        if prepared.prompt_tokens() <= HASH_INLINE_TOKENS {
+        if prepared.token_ids.len() <= INLINE_TOKENS {
             return self.submit(prepared, meter);
         }
         let llm = self.clone();
@@ -273,11 +278,22 @@ impl Llm {
             params: Arc::clone(&params),
             tenant: request.tenant,
             priority: request.priority,
+            session: request.session.as_ref().map(|session| {
+                let CacheSalt(name) = inner.engine.hasher().salt(session.as_bytes());
+                name as u64
+            }),
             cache_salt: Some(self.salt(&request)),
             timeout,
         })?;
+        let own = inner.eos_token_ids[..] == params.stop_token_ids[..];
         let rules = Rules {
             tokenizer: inner.tokenizer.clone(),
+            stop_token_ids: if own {
+                Arc::clone(&inner.eos_token_ids)
+            } else {
+                params.stop_token_ids.as_slice().into()
+            },
+            min_tokens: params.min_tokens,
             params,
             stop: request.stop,
             include_stop: request.include_stop_str_in_output,

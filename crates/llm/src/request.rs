@@ -46,6 +46,8 @@ pub struct GenerateRequest {
     pub timeout: Option<Duration>,
     /// Splits that namespace further.
     pub cache_salt: Option<String>,
+    /// Names the conversation that this is a turn of; the next turn's prompt is then hashed from where it differs.
+    pub session: Option<String>,
 }
 
 impl GenerateRequest {
@@ -75,6 +77,7 @@ impl GenerateRequest {
             priority: 0,
             timeout: None,
             cache_salt: None,
+            session: None,
         }
     }
 }

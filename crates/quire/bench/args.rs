@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 
 use super::serve::args::ServeLoadArgs;
-use crate::args::EngineArgs;
+use crate::args::{CommonArgs, EngineArgs, LogFormat};
 
 /// `quire bench`
 #[derive(Args, Clone, Debug)]
@@ -11,6 +11,18 @@ pub struct BenchArgs {
     /// What to measure.
     #[command(subcommand)]
     pub command: BenchCommand,
+}
+
+impl BenchArgs {
+    /// How log lines look: those that measure a model read settings as other commands do.
+    pub(crate) fn log_format(&self) -> LogFormat {
+        match &self.command {
+            BenchCommand::Latency(args) => args.model.common.log_format,
+            BenchCommand::Throughput(args) => args.model.common.log_format,
+            BenchCommand::Kernels(args) => args.model.common.log_format,
+            BenchCommand::Serve(_) | BenchCommand::Scheduler(_) => LogFormat::Text,
+        }
+    }
 }
 
 /// The measurements.
@@ -152,6 +164,9 @@ pub struct BenchModelArgs {
     /// What to run.
     #[command(flatten)]
     pub engine: EngineArgs,
+    /// Files and logs.
+    #[command(flatten)]
+    pub common: CommonArgs,
     /// The model's name in the rows [default: the hub id, the directory's name, or quire-demo]
     #[arg(long, value_name = "NAME", help_heading = "Report")]
     pub served_model_name: Option<String>,

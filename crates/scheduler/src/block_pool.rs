@@ -264,15 +264,18 @@ mod tests {
         (*state >> 33) % below
     }
 
+    /// `QUIRE_POOL_OPS=100000000 cargo test --release -p quire-scheduler naive` for a long run.
     #[test]
     fn agrees_with_a_naive_model() {
-        for seed in 0..200_u64 {
+        const PER_SEED: u64 = 400;
+        let num_ops = std::env::var("QUIRE_POOL_OPS").map_or(80_000, |ops| ops.parse::<u64>().unwrap());
+        for seed in 0..num_ops.div_ceil(PER_SEED) {
             let mut rng = seed;
             let len = 1 + next(&mut rng, 12) as u32;
             let mut pool = BlockPool::new(len);
             let mut model =
                 Model { refs: vec![0; len as usize], cached: vec![false; len as usize], ..Model::default() };
-            for _ in 0..400 {
+            for _ in 0..PER_SEED {
                 one_operation(&mut rng, &mut pool, &mut model);
                 pool.check(&model.refs).unwrap();
                 assert_eq!(pool.num_idle() as usize, model.lru.len());

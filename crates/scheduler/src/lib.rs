@@ -48,6 +48,8 @@ mod update;
 mod waiting;
 
 #[cfg(test)]
+mod kv_cache_tests;
+#[cfg(test)]
 mod policy_tests;
 #[cfg(test)]
 mod tests;

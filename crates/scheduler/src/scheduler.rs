@@ -257,6 +257,12 @@ impl Scheduler {
         !self.by_id.is_empty() || !self.in_flight.is_empty() || !self.ended.is_empty()
     }
 
+    /// Tokens of a prompt with these block addresses that are in the prefix cache now, in whole blocks.
+    pub fn cached_prefix(&mut self, hashes: &[BlockHash]) -> u32 {
+        let hit = self.kv.lookup(hashes.iter().copied(), u32::MAX);
+        hit.num_blocks * self.config.limits.block_size
+    }
+
     /// Numbers for metrics and for admission outside.
     pub fn stats(&self) -> SchedulerStats {
         let pool = self.kv.pool();

@@ -45,4 +45,4 @@ pub use replay::{HitRate, Sharing, replay_cache, replay_optimum};
 pub use run::{Failure, Report, run_seed};
 pub use serve_report::ServeReport;
 pub use serve_trace::{ServeConfig, serve_fleet, serve_trace};
-pub use trace::{TraceError, TraceRequest, read_trace};
+pub use trace::{TRACE_BLOCK_SIZE, TraceError, TraceRequest, read_trace};

@@ -12,6 +12,9 @@ const MAX_PROMPTS: usize = 64;
 /// Takes the field `prompt`. Every prompt is non-empty.
 pub(crate) fn take_prompts(fields: &mut Fields) -> Result<Vec<Prompt>, ApiError> {
     let invalid = |message: String| ApiError::invalid("prompt", message);
+    if let Some(ids) = fields.take_ids("prompt") {
+        return Ok(vec![Prompt::Tokens(ids)]);
+    }
     let list = match fields.take_value("prompt") {
         None => return Err(invalid("is required".into())),
         Some(Value::Array(list)) => list,

@@ -60,6 +60,8 @@ pub(crate) fn take_common(fields: &mut Fields, request: &mut GenerateRequest) ->
     request.return_token_ids = fields.flag("return_token_ids", false)?;
     request.priority = fields.take("priority")?.unwrap_or(0);
     request.cache_salt = fields.take("cache_salt")?;
+    let (session, cache_key) = (fields.take("session_id")?, fields.take("prompt_cache_key")?);
+    request.session = session.or(cache_key);
     Ok(())
 }
 

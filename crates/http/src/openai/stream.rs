@@ -5,13 +5,14 @@ use std::task::{Context, Poll};
 use quire_llm::{ChoiceDelta, Generation, RequestError};
 use serde::Serialize;
 use serde_json::json;
+use smallvec::SmallVec;
 
 use crate::error::ApiError;
 use crate::openai::completions::push_prompt;
 use crate::openai::logprobs::{ChatLogprobs, TextLogprobs};
 use crate::openai::stop_reason;
 use crate::openai::usage::Usage;
-use crate::sse::{Events, FRAME_BYTES, write_error};
+use crate::sse::{COMMON_FRAME_BYTES, Events, FRAME_BYTES, write_error};
 
 /// What every event of an answer repeats, and what its choices hold.
 pub(crate) struct Answer {
@@ -37,8 +38,8 @@ pub(crate) enum Shape {
 
 /// The events of one answer.
 pub(crate) struct Chunks {
-    generations: Vec<Generation>,
-    choices: Vec<ChoiceState>,
+    generations: SmallVec<[Generation; 1]>,
+    choices: SmallVec<[ChoiceState; 1]>,
     /// `data: {"id":…,"choices":[`
     head: Vec<u8>,
     /// What follows the choices, up to the end of the event.
@@ -73,8 +74,8 @@ impl Chunks {
         let head = format!("data: {},\"choices\":[", head.trim_end_matches('}'));
         let choices = generations.iter().map(Generation::num_choices).sum();
         Self {
-            choices: vec![ChoiceState::default(); choices],
-            generations,
+            choices: SmallVec::from_elem(ChoiceState::default(), choices),
+            generations: generations.into_iter().collect(),
             head: head.into_bytes(),
             tail: if include_usage { b",\"usage\":null}\n\n" } else { b"}\n\n" },
             shape,
@@ -178,6 +179,9 @@ impl Chunks {
 
     /// From the start of an event to the index of its choice.
     fn open(&self, index: usize, out: &mut Vec<u8>) {
+        if out.is_empty() {
+            out.reserve(COMMON_FRAME_BYTES);
+        }
         out.extend_from_slice(&self.head);
         out.extend_from_slice(b"{\"index\":");
         write_json(&index, out);

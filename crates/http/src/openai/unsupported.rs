@@ -11,10 +11,8 @@ pub(crate) const IGNORED: &[&str] = &[
     "service_tier",
     "parallel_tool_calls",
     "safety_identifier",
-    "prompt_cache_key",
     "prompt_cache_retention",
     "request_id",
-    "session_id",
 ];
 
 const fn never(_: &Value) -> bool {

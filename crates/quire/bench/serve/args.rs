@@ -16,6 +16,7 @@ Examples:
   quire bench serve --base-url http://127.0.0.1:8000 --request-rate 4 --burstiness 0.5 --num-prompts 500
   quire bench serve --port 8000 --max-concurrency 32 --goodput ttft:2000 tpot:50 --html report.html
   quire bench serve --dataset-name sharegpt --dataset-path sharegpt.json --endpoint /v1/chat/completions
+  quire bench serve --port 8000 --trace conversation_trace.jsonl --speed 2 --num-prompts 500
 
 Every request is streamed. A token is counted when its event is read from the socket:
   TTFT   from the request to its first token          TPOT   time per further token, averaged over a request
@@ -111,9 +112,13 @@ pub struct DatasetArgs {
     /// Tokens generated for a conversation [default: those of the file's answer]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Prompts")]
     pub sharegpt_output_len: Option<u32>,
-    /// Requests
-    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000), help_heading = "Prompts")]
-    pub num_prompts: u32,
+    /// Requests; of a trace, the first so many [default: 1000, or the whole trace]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000), help_heading = "Prompts")]
+    pub num_prompts: Option<u32>,
+    /// Replay a recorded trace (Azure LLM inference 2023 or Mooncake, perhaps gzipped): its times, its lengths, and
+    /// random tokens that agree where the recorded prompts did
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["dataset_name", "dataset_path", "request_rate", "burstiness"], help_heading = "Prompts")]
+    pub trace: Option<PathBuf>,
     /// Makes prompts, lengths and arrivals repeatable
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Prompts")]
     pub seed: u64,
@@ -135,6 +140,9 @@ pub struct LoadArgs {
     /// more even, inf is a clock
     #[arg(long, value_name = "B", default_value_t = 1.0, value_parser = parse_positive, help_heading = "Load")]
     pub burstiness: f64,
+    /// Replay a trace so many times as fast
+    #[arg(long, value_name = "X", default_value_t = 1.0, requires = "trace", value_parser = parse_finite, help_heading = "Load")]
+    pub speed: f64,
     /// Requests on their way at once; more wait, and their clocks start when they are sent [default: no limit]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Load")]
     pub max_concurrency: Option<u32>,
@@ -262,6 +270,13 @@ impl FromStr for Target {
 fn parse_positive(text: &str) -> Result<f64, String> {
     let number = text.parse().ok().filter(|&number: &f64| number > 0.0);
     number.ok_or_else(|| format!("`{text}` is not a number above 0, or inf"))
+}
+
+fn parse_finite(text: &str) -> Result<f64, String> {
+    parse_positive(text)
+        .ok()
+        .filter(|number| number.is_finite())
+        .ok_or(format!("`{text}` is not a number above 0"))
 }
 
 fn parse_range_ratio(text: &str) -> Result<f64, String> {

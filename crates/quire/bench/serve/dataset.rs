@@ -1,7 +1,10 @@
-//! What is sent: prompts with the number of tokens to generate for each, made up from a seed or read from a file.
+//! What is sent: prompts with the number of tokens to generate for each, made up from a seed, read from a file, or made
+//! up after a recorded trace.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use quire_sim::{TRACE_BLOCK_SIZE, TraceRequest};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -55,11 +58,88 @@ const MIN_TOKENS: u32 = 4;
 const MAX_PROMPT_TOKENS: u32 = 1024;
 const MAX_TOTAL_TOKENS: u32 = 2048;
 
-/// A request, ready to be sent.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Prompt {
+/// A request to send.
+#[derive(Clone, Debug)]
+pub(crate) enum Prompt {
     /// A JSON object.
-    pub(crate) body: Vec<u8>,
+    Whole(Vec<u8>),
+    /// Made into one when it is sent: the prompts of a trace together may be larger than memory.
+    Recorded(Recorded),
+}
+
+impl Prompt {
+    /// What is sent.
+    pub(crate) fn body(self) -> Vec<u8> {
+        match self {
+            Self::Whole(body) => body,
+            Self::Recorded(recorded) => recorded.body(),
+        }
+    }
+}
+
+/// A request of a trace.
+#[derive(Clone, Debug)]
+pub(crate) struct Recorded {
+    request: TraceRequest,
+    /// Tells it from others that have no named blocks.
+    at: u64,
+    template: Arc<Template>,
+}
+
+impl Recorded {
+    fn body(&self) -> Vec<u8> {
+        let Template { seed, vocab_size, endpoint, .. } = *self.template;
+        let Self { request, at, template } = self;
+        let mut tokens = Vec::with_capacity(request.input_tokens as usize);
+        let mut left = request.input_tokens;
+        let mut name = 0..;
+        while let (1.., Some(block)) = (left, name.next()) {
+            // The recorder's name of a block stands for all that comes before it, too.
+            let named = request.blocks.get(block).map(|&name| seed ^ name.wrapping_mul(2));
+            let own = || seed ^ (at << 20 | block as u64).wrapping_mul(2) ^ 1;
+            // Through the generator once, so that neighbouring names give unlike tokens.
+            let mut random = Random(Random(named.unwrap_or_else(own)).next());
+            let len = left.min(TRACE_BLOCK_SIZE);
+            tokens.extend((0..len).map(|_| (random.next() % u64::from(vocab_size)) as u32));
+            left -= len;
+        }
+        let prompt = match endpoint {
+            Endpoint::Completions => json!(tokens),
+            Endpoint::Chat => json!(words(&tokens)),
+        };
+        template.body(prompt, request.output_tokens, true)
+    }
+}
+
+/// What all requests of a run share.
+#[derive(Clone, Debug)]
+struct Template {
+    model: String,
+    endpoint: Endpoint,
+    temperature: f32,
+    seed: u64,
+    vocab_size: u32,
+}
+
+impl Template {
+    fn body(&self, prompt: Value, max_tokens: u32, ignore_eos: bool) -> Vec<u8> {
+        let mut body = json!({
+            "model": self.model,
+            "max_tokens": max_tokens,
+            "temperature": self.temperature,
+            "stream": true,
+            "stream_options": { "include_usage": true },
+        });
+        // Other servers may not know the field.
+        if ignore_eos {
+            body["ignore_eos"] = json!(true);
+        }
+        match self.endpoint {
+            Endpoint::Completions => body["prompt"] = prompt,
+            Endpoint::Chat => body["messages"] = json!([{ "role": "user", "content": prompt }]),
+        }
+        body.to_string().into_bytes()
+    }
 }
 
 /// What the requests of a run have in common.
@@ -149,22 +229,27 @@ impl Builder<'_> {
     }
 
     fn prompt(&self, prompt: Value, max_tokens: u32, ignore_eos: bool) -> Prompt {
-        let mut body = json!({
-            "model": self.model,
-            "max_tokens": max_tokens,
-            "temperature": self.args.temperature,
-            "stream": true,
-            "stream_options": { "include_usage": true },
-        });
-        // Other servers may not know the field.
-        if ignore_eos {
-            body["ignore_eos"] = json!(true);
+        Prompt::Whole(self.template().body(prompt, max_tokens, ignore_eos))
+    }
+
+    fn template(&self) -> Template {
+        Template {
+            model: self.model.to_owned(),
+            endpoint: self.endpoint,
+            temperature: self.args.temperature,
+            seed: self.args.seed,
+            vocab_size: self.args.random_vocab_size,
         }
-        match self.endpoint {
-            Endpoint::Completions => body["prompt"] = prompt,
-            Endpoint::Chat => body["messages"] = json!([{ "role": "user", "content": prompt }]),
-        }
-        Prompt { body: body.to_string().into_bytes() }
+    }
+
+    /// The requests of a trace.
+    pub(crate) fn recorded(&self, requests: impl IntoIterator<Item = TraceRequest>) -> Vec<Prompt> {
+        let template = Arc::new(self.template());
+        let recorded = requests
+            .into_iter()
+            .zip(0..)
+            .map(|(request, at)| Prompt::Recorded(Recorded { request, at, template: Arc::clone(&template) }));
+        recorded.collect()
     }
 }
 
@@ -228,7 +313,7 @@ mod tests {
     fn random(line: &str, endpoint: Endpoint, count: u32) -> Vec<Value> {
         let args = Line::parse_from(format!("bench {line}").split_whitespace()).args;
         let prompts = Builder { args: &args, endpoint, model: "m" }.random(count).unwrap();
-        prompts.iter().map(|prompt| serde_json::from_slice(&prompt.body).unwrap()).collect()
+        prompts.into_iter().map(|prompt| serde_json::from_slice(&prompt.body()).unwrap()).collect()
     }
 
     #[test]
@@ -259,6 +344,41 @@ mod tests {
         let bodies = random("--random-input-len 7", Endpoint::Chat, 2);
         let content = bodies[1]["messages"][0]["content"].as_str().unwrap();
         assert_eq!(content.split(' ').count(), 7);
+    }
+
+    /// Two prompts are the same up to where the trace says so, and no further; without names they share nothing.
+    #[test]
+    fn prompts_of_a_trace_share_what_the_recorded_ones_shared() {
+        let args = Line::parse_from(["bench", "--random-vocab-size", "30000"]).args;
+        let builder = Builder { args: &args, endpoint: Endpoint::Completions, model: "m" };
+        let request = |input_tokens, blocks: &[u64]| TraceRequest {
+            arrival: quire_core::Micros(0),
+            input_tokens,
+            output_tokens: 7,
+            blocks: blocks.to_vec(),
+        };
+        let trace = [
+            request(1300, &[1, 2, 3]),
+            request(1200, &[1, 2, 4]),
+            request(700, &[5, 6]),
+            request(600, &[]),
+            request(600, &[]),
+        ];
+        let prompts = |seed| {
+            let args = DatasetArgs { seed, ..args.clone() };
+            let prompts = Builder { args: &args, ..builder }.recorded(trace.clone());
+            let body = |prompt: Prompt| serde_json::from_slice::<Value>(&prompt.body()).unwrap();
+            prompts.into_iter().map(body).collect::<Vec<_>>()
+        };
+        let bodies = prompts(3);
+        assert_eq!(bodies, prompts(3));
+        assert_ne!(bodies[0]["prompt"], prompts(4)[0]["prompt"]);
+        let tokens = |at: usize| bodies[at]["prompt"].as_array().unwrap();
+        let shared = |a, b| tokens(a).iter().zip(tokens(b)).take_while(|(a, b)| a == b).count();
+        assert_eq!([tokens(0).len(), tokens(1).len(), tokens(3).len()], [1300, 1200, 600]);
+        assert_eq!(shared(0, 1), 1024);
+        assert!(shared(0, 2) < 4 && shared(3, 4) < 4 && shared(0, 3) < 4);
+        assert!(bodies.iter().all(|body| body["max_tokens"] == 7 && body["ignore_eos"] == true));
     }
 
     #[test]

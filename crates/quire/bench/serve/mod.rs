@@ -24,14 +24,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use quire_core::Micros;
+use quire_sim::TraceRequest;
+
 use self::args::{ServeLoadArgs, TargetArgs};
 use self::client::Target;
-use self::dataset::Builder;
+use self::dataset::{Builder, Prompt};
 use self::run::Measured;
 use self::server::{CpuTime, Server};
 use super::Progress;
 use super::report::{Report, slug};
 use crate::{Failure, Result};
+
+/// Requests of a run, if nothing says how many.
+const DEFAULT_NUM_PROMPTS: u32 = 1000;
 
 /// Arrivals are drawn from another stream of numbers than prompts.
 const ARRIVALS_SEED: u64 = 0x5EED_0FA2_21FA_15A7;
@@ -79,21 +85,44 @@ async fn load(
         None => first_model(&target).await?,
     };
     let builder = Builder { args: &args.dataset, endpoint: args.target.endpoint, model: &model };
-    let count = args.load.num_warmups + args.dataset.num_prompts;
-    let mut prompts = builder.build(&target, count).await?;
-    let measured_prompts = prompts.split_off(args.load.num_warmups as usize);
-    for warmup in prompts {
-        let warm = target.stream(path, &warmup.body, &()).await;
+    let Load { warmups, prompts, arrivals } = prepare(args, &target, &builder).await?;
+    for warmup in warmups {
+        let warm = target.stream(path, &warmup.body(), &()).await;
         warm.map_err(|failed| Failure(format!("the first request to {url}{path} failed: {failed}")))?;
     }
-    let arrivals = arrivals::arrivals(
-        args.dataset.num_prompts,
-        args.load.request_rate,
-        args.load.burstiness,
-        args.dataset.seed ^ ARRIVALS_SEED,
-    );
-    let measured = run::run(&target, path, measured_prompts, &arrivals, &args.load, pid, progress).await?;
+    let measured = run::run(&target, path, prompts, &arrivals, &args.load, pid, progress).await?;
     Ok((model, measured))
+}
+
+/// What a run sends, and when: seconds since its start.
+struct Load {
+    warmups: Vec<Prompt>,
+    prompts: Vec<Prompt>,
+    arrivals: Vec<f64>,
+}
+
+async fn prepare(args: &ServeLoadArgs, target: &Target, builder: &Builder<'_>) -> Result<Load> {
+    let (load, dataset) = (&args.load, &args.dataset);
+    if let Some(path) = &dataset.trace {
+        let mut trace = quire_sim::read_trace(path).map_err(|error| Failure(format!("--trace: {error}")))?;
+        trace.truncate(dataset.num_prompts.map_or(usize::MAX, |count| count as usize));
+        let arrivals = trace.iter().map(|request| request.arrival.as_secs_f64() / load.speed).collect();
+        // Short ones of names that the trace does not use.
+        let warmup = |name| TraceRequest {
+            arrival: Micros(0),
+            input_tokens: 16,
+            output_tokens: 4,
+            blocks: vec![u64::MAX / 2 - u64::from(name)],
+        };
+        let warmups = builder.recorded((0..load.num_warmups).map(warmup));
+        return Ok(Load { warmups, prompts: builder.recorded(trace), arrivals });
+    }
+    let count = dataset.num_prompts.unwrap_or(DEFAULT_NUM_PROMPTS);
+    let mut warmups = builder.build(target, load.num_warmups + count).await?;
+    let prompts = warmups.split_off(load.num_warmups as usize);
+    let seed = dataset.seed ^ ARRIVALS_SEED;
+    let arrivals = arrivals::arrivals(count, load.request_rate, load.burstiness, seed);
+    Ok(Load { warmups, prompts, arrivals })
 }
 
 async fn first_model(target: &Target) -> Result<String> {
@@ -179,6 +208,10 @@ mod tests {
             "--dataset-name sharegpt",
             "--endpoint /v1/embeddings",
             "--result-filename x.json",
+            "--speed 2",
+            "--trace x --speed inf",
+            "--trace x --request-rate 4",
+            "--trace x --dataset-name random",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }

@@ -151,7 +151,8 @@ pub(crate) async fn run(
             let (target, run) = (Arc::clone(target), Arc::clone(&run));
             tasks.spawn(async move {
                 run.begin();
-                let answer = tokio::time::timeout(timeout, target.stream(path, &prompt.body, &*run)).await;
+                let body = prompt.body();
+                let answer = tokio::time::timeout(timeout, target.stream(path, &body, &*run)).await;
                 run.end(answer.unwrap_or(Err(Failed::Timeout)));
                 drop(permit);
             });
