@@ -109,7 +109,7 @@ impl Scheduler {
 
     /// Gives the first waiting sequence the blocks for its first row, of so many tokens, if the whole of its tokens fits
     /// beside what was promised to others.
-    fn place(&mut self, seq: SeqIndex, pass: &Pass, out: &mut SchedulerOutput) -> Option<u32> {
+    fn place(&mut self, seq: SeqIndex, pass: &mut Pass, out: &mut SchedulerOutput) -> Option<u32> {
         // A little room to grow, so that admission does not cause preemption at once.
         let spare = if self.num_running == 0 { 0 } else { self.config.limits.num_blocks / 100 };
         let available = self.kv.pool().num_available();
@@ -122,6 +122,7 @@ impl Scheduler {
         if !placed {
             return None;
         }
+        pass.shape.num_copied_blocks = self.kv.num_planned_copies();
         let chunk = self.longest_row(seq, pass.tokens, pass, true);
         let (hot, data) = self.seqs.both_mut(seq);
         for _ in data.table.blocks.len() as u32..self.kv.blocks_for(hot.num_computed_tokens + chunk) {
@@ -158,7 +159,8 @@ impl Scheduler {
         let limit = if unreported.is_empty() { hot.num_tokens - 1 } else { unreported.start };
         let hit = self.kv.lookup(data.hashes(), limit);
         let whole = self.kv.peak_blocks(hot.num_tokens);
-        let needed = (whole + hit.num_idle).saturating_sub(hit.num_blocks - hit.first_live);
+        let num_on_device = (hit.num_blocks - hit.first_live) - hit.num_on_host;
+        let needed = (whole + hit.num_idle).saturating_sub(num_on_device);
         if needed > room {
             return false;
         }
@@ -176,7 +178,10 @@ impl Scheduler {
             self.copy_sources.push(copy.src);
             hot.num_computed_tokens = limit;
         }
-        if !data.started && !data.prompt_hashes.is_empty() {
+        let lost = std::mem::take(&mut data.num_lost_tokens);
+        self.stats.num_recomputed_tokens += u64::from(lost.saturating_sub(hot.num_computed_tokens));
+        if !data.started && data.is_shared() {
+            self.stats.host.hit_tokens += u64::from(hit.num_on_host * block_size);
             data.usage.cached_tokens = hot.num_computed_tokens;
             self.stats.prefix_cache_queries += u64::from(data.prompt_len());
             self.stats.prefix_cache_hits += u64::from(hot.num_computed_tokens);

@@ -1,11 +1,13 @@
 //! The prefix cache alone, with the production pool, index and eviction: requests come one after the other, each looks
 //! up its prefix, computes the rest at once and leaves. For measuring what a policy keeps, without a scheduler's timing.
 
-use quire_core::{BlockHash, BlockHasher, ExecutorLimits, Micros};
+use quire_core::{BlockHash, BlockHasher, ExecutorLimits, Micros, SchedulerOutput, StepId};
 
 use crate::eviction::EvictionPolicy;
+use crate::host_tier::{BlockCosts, HostTierConfig};
 use crate::kv_cache::{BlockTable, KvCacheManager};
 use crate::scheduler::SchedulerConfig;
+use crate::stats::HostStats;
 
 /// One pool of blocks.
 #[derive(Debug)]
@@ -13,11 +15,24 @@ pub struct CacheReplay {
     kv: KvCacheManager,
     table: BlockTable,
     block_size: u32,
+    step: StepId,
+    /// For the copies, which nobody does.
+    plan: SchedulerOutput,
 }
 
 impl CacheReplay {
     /// A pool of `num_blocks` blocks of `block_size` tokens.
     pub fn new(num_blocks: u32, block_size: u32, policy: EvictionPolicy) -> Self {
+        Self::with_host_tier(num_blocks, block_size, policy, None)
+    }
+
+    /// The same with a host tier, whose cost model says what is worth a copy.
+    pub fn with_host_tier(
+        num_blocks: u32,
+        block_size: u32,
+        policy: EvictionPolicy,
+        host_tier: Option<HostTierConfig>,
+    ) -> Self {
         let limits = ExecutorLimits {
             block_size,
             num_blocks,
@@ -30,7 +45,14 @@ impl CacheReplay {
         };
         let mut config = SchedulerConfig::new(limits, BlockHasher::new((0, 0), block_size));
         config.eviction = policy;
-        Self { kv: KvCacheManager::new(&config), table: BlockTable::default(), block_size }
+        config.host_tier = host_tier;
+        let mut kv = KvCacheManager::new(&config);
+        if let Some(host) = host_tier {
+            let compute = host.cost.per_token * f64::from(block_size);
+            kv.set_costs(BlockCosts { copy: host.cost.per_copied_block, compute });
+        }
+        let (table, plan) = (BlockTable::default(), SchedulerOutput::default());
+        Self { kv, table, block_size, step: StepId(0), plan }
     }
 
     /// A request at `now` whose prompt's full blocks have these addresses. How many of them were found.
@@ -57,8 +79,17 @@ impl CacheReplay {
         for (&hash, &block) in hashes.iter().zip(&self.table.blocks).skip(hit.num_blocks as usize) {
             self.kv.publish(hash, block);
         }
+        self.step = StepId(self.step.0 + 1);
+        self.plan.clear();
+        self.kv.step_scheduled(self.step, &mut self.plan);
+        self.kv.step_collected(self.step);
         self.kv.release_table(&mut self.table, prompt_tokens, output_tokens);
         hit.num_blocks
+    }
+
+    /// What moved between the tiers so far.
+    pub fn host_stats(&self) -> HostStats {
+        self.kv.host().map_or(HostStats::default(), |host| host.stats(HostStats::default()))
     }
 
     /// Recounts the pool. See [`crate::Scheduler::check_invariants`].

@@ -1,0 +1,66 @@
+//! The manager's part of moving blocks between the tiers: copying in what a prompt found in the host tier, and keeping
+//! what a preempted sequence will want again.
+
+use quire_core::{BlockHash, BlockId};
+
+use crate::kv_cache::{BlockTable, KvCacheManager, ON_HOST};
+use crate::reuse::{HELD, Visit};
+
+impl KvCacheManager {
+    /// Gives each block of the latest look-up that lies in the host tier one on the device, and makes that one the
+    /// holder of the content.
+    pub(crate) fn copy_in(&mut self, table: &mut BlockTable) {
+        let Some(host) = &mut self.host else { return };
+        // All before the first is allocated: what makes room on the device looks for room in the host tier.
+        let contents: Vec<_> =
+            self.found_on_host.iter().map(|&(_, block)| (host.hash_of(block), host.reserve(block))).collect();
+        for at in 0..self.found_on_host.len() {
+            let (place, host_block) = self.found_on_host[at];
+            let device = self.allocate();
+            debug_assert_eq!(table.blocks[place as usize], ON_HOST);
+            table.blocks[place as usize] = device;
+            if let Some(host) = &mut self.host {
+                host.copy_in(host_block, device);
+            }
+            let (hash, uses) = contents[at];
+            if let Some(hash) = hash {
+                self.publish(hash, device);
+            }
+            self.pool.set_uses(device, uses.saturating_add(1));
+        }
+    }
+
+    /// Gives back all blocks of a sequence that will go on: its content is the last to be given up. Last first, as ever.
+    pub(crate) fn hold_table(&mut self, table: &mut BlockTable) {
+        for &block in table.live().iter().rev() {
+            self.pool.release(block, HELD, self.now);
+        }
+        table.blocks.clear();
+        table.first_live = 0;
+        table.visit = Visit::default();
+    }
+
+    /// The sequence for which this content was held does not want it any more. `forget`: the address is its own, so that
+    /// nobody else ever will.
+    pub(crate) fn unhold(&mut self, hash: BlockHash, forget: bool) {
+        if let Some(block) = self.cache.get(hash) {
+            self.pool.unhold(block, self.now);
+            if forget {
+                self.forget(block);
+            }
+        }
+        if let Some(host) = &mut self.host {
+            host.unhold(hash, self.now, forget);
+        }
+    }
+
+    fn forget(&mut self, block: BlockId) {
+        self.cache.remove(block);
+        self.pool.forget(block);
+    }
+
+    /// How many blocks of this table nobody else holds.
+    pub(crate) fn num_own_blocks(&self, table: &BlockTable) -> u32 {
+        table.live().iter().filter(|&&block| self.pool.is_only_reference(block)).count() as u32
+    }
+}

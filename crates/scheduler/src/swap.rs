@@ -1,0 +1,133 @@
+//! Preempted sequences and the host tier: whether keeping a victim's blocks is cheaper than computing them again.
+//!
+//! A victim's blocks go back to the pool as the last to be given up; those that do make room are copied to the host tier
+//! one by one, as they are needed. So a swap costs what it must and no more, and most of a sequence that soon goes on
+//! never leaves the device. On its return the sequence looks its blocks up as any prompt does. Requests that share
+//! nothing have addresses of their own for that time.
+
+use quire_core::{BlockHasher, CacheSalt, Micros, RequestId};
+
+use crate::cost::OnlineCostModel;
+use crate::host_tier::{BlockCosts, HostTier};
+use crate::kv_cache::KvCacheManager;
+use crate::scheduler::{InFlightStep, Scheduler};
+use crate::sequence::SeqIndex;
+use crate::stats::HostStats;
+
+/// Tokens of a usual prompt chunk: what a block costs to compute is a part of that.
+const USUAL_CHUNK: u32 = 2048;
+
+impl Scheduler {
+    /// What is known of step times.
+    fn step_times(&self) -> Option<&OnlineCostModel> {
+        self.pacing.as_ref().map(|pacing| pacing.model()).or(self.step_model.as_deref())
+    }
+
+    /// How much longer `row` makes a step that has the decodes anyway, in microseconds.
+    fn added_time(&self, start: u32, len: u32) -> f64 {
+        let decodes = self.decode_shape();
+        let added =
+            |model: &OnlineCostModel| model.predict(&decodes.with_row(start, len)) - model.predict(&decodes);
+        self.step_times().map_or(0.0, added).max(0.0)
+    }
+
+    fn copy_time(&self) -> f64 {
+        self.step_times().map_or(0.0, OnlineCostModel::copied_block)
+    }
+
+    /// Tells the cache what blocks cost at present.
+    pub(crate) fn update_block_costs(&mut self) {
+        let limits = &self.config.limits;
+        let chunk = USUAL_CHUNK.min(self.config.max_prefill_chunk).min(limits.max_num_batched_tokens);
+        let per_token = self.added_time(0, chunk) / f64::from(chunk);
+        let compute = per_token * f64::from(limits.block_size);
+        self.kv.set_costs(BlockCosts { copy: self.copy_time(), compute });
+    }
+
+    /// Learns from a step, where there is no pacing that does.
+    pub(crate) fn learn_step_time(&mut self, step: &InFlightStep, now: Micros) {
+        let Some(model) = &mut self.step_model else { return };
+        // It had the device from when it was planned, or from when the one before ended.
+        let began = step.planned.max(self.last_collected);
+        model.observe(&step.shape, now.since(began).0 as f64);
+        self.last_collected = now;
+    }
+
+    /// Whether the KV of this victim is to be kept: copying its blocks out and in takes less time than computing its
+    /// tokens. If so, they can be looked up from here on.
+    pub(crate) fn prepare_swap(&mut self, victim: SeqIndex) -> bool {
+        if self.kv.host().is_none() {
+            return false;
+        }
+        let (hot, data) = (self.seqs.hot(victim), self.seqs.data(victim));
+        let num_copies = 2 * self.kv.num_own_blocks(&data.table);
+        let compute = self.added_time(0, hot.num_computed_tokens.max(1));
+        if self.copy_time() * f64::from(num_copies) >= compute {
+            return false;
+        }
+        self.publish_computed(victim);
+        self.stats.host.num_swaps += 1;
+        true
+    }
+
+    /// Makes the full blocks of a sequence known; if it shares nothing, under addresses that only it has.
+    fn publish_computed(&mut self, seq: SeqIndex) {
+        let block_size = self.config.limits.block_size;
+        let (hot, data) = self.seqs.both_mut(seq);
+        let salt =
+            if data.is_shared() { data.salt } else { own_salt(&self.config.hasher, hot.request, hot.index) };
+        data.extend_hashes(salt, &self.config.hasher, &mut self.block_tokens);
+        // Rows in flight write their KV before any later step reads it.
+        let num_full = hot.num_computed_tokens.min(hot.num_tokens) / block_size;
+        for at in data.table.first_live..num_full {
+            if let Some(hash) = data.hash(at as usize) {
+                self.kv.publish(hash, data.table.blocks[at as usize]);
+            }
+        }
+    }
+
+    /// A sequence ends: what is still kept for it is kept no longer.
+    pub(crate) fn unhold(&mut self, seq: SeqIndex) {
+        let data = self.seqs.data(seq);
+        if self.kv.host().is_none() || data.usage.num_preemptions == 0 {
+            return;
+        }
+        let forget = !data.is_shared();
+        for hash in data.hashes() {
+            self.kv.unhold(hash, forget);
+        }
+    }
+}
+
+/// The namespace of one sequence.
+fn own_salt(hasher: &BlockHasher, request: RequestId, index: u32) -> CacheSalt {
+    let mut name = [0; 15];
+    name[..3].copy_from_slice(b"own");
+    name[3..11].copy_from_slice(&request.0.to_le_bytes());
+    name[11..].copy_from_slice(&index.to_le_bytes());
+    hasher.salt(&name)
+}
+
+impl KvCacheManager {
+    /// Copies between the tiers in the plan in the making.
+    pub(crate) fn num_planned_copies(&self) -> u32 {
+        self.host().map_or(0, HostTier::num_planned)
+    }
+}
+
+impl HostTier {
+    /// `counted`: what the scheduler counts itself.
+    pub(crate) fn stats(&self, counted: HostStats) -> HostStats {
+        let counters = self.counters();
+        HostStats {
+            blocks_total: self.len(),
+            blocks_used: self.num_used(),
+            num_copied_out: counters.num_copied_out,
+            num_copied_in: counters.num_copied_in,
+            bytes_out: counters.num_copied_out * self.block_bytes(),
+            bytes_in: counters.num_copied_in * self.block_bytes(),
+            num_evictions: counters.num_evictions,
+            ..counted
+        }
+    }
+}
