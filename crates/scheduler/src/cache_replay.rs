@@ -3,8 +3,9 @@
 
 use quire_core::{BlockHash, BlockHasher, ExecutorLimits, Micros, SchedulerOutput, StepId};
 
+use crate::cost::{CostModel, StepShape};
 use crate::eviction::EvictionPolicy;
-use crate::host_tier::{BlockCosts, HostTierConfig};
+use crate::host_tier::{BlockCosts, HostTierConfig, PromptCosts};
 use crate::kv_cache::{BlockTable, KvCacheManager};
 use crate::scheduler::SchedulerConfig;
 use crate::stats::HostStats;
@@ -16,6 +17,8 @@ pub struct CacheReplay {
     table: BlockTable,
     block_size: u32,
     step: StepId,
+    host_cost: Option<CostModel>,
+    prompt_costs: PromptCosts,
     /// For the copies, which nobody does.
     plan: SchedulerOutput,
 }
@@ -46,13 +49,15 @@ impl CacheReplay {
         let mut config = SchedulerConfig::new(limits, BlockHasher::new((0, 0), block_size));
         config.eviction = policy;
         config.host_tier = host_tier;
-        let mut kv = KvCacheManager::new(&config);
-        if let Some(host) = host_tier {
-            let compute = host.cost.per_token * f64::from(block_size);
-            kv.set_costs(BlockCosts { copy: host.cost.per_copied_block, compute });
+        Self {
+            kv: KvCacheManager::new(&config),
+            table: BlockTable::default(),
+            block_size,
+            step: StepId(0),
+            host_cost: host_tier.map(|host| host.cost),
+            prompt_costs: PromptCosts::default(),
+            plan: SchedulerOutput::default(),
         }
-        let (table, plan) = (BlockTable::default(), SchedulerOutput::default());
-        Self { kv, table, block_size, step: StepId(0), plan }
     }
 
     /// A request at `now` whose prompt's full blocks have these addresses. How many of them were found.
@@ -69,6 +74,7 @@ impl CacheReplay {
         let num_full = hashes.len() as u32;
         let num_blocks = num_full.max(prompt_tokens.div_ceil(self.block_size));
         self.kv.advance(now);
+        self.learn_cost(prompt_tokens);
         let hit = self.kv.lookup(hashes.iter().copied(), num_full * self.block_size);
         self.kv.take_hit(hit, &mut self.table);
         self.table.visit = self.kv.visit(hashes.iter().copied(), prompt_tokens, hit);
@@ -85,6 +91,17 @@ impl CacheReplay {
         self.kv.step_collected(self.step);
         self.kv.release_table(&mut self.table, prompt_tokens, output_tokens);
         hit.num_blocks
+    }
+
+    /// What a block costs to copy and to compute, as the scheduler would have learned it.
+    fn learn_cost(&mut self, prompt_tokens: u32) {
+        let Some(model) = &self.host_cost else { return };
+        let micros = model.predict(&StepShape::default().with_row(0, prompt_tokens))
+            - model.predict(&StepShape::default());
+        self.prompt_costs.learn(prompt_tokens, micros);
+        let per_token = self.prompt_costs.per_token().unwrap_or_default();
+        let compute = per_token * f64::from(self.block_size);
+        self.kv.set_costs(BlockCosts { copy: model.per_copied_block, compute });
     }
 
     /// What moved between the tiers so far.

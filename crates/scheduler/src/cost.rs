@@ -13,6 +13,8 @@
 //! factor for each of its six terms while the engine runs. The simulator uses the first as the truth, the policies use
 //! the second.
 
+use crate::host_tier::HostTierConfig;
+
 /// Everything about a step that its duration depends on. Sums over rows, so that a row can be added at a time.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepShape {
@@ -164,6 +166,17 @@ impl Calibration {
     /// The calibration of `model` on `gpu`, if there is one.
     pub fn find(gpu: &str, model: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|known| known.gpu == gpu && known.model == model)
+    }
+
+    /// A host tier of `bytes` behind a link of `bytes_per_second`, in blocks of `block_size` tokens.
+    pub fn host_tier(&self, bytes: f64, bytes_per_second: f64, block_size: u32) -> HostTierConfig {
+        let block_bytes = self.kv_bytes_per_token * f64::from(block_size);
+        let per_copied_block = 1e6 * block_bytes / bytes_per_second;
+        HostTierConfig {
+            num_blocks: (bytes / block_bytes) as u32,
+            block_bytes: block_bytes as u64,
+            cost: CostModel { per_copied_block, ..self.cost() },
+        }
     }
 
     /// The coefficients in microseconds.

@@ -16,7 +16,7 @@ use crate::block_pool::Evicted;
 use crate::cost::CostModel;
 use crate::eviction::{Choice, Idle, IdleBlocks};
 use crate::prefix_cache::PrefixCache;
-use crate::reuse::HELD;
+use crate::reuse::{HELD, ReuseModel};
 
 /// A host tier, fixed at start.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,6 +48,33 @@ impl BlockCosts {
     /// Whether copying `num_copied` blocks takes less time than computing `num_computed`.
     pub(crate) fn is_worth_copying(&self, num_copied: u32, num_computed: u32) -> bool {
         self.copy * f64::from(num_copied) < self.compute * f64::from(num_computed)
+    }
+}
+
+/// What tokens cost to compute as part of the prompts that come: deep ones cost more than shallow ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct PromptCosts {
+    /// Means over about the last [`PROMPT_MEMORY`] prompts.
+    micros: f64,
+    num_tokens: f64,
+}
+
+/// See [`PromptCosts`].
+const PROMPT_MEMORY: f64 = 256.0;
+
+impl PromptCosts {
+    /// A prompt of `num_tokens` takes so long to compute.
+    pub(crate) fn learn(&mut self, num_tokens: u32, micros: f64) {
+        if self.num_tokens == 0.0 {
+            (self.micros, self.num_tokens) = (micros, f64::from(num_tokens));
+        }
+        self.micros += (micros - self.micros) / PROMPT_MEMORY;
+        self.num_tokens += (f64::from(num_tokens) - self.num_tokens) / PROMPT_MEMORY;
+    }
+
+    /// Microseconds per token, if there was a prompt.
+    pub(crate) fn per_token(&self) -> Option<f64> {
+        (self.num_tokens > 0.0).then_some(self.micros / self.num_tokens)
     }
 }
 
@@ -93,7 +120,12 @@ pub(crate) struct HostTier {
     in_flight: VecDeque<(StepId, HostBlockId)>,
     counters: HostCounters,
     block_bytes: u64,
+    /// Part of the latest evictions that were worth a copy.
+    worth_it: f64,
 }
+
+/// How many evictions [`HostTier::worth_it`] is about.
+const WORTH_MEMORY: f64 = 1024.0;
 
 /// The pools and the index below speak of blocks of any memory.
 const fn as_block(host: HostBlockId) -> BlockId {
@@ -115,6 +147,7 @@ impl HostTier {
             in_flight: VecDeque::new(),
             counters: HostCounters::default(),
             block_bytes: config.block_bytes,
+            worth_it: 1.0,
         }
     }
 
@@ -135,6 +168,11 @@ impl HostTier {
         self.counters
     }
 
+    /// Blocks that would be in use if content went by age alone, as far as it is worth a copy.
+    pub(crate) fn num_worth_it(&self) -> f64 {
+        f64::from(self.len()) * self.worth_it
+    }
+
     pub(crate) fn costs(&self) -> BlockCosts {
         self.costs
     }
@@ -153,18 +191,24 @@ impl HostTier {
         self.cache.get(hash).map(|block| HostBlockId(block.0))
     }
 
-    /// The device gives up `evicted`, the content with address `hash`: copies it out if that pays.
-    pub(crate) fn keep(&mut self, hash: BlockHash, evicted: Evicted, now: Micros, choice: Choice<'_>) {
+    /// The device gives up `evicted`, the content with address `hash`: copies it out if that pays, as far as is known.
+    pub(crate) fn keep(
+        &mut self,
+        hash: BlockHash,
+        evicted: Evicted,
+        now: Micros,
+        choice: Choice<'_>,
+        model: Option<&ReuseModel>,
+    ) {
         if let Some(host) = self.get(hash) {
             // It was computed again meanwhile; the copy here is as good.
             return self.refresh(host, evicted);
         }
         let Idle { id: device, class, since } = evicted.idle;
-        let chance = match choice {
-            Choice::Oldest => 1.0,
-            Choice::Least(model) => model.chance(class, evicted.idle.age(now, model)),
-        };
-        if !self.costs.is_worth_keeping(chance) {
+        let chance = model.map_or(1.0, |model| model.chance(class, evicted.idle.age(now, model)));
+        let is_worth_it = self.costs.is_worth_keeping(chance);
+        self.worth_it += (f64::from(u8::from(is_worth_it)) - self.worth_it) / WORTH_MEMORY;
+        if !is_worth_it {
             return;
         }
         let Some(host) = self.make_place(&evicted.idle, now, choice) else { return };

@@ -164,6 +164,11 @@ impl KvCacheManager {
         self.now = now;
         if let Some(learning) = &mut self.learning {
             learning.history.advance(now, &mut learning.model);
+            if let Some(host) = &self.host {
+                let device = f64::from(self.pool.len());
+                let part = (device + host.num_worth_it()) / (device + f64::from(host.len()));
+                learning.history.set_lru_part(part);
+            }
         }
     }
 
@@ -316,7 +321,8 @@ impl KvCacheManager {
             if let Some(host) = &mut self.host
                 && let Some(hash) = self.cache.hash_of(block)
             {
-                host.keep(hash, evicted, self.now, choice);
+                let model = self.learning.as_ref().map(|learning| &learning.model);
+                host.keep(hash, evicted, self.now, choice, model);
             }
             self.cache.remove(block);
             self.num_evictions += 1;

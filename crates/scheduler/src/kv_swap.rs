@@ -1,7 +1,7 @@
 //! The manager's part of moving blocks between the tiers: copying in what a prompt found in the host tier, and keeping
 //! what a preempted sequence will want again.
 
-use quire_core::{BlockHash, BlockId};
+use quire_core::{BlockHash, BlockId, HostBlockId};
 
 use crate::kv_cache::{BlockTable, KvCacheManager, ON_HOST};
 use crate::reuse::{HELD, Visit};
@@ -12,17 +12,16 @@ impl KvCacheManager {
     pub(crate) fn copy_in(&mut self, table: &mut BlockTable) {
         let Some(host) = &mut self.host else { return };
         // All before the first is allocated: what makes room on the device looks for room in the host tier.
-        let contents: Vec<_> =
-            self.found_on_host.iter().map(|&(_, block)| (host.hash_of(block), host.reserve(block))).collect();
-        for at in 0..self.found_on_host.len() {
-            let (place, host_block) = self.found_on_host[at];
+        let reserve =
+            |&(at, block): &(u32, HostBlockId)| (at, block, host.hash_of(block), host.reserve(block));
+        let found: Vec<_> = self.found_on_host.iter().map(reserve).collect();
+        for (at, host_block, hash, uses) in found {
             let device = self.allocate();
-            debug_assert_eq!(table.blocks[place as usize], ON_HOST);
-            table.blocks[place as usize] = device;
+            debug_assert_eq!(table.blocks[at as usize], ON_HOST);
+            table.blocks[at as usize] = device;
             if let Some(host) = &mut self.host {
                 host.copy_in(host_block, device);
             }
-            let (hash, uses) = contents[at];
             if let Some(hash) = hash {
                 self.publish(hash, device);
             }

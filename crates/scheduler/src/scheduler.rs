@@ -13,7 +13,7 @@ use crate::cost::{OnlineCostModel, StepShape};
 use crate::event::SeqEvent;
 use crate::eviction::EvictionPolicy;
 use crate::fair::{FairShare, FairnessConfig};
-use crate::host_tier::HostTierConfig;
+use crate::host_tier::{HostTierConfig, PromptCosts};
 use crate::kv_cache::{BlockTable, KvCacheManager};
 use crate::pacing::{Due, Pacing};
 use crate::policy::{OrderKey, Policy};
@@ -129,6 +129,8 @@ pub struct Scheduler {
     pub(crate) pacing: Option<Pacing>,
     /// What steps take, where there is a host tier and no pacing that would know.
     pub(crate) step_model: Option<Box<OnlineCostModel>>,
+    /// What prompts take, where there is a host tier.
+    pub(crate) prompt_costs: PromptCosts,
     /// When the previous step was collected, for that model.
     pub(crate) last_collected: Micros,
     pub(crate) free_slots: Vec<Slot>,
@@ -200,6 +202,7 @@ impl Scheduler {
                 (Some(host), Policy::Fcfs) => Some(Box::new(OnlineCostModel::new(host.cost))),
                 _ => None,
             },
+            prompt_costs: PromptCosts::default(),
             last_collected: Micros(0),
             free_slots: (0..limits.max_num_seqs).rev().map(Slot).collect(),
             freed_slots: Vec::with_capacity(slots),
@@ -232,6 +235,9 @@ impl Scheduler {
     pub fn add(&mut self, request: Request) -> Result<(), RequestError> {
         self.check_request(&request)?;
         let due = self.check_latency(&request)?;
+        if self.kv.host().is_some() {
+            self.learn_prompt_cost(request.prompt.len() as u32);
+        }
         let n = request.params.n;
         let entry = match self.vacant_requests.pop() {
             Some(entry) => entry,

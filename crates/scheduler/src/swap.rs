@@ -14,8 +14,8 @@ use crate::scheduler::{InFlightStep, Scheduler};
 use crate::sequence::SeqIndex;
 use crate::stats::HostStats;
 
-/// Tokens of a usual prompt chunk: what a block costs to compute is a part of that.
-const USUAL_CHUNK: u32 = 2048;
+/// What prompts are taken to be before there was one.
+const FIRST_GUESS_TOKENS: u32 = 1024;
 
 impl Scheduler {
     /// What is known of step times.
@@ -37,11 +37,16 @@ impl Scheduler {
 
     /// Tells the cache what blocks cost at present.
     pub(crate) fn update_block_costs(&mut self) {
-        let limits = &self.config.limits;
-        let chunk = USUAL_CHUNK.min(self.config.max_prefill_chunk).min(limits.max_num_batched_tokens);
-        let per_token = self.added_time(0, chunk) / f64::from(chunk);
-        let compute = per_token * f64::from(limits.block_size);
+        let at_first = || self.added_time(0, FIRST_GUESS_TOKENS) / f64::from(FIRST_GUESS_TOKENS);
+        let per_token = self.prompt_costs.per_token().unwrap_or_else(at_first);
+        let compute = per_token * f64::from(self.config.limits.block_size);
         self.kv.set_costs(BlockCosts { copy: self.copy_time(), compute });
+    }
+
+    /// Learns from a prompt that comes in what prompts cost.
+    pub(crate) fn learn_prompt_cost(&mut self, num_tokens: u32) {
+        let micros = self.added_time(0, num_tokens);
+        self.prompt_costs.learn(num_tokens, micros);
     }
 
     /// Learns from a step, where there is no pacing that does.

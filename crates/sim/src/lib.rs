@@ -41,7 +41,7 @@ pub use capacity::capacity;
 pub use generate::{Workload as GeneratedWorkload, generate};
 pub use mock::{MockExecutor, MockTiming};
 pub use plan::{Goal, Latency, plan};
-pub use replay::{HitRate, Sharing, replay_cache, replay_optimum};
+pub use replay::{HitRate, Sharing, replay_cache, replay_optimum, replay_tiers};
 pub use run::{Failure, Report, run_seed, run_seed_without_host_tier};
 pub use serve_report::ServeReport;
 pub use serve_trace::{ServeConfig, serve_fleet, serve_trace};
