@@ -13,6 +13,7 @@
 pub mod client;
 pub mod core;
 pub mod dispatch;
+mod host_metrics;
 pub mod metrics;
 pub mod snapshot;
 pub mod thread;

@@ -13,6 +13,7 @@ use quire_scheduler::{SchedulerStats, SeqEvent, SeqEventKind};
 
 use crate::core::StepStats;
 use crate::dispatch::StepMessage;
+use crate::host_metrics::HostMetrics;
 
 /// Values of the label `state` of `quire_engine_state`, in the order of an engine's life.
 pub const ENGINE_STATES: [&str; 4] = ["loading", "ready", "draining", "dead"];
@@ -28,7 +29,7 @@ pub enum Rejection {
 
 /// Labels of one engine's series.
 #[derive(Clone, Debug)]
-struct Labels {
+pub(crate) struct Labels {
     model_name: String,
 }
 
@@ -38,7 +39,7 @@ impl Labels {
         own.into_iter().chain(more.iter().cloned()).collect()
     }
 
-    fn counter(&self, family: Family, more: &[(&'static str, String)]) -> Counter {
+    pub(crate) fn counter(&self, family: Family, more: &[(&'static str, String)]) -> Counter {
         let handle = counter!(family.name, &self.with(more));
         handle.increment(0);
         handle
@@ -49,7 +50,7 @@ impl Labels {
         drop(self.counter(family, more));
     }
 
-    fn gauge(&self, family: Family, more: &[(&'static str, String)]) -> Gauge {
+    pub(crate) fn gauge(&self, family: Family, more: &[(&'static str, String)]) -> Gauge {
         gauge!(family.name, &self.with(more))
     }
 
@@ -62,6 +63,7 @@ impl Labels {
 pub struct EngineMetrics {
     queue: QueueMetrics,
     cache: CacheMetrics,
+    host: HostMetrics,
     tokens: TokenMetrics,
     requests: RequestMetrics,
     steps: StepMetrics,
@@ -88,6 +90,7 @@ impl EngineMetrics {
         Self {
             queue: QueueMetrics::new(&labels),
             cache: CacheMetrics::new(&labels),
+            host: HostMetrics::new(&labels),
             tokens: TokenMetrics::new(&labels),
             requests: RequestMetrics::new(&labels),
             steps: StepMetrics::new(&labels),
@@ -128,6 +131,7 @@ impl EngineMetrics {
         let stats = &message.stats;
         self.queue.record(&stats.scheduler);
         self.cache.record(&stats.scheduler);
+        self.host.record(&stats.scheduler);
         self.steps.record(stats);
         let mut live = self.live.lock();
         for event in &message.events {
