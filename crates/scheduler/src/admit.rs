@@ -117,7 +117,7 @@ impl Scheduler {
         let placed = if self.seqs.data(seq).parked {
             self.place_fork(seq, room, out)
         } else {
-            self.place_prompt(seq, room, out)
+            self.place_prompt(seq, room, pass, out)
         };
         if !placed {
             return None;
@@ -151,7 +151,7 @@ impl Scheduler {
         true
     }
 
-    fn place_prompt(&mut self, seq: SeqIndex, room: u32, out: &mut SchedulerOutput) -> bool {
+    fn place_prompt(&mut self, seq: SeqIndex, room: u32, pass: &Pass, out: &mut SchedulerOutput) -> bool {
         let (hot, data) = self.seqs.both_mut(seq);
         // The last known token is always computed, since its row gives the next one; so is every row whose
         // log-probabilities are wanted.
@@ -161,13 +161,23 @@ impl Scheduler {
         let whole = self.kv.peak_blocks(hot.num_tokens);
         let num_on_device = (hit.num_blocks - hit.first_live) - hit.num_on_host;
         let needed = (whole + hit.num_idle).saturating_sub(num_on_device);
-        if needed > room {
+        if needed > room || self.copies_wait(hit.num_on_host, pass) {
             return false;
         }
+        let (hot, data) = self.seqs.both_mut(seq);
         let block_size = self.config.limits.block_size;
         hot.num_computed_tokens = hit.num_blocks * block_size;
         self.kv.take_hit(hit, &mut data.table);
         data.table.visit = self.kv.visit(data.hashes(), hot.num_tokens, hit);
+        // What was held for it goes on where it ended.
+        if let Some(address) = data.held_tail.take() {
+            let num_tokens = data.num_lost_tokens.min(limit);
+            if num_tokens / block_size == hit.num_blocks && num_tokens > hot.num_computed_tokens {
+                let took = self.kv.take_own(address, &mut data.table);
+                hot.num_computed_tokens = if took { num_tokens } else { hot.num_computed_tokens };
+            }
+            self.kv.unhold(address, true);
+        }
         // All is cached but for the rule that the last token is computed: it is, into a copy of the last block.
         if hot.num_computed_tokens + block_size == hot.num_tokens
             && limit + 1 == hot.num_tokens

@@ -29,6 +29,36 @@ impl KvCacheManager {
         }
     }
 
+    /// Makes a block known under an address that only its sequence has. False: it has another, or others hold it.
+    pub(crate) fn publish_own(&mut self, address: BlockHash, block: BlockId) -> bool {
+        if !self.pool.is_only_reference(block) || self.pool.is_cached(block) {
+            return false;
+        }
+        self.publish(address, block);
+        true
+    }
+
+    /// Appends the block with this address of its own to the table that it was held for, to be written again. The caller
+    /// has checked that a block is available. False: it was given up, or a step in flight still touches it.
+    pub(crate) fn take_own(&mut self, address: BlockHash, table: &mut BlockTable) -> bool {
+        let on_device = self.cache.get(address).filter(|&block| self.pool.is_idle(block));
+        if let Some(block) = on_device {
+            self.pool.acquire(block);
+            self.forget(block);
+            table.blocks.push(block);
+            return true;
+        }
+        let Some(host) = &mut self.host else { return false };
+        let Some(host_block) = host.get(address) else { return false };
+        host.reserve(host_block);
+        let device = self.allocate();
+        if let Some(host) = &mut self.host {
+            host.copy_in(host_block, device);
+        }
+        table.blocks.push(device);
+        true
+    }
+
     /// Gives back all blocks of a sequence that will go on: its content is the last to be given up. Last first, as ever.
     pub(crate) fn hold_table(&mut self, table: &mut BlockTable) {
         for &block in table.live().iter().rev() {

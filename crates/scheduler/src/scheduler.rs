@@ -392,6 +392,7 @@ impl Scheduler {
             table: BlockTable::default(),
             parked: false,
             num_reported_rows: 0,
+            held_tail: None,
             num_lost_tokens: 0,
             num_charged_tokens: 0,
             usage: Usage { prompt_tokens: prompt_len, arrival: request.arrival, ..Usage::default() },

@@ -175,6 +175,8 @@ pub(crate) struct SequenceData {
     pub(crate) parked: bool,
     /// Rows of the prompt whose log-probabilities were reported.
     pub(crate) num_reported_rows: u32,
+    /// The address of its last, partly filled block, while that is held for it: nobody else has it.
+    pub(crate) held_tail: Option<BlockHash>,
     /// Tokens that were computed when it was taken out of the batch.
     pub(crate) num_lost_tokens: u32,
     /// Prompt tokens that were computed once, or found; its tenant has paid for them.

@@ -5,17 +5,20 @@
 //! never leaves the device. On its return the sequence looks its blocks up as any prompt does. Requests that share
 //! nothing have addresses of their own for that time.
 
-use quire_core::{BlockHasher, CacheSalt, Micros, RequestId};
+use quire_core::{BlockHash, BlockHasher, CacheSalt, Micros, RequestId};
 
 use crate::cost::OnlineCostModel;
 use crate::host_tier::{BlockCosts, HostTier};
 use crate::kv_cache::KvCacheManager;
+use crate::schedule::Pass;
 use crate::scheduler::{InFlightStep, Scheduler};
 use crate::sequence::SeqIndex;
 use crate::stats::HostStats;
 
 /// What prompts are taken to be before there was one.
 const FIRST_GUESS_TOKENS: u32 = 1024;
+/// What a step computes of prompts beside its decodes.
+const USUAL_CHUNK: u32 = 2048;
 
 impl Scheduler {
     /// What is known of step times.
@@ -23,9 +26,10 @@ impl Scheduler {
         self.pacing.as_ref().map(|pacing| pacing.model()).or(self.step_model.as_deref())
     }
 
-    /// How much longer `row` makes a step that has the decodes anyway, in microseconds.
+    /// How much longer a row makes a step that has the decodes and a part of some prompt anyway, in microseconds. Beside
+    /// decodes alone a few tokens would seem to cost nothing, but they take the place of a prompt's.
     fn added_time(&self, start: u32, len: u32) -> f64 {
-        let decodes = self.decode_shape();
+        let decodes = self.decode_shape().with_row(0, USUAL_CHUNK);
         let added =
             |model: &OnlineCostModel| model.predict(&decodes.with_row(start, len)) - model.predict(&decodes);
         self.step_times().map_or(0.0, added).max(0.0)
@@ -33,6 +37,16 @@ impl Scheduler {
 
     fn copy_time(&self) -> f64 {
         self.step_times().map_or(0.0, OnlineCostModel::copied_block)
+    }
+
+    /// Whether so many copies more would make the step longer than decodes may wait, beside prompts that are in it already.
+    pub(crate) fn copies_wait(&self, num_copies: u32, pass: &Pass) -> bool {
+        if pass.prefill_tokens == 0 || num_copies == 0 || pass.limit_us == f64::INFINITY {
+            return false;
+        }
+        let mut shape = pass.shape;
+        shape.num_copied_blocks = self.kv.num_planned_copies() + num_copies;
+        self.step_times().is_some_and(|model| model.predict(&shape) > pass.limit_us)
     }
 
     /// Tells the cache what blocks cost at present.
@@ -79,15 +93,24 @@ impl Scheduler {
     fn publish_computed(&mut self, seq: SeqIndex) {
         let block_size = self.config.limits.block_size;
         let (hot, data) = self.seqs.both_mut(seq);
-        let salt =
-            if data.is_shared() { data.salt } else { own_salt(&self.config.hasher, hot.request, hot.index) };
+        let own = |part: u32| own_salt(&self.config.hasher, hot.request, hot.index, part);
+        let salt = if data.is_shared() { data.salt } else { own(0) };
         data.extend_hashes(salt, &self.config.hasher, &mut self.block_tokens);
         // Rows in flight write their KV before any later step reads it.
-        let num_full = hot.num_computed_tokens.min(hot.num_tokens) / block_size;
+        let num_computed_tokens = hot.num_computed_tokens.min(hot.num_tokens);
+        let num_full = num_computed_tokens / block_size;
         for at in data.table.first_live..num_full {
             if let Some(hash) = data.hash(at as usize) {
                 self.kv.publish(hash, data.table.blocks[at as usize]);
             }
+        }
+        // What the last block holds so far, under an address that no block has ever had.
+        let tail = data.table.live().last().filter(|_| !num_computed_tokens.is_multiple_of(block_size));
+        if let Some(&block) = tail
+            && data.table.blocks.len() as u32 == num_full + 1
+        {
+            let address = BlockHash(own(1 + data.usage.num_preemptions).0);
+            data.held_tail = self.kv.publish_own(address, block).then_some(address);
         }
     }
 
@@ -101,15 +124,19 @@ impl Scheduler {
         for hash in data.hashes() {
             self.kv.unhold(hash, forget);
         }
+        if let Some(address) = data.held_tail {
+            self.kv.unhold(address, true);
+        }
     }
 }
 
-/// The namespace of one sequence.
-fn own_salt(hasher: &BlockHasher, request: RequestId, index: u32) -> CacheSalt {
-    let mut name = [0; 15];
+/// A namespace of one sequence. `part`: which of them.
+fn own_salt(hasher: &BlockHasher, request: RequestId, index: u32, part: u32) -> CacheSalt {
+    let mut name = [0; 19];
     name[..3].copy_from_slice(b"own");
     name[3..11].copy_from_slice(&request.0.to_le_bytes());
-    name[11..].copy_from_slice(&index.to_le_bytes());
+    name[11..15].copy_from_slice(&index.to_le_bytes());
+    name[15..].copy_from_slice(&part.to_le_bytes());
     hasher.salt(&name)
 }
 

@@ -43,6 +43,6 @@ pub use mock::{MockExecutor, MockTiming};
 pub use plan::{Goal, Latency, plan};
 pub use replay::{HitRate, Sharing, replay_cache, replay_optimum, replay_tiers};
 pub use run::{Failure, Report, run_seed, run_seed_without_host_tier};
-pub use serve_report::ServeReport;
+pub use serve_report::{KvReport, ServeReport};
 pub use serve_trace::{ServeConfig, serve_fleet, serve_trace};
 pub use trace::{TraceError, TraceRequest, read_trace};

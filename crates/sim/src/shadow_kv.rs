@@ -31,11 +31,11 @@ impl ShadowKv {
     /// Copies a whole block to the host tier.
     ///
     /// # Errors
-    /// It is not full, so nobody could ever find it there.
+    /// It holds nothing.
     pub fn copy_to_host(&mut self, copy: HostCopy) -> Result<(), String> {
         let (device, host) = self.ranges(copy);
-        if self.entries[device.clone()].contains(&0) {
-            return Err(format!("block {} was copied to the host tier but is not full", copy.device));
+        if self.entries[device.start] == 0 {
+            return Err(format!("block {} was copied to the host tier but holds nothing", copy.device));
         }
         self.host[host].copy_from_slice(&self.entries[device]);
         Ok(())
