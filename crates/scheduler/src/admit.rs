@@ -179,7 +179,8 @@ impl Scheduler {
             self.kv.unhold(address, true);
         }
         // All is cached but for the rule that the last token is computed: it is, into a copy of the last block.
-        if hot.num_computed_tokens + block_size == hot.num_tokens
+        if hot.num_computed_tokens == hit.num_blocks * block_size
+            && hot.num_computed_tokens + block_size == hot.num_tokens
             && limit + 1 == hot.num_tokens
             && needed < room
             && let Some(copy) = self.kv.copy_cached(data.hash(hit.num_blocks as usize), &mut data.table)

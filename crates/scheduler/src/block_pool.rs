@@ -108,22 +108,31 @@ impl BlockPool {
         self.blocks[block.0 as usize].place == Place::Idle
     }
 
+    /// A free block, with one reference.
+    #[inline]
+    pub(crate) fn allocate_free(&mut self) -> Option<BlockId> {
+        let id = self.free.pop()?;
+        self.take(id);
+        Some(id)
+    }
+
     /// A block with one reference: a free one, else the idle one that `choice` gives up at `now`. What was evicted comes
     /// with the block, so that the caller can forget its address. `None`: nothing is available.
     pub(crate) fn allocate(&mut self, now: Micros, choice: Choice<'_>) -> Option<(BlockId, Option<Evicted>)> {
-        let (id, idle) = match self.free.pop() {
-            Some(id) => (id, None),
-            None => self.idle.pop(now, choice).map(|idle| (idle.id, Some(idle)))?,
-        };
+        if let Some(id) = self.allocate_free() {
+            return Some((id, None));
+        }
+        let idle = self.idle.pop(now, choice)?;
+        let evicted = Evicted { idle, uses: self.uses(idle.id) };
+        self.take(idle.id);
+        Some((idle.id, Some(evicted)))
+    }
+
+    #[inline]
+    fn take(&mut self, id: BlockId) {
         let block = &mut self.blocks[id.0 as usize];
-        let evicted = idle.map(|idle| Evicted { idle, uses: block.uses });
         debug_assert_eq!(block.ref_count, 0);
-        block.ref_count = 1;
-        block.place = Place::Referenced;
-        block.cached = false;
-        block.uses = 1;
-        block.class = 0;
-        Some((id, evicted))
+        *block = Block { ref_count: 1, place: Place::Referenced, cached: false, uses: 1, class: 0 };
     }
 
     /// One more table holds `block`, which is referenced already or has cached content.

@@ -310,7 +310,13 @@ impl KvCacheManager {
     }
 
     /// A block for the end of a table. The caller has checked that one is available.
+    #[inline]
     pub(crate) fn allocate(&mut self) -> BlockId {
+        self.pool.allocate_free().unwrap_or_else(|| self.allocate_evicting())
+    }
+
+    /// A block whose content makes room.
+    fn allocate_evicting(&mut self) -> BlockId {
         let choice = match &self.learning {
             Some(learning) if !learning.duel.prefers_lru() => Choice::Least(&learning.model),
             _ => Choice::Oldest,
