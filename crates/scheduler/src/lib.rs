@@ -51,6 +51,8 @@ mod update;
 mod waiting;
 
 #[cfg(test)]
+mod host_tests;
+#[cfg(test)]
 mod policy_tests;
 #[cfg(test)]
 mod tests;
