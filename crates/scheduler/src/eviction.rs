@@ -306,3 +306,34 @@ impl IdleBlocks {
         Ok(len)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_from_elsewhere_keep_their_age() {
+        let mut idle = IdleBlocks::new(60);
+        for id in 0..60_u32 {
+            // Every time but one occurs, in no order, some twice.
+            idle.push_since(BlockId(id), (id % 2) as u8, Micros(u64::from(id * 37 % 50)));
+            idle.check(|other| other <= id).unwrap();
+        }
+        let popped: Vec<_> = std::iter::from_fn(|| idle.pop(Micros(0), Choice::Oldest)).collect();
+        assert_eq!(popped.len(), 60);
+        for class in [0, 1] {
+            assert!(popped.iter().filter(|idle| idle.class == class).is_sorted_by_key(|idle| idle.since));
+        }
+        assert!(popped.iter().all(|idle| idle.since.0 == u64::from(idle.id.0 * 37 % 50)));
+    }
+
+    #[test]
+    fn among_very_many_younger_runs_a_block_counts_as_younger() {
+        let mut idle = IdleBlocks::new(200);
+        (1..200_u32).for_each(|id| idle.push(BlockId(id), 0, Micros(u64::from(id))));
+        idle.push_since(BlockId(0), 0, Micros(5));
+        idle.check(|_| true).unwrap();
+        let since = std::iter::from_fn(|| idle.pop(Micros(0), Choice::Oldest)).find(|idle| idle.id.0 == 0);
+        assert_eq!(since.map(|idle| idle.since.0), Some(u64::from(199 - MAX_WALK)));
+    }
+}
