@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use quire_core::{BlockCopy, NewSeq, SchedulerOutput, TokenId};
 
+use crate::cost::StepShape;
 use crate::event::{SeqEvent, SeqEventKind};
 use crate::policy::OrderKey;
 use crate::schedule::Pass;
@@ -275,9 +276,17 @@ impl Scheduler {
         let hot = self.seqs.hot(seq);
         let max_tokens = hot.num_schedulable().min(room).min(self.config.max_prefill_chunk);
         let start = hot.num_computed_tokens;
-        self.pacing
-            .as_ref()
-            .map_or(max_tokens, |pacing| pacing.chunk(&pass.shape, pass.limit_us, start, max_tokens, first))
+        let Some(pacing) = &self.pacing else { return max_tokens };
+        let shape = StepShape { num_copied_blocks: self.kv.num_planned_copies(), ..pass.shape };
+        let chunk = pacing.chunk(&shape, pass.limit_us, start, max_tokens, first);
+        // The blocks that it takes may have to go to the host tier first.
+        match self.kv.num_copies_for(self.kv.blocks_for(chunk)) {
+            0 => chunk,
+            num_copies => {
+                let limit_us = pass.limit_us - f64::from(num_copies) * self.copy_time();
+                pacing.chunk(&shape, limit_us, start, chunk, first)
+            }
+        }
     }
 }
 

@@ -35,7 +35,7 @@ impl Scheduler {
         self.step_times().map_or(0.0, added).max(0.0)
     }
 
-    fn copy_time(&self) -> f64 {
+    pub(crate) fn copy_time(&self) -> f64 {
         self.step_times().map_or(0.0, OnlineCostModel::copied_block)
     }
 
@@ -45,7 +45,9 @@ impl Scheduler {
             return false;
         }
         let mut shape = pass.shape;
-        shape.num_copied_blocks = self.kv.num_planned_copies() + num_copies;
+        // Each takes a block, which may have to be copied out first.
+        shape.num_copied_blocks =
+            self.kv.num_planned_copies() + num_copies + self.kv.num_copies_for(num_copies);
         self.step_times().is_some_and(|model| model.predict(&shape) > pass.limit_us)
     }
 
@@ -148,6 +150,11 @@ impl KvCacheManager {
     /// Copies between the tiers in the plan in the making.
     pub(crate) fn num_planned_copies(&self) -> u32 {
         self.host().map_or(0, HostTier::num_planned)
+    }
+
+    /// The most copies that taking `num_blocks` blocks brings about.
+    pub(crate) fn num_copies_for(&self, num_blocks: u32) -> u32 {
+        self.host().map_or(0, |_| num_blocks.saturating_sub(self.pool().num_free()))
     }
 }
 
