@@ -124,21 +124,34 @@ fn alone(checkpoint: &Checkpoint, setup: Setup, requests: &[Request]) -> Answers
     answers
 }
 
+/// What happened on the way.
+#[derive(Debug, Default)]
+struct Seen {
+    num_preemptions: u64,
+    num_swaps: u64,
+    num_copied_in: u64,
+}
+
 /// The answers, and how often a sequence lost its blocks.
-fn together(checkpoint: &Checkpoint, setup: Setup, requests: &[Request]) -> (Answers, u64) {
+fn together(checkpoint: &Checkpoint, setup: Setup, requests: &[Request]) -> (Answers, Seen) {
     let mut answers = Answers::new();
     let mut core = engine(checkpoint, setup);
     requests.iter().for_each(|request| core.add(request.clone()).unwrap());
     let steps = run_until_idle(&mut core, &mut answers);
     let stats = core.stats();
     println!(
-        "    {setup:?}: {steps} steps, {} preemptions, {} of {} prompt tokens from the cache",
-        stats.num_preemptions, stats.prefix_cache_hits, stats.prefix_cache_queries
+        "    {setup:?}: {steps} steps, {} preemptions, {} of {} prompt tokens from the cache, {:?}",
+        stats.num_preemptions, stats.prefix_cache_hits, stats.prefix_cache_queries, stats.host
     );
     if setup.prefix_caching {
         assert!(stats.prefix_cache_hits > 0, "prefixes were meant to be found");
     }
-    (answers, stats.num_preemptions)
+    let seen = Seen {
+        num_preemptions: stats.num_preemptions,
+        num_swaps: stats.host.num_swaps,
+        num_copied_in: stats.host.num_copied_in,
+    };
+    (answers, seen)
 }
 
 /// `pool_tokens`: what the KV pool holds, about three of the longest sequences (fewer blocks suffice under a window).
@@ -151,8 +164,8 @@ fn assert_same_bytes(family: &str, base: Setup, pool_tokens: u32, seed: u64) {
         expected.len() as u64,
         random_requests(seed, 16).iter().map(|r| u64::from(r.params.n)).sum::<u64>()
     );
-    let mut num_preemptions = 0;
-    for round in 0..4 {
+    let mut total = Seen::default();
+    for round in 0..4_usize {
         let block_size = random.pick(&[1, 4, 8, 16]);
         let setup = Setup {
             threads: 1 + round % 3,
@@ -162,16 +175,21 @@ fn assert_same_bytes(family: &str, base: Setup, pool_tokens: u32, seed: u64) {
             block_size,
             num_blocks: pool_tokens / block_size,
             prefix_caching: round % 2 == 0,
+            // In half of the rounds, with and without a prefix cache; from too little to more than enough.
+            num_host_blocks: [0, pool_tokens / block_size, 3 * pool_tokens / block_size, 0][round],
             ..base
         };
-        let (answers, preempted) = together(&checkpoint, setup, &random_requests(seed, block_size));
-        num_preemptions += preempted;
+        let (answers, seen) = together(&checkpoint, setup, &random_requests(seed, block_size));
+        total.num_preemptions += seen.num_preemptions;
+        total.num_swaps += seen.num_swaps;
+        total.num_copied_in += seen.num_copied_in;
         for (key, answer) in &expected {
             assert_eq!(answers.get(key), Some(answer), "{family}: request {key:?} under {setup:?}");
         }
         assert_eq!(answers.len(), expected.len());
     }
-    assert!(num_preemptions > 0, "the pool was meant to be too small");
+    assert!(total.num_preemptions > 0, "the pool was meant to be too small");
+    assert!(total.num_swaps > 0 && total.num_copied_in > 0, "the host tier was meant to be used: {total:?}");
 }
 
 #[test]

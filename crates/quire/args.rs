@@ -82,6 +82,10 @@ pub struct EngineArgs {
     /// Memory for keys and values, such as 4GiB [default: what the limits can use, at most 4 GiB and 40 % of free RAM]
     #[arg(long, value_name = "SIZE", help_heading = "KV cache")]
     pub kv_cache_memory: Option<Bytes>,
+    /// Host memory for keys and values that do not fit in --kv-cache-memory, such as 4GiB: what is evicted waits there and
+    /// is copied back when it is wanted, unless computing it again is faster. 0: none
+    #[arg(long, value_name = "SIZE", default_value = "0", help_heading = "KV cache")]
+    pub host_cache_memory: Bytes,
     /// Element type of keys and values; auto follows --dtype
     #[arg(long, value_name = "DTYPE", default_value = "auto", help_heading = "KV cache")]
     pub kv_cache_dtype: KvDType,

@@ -9,6 +9,7 @@ use clap_complete::Shell;
 use crate::args::{CommonArgs, EngineArgs, ServerArgs};
 use crate::bench::args::BenchArgs;
 use crate::sim_trace::Goals;
+use crate::units::Bytes;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -158,6 +159,18 @@ pub struct SimArgs {
     /// Tokens in a step at most [default: 8192]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), requires = "trace")]
     pub max_num_batched_tokens: Option<u32>,
+    /// Sequences in a step at most [default: 1024]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), requires = "trace")]
+    pub max_num_seqs: Option<u32>,
+    /// Device memory for keys and values, such as 20GB [default: what the device has beside the model]
+    #[arg(long, value_name = "SIZE", requires = "trace")]
+    pub kv_cache_memory: Option<Bytes>,
+    /// Host memory for keys and values, such as 500GB; 0: none
+    #[arg(long, value_name = "SIZE", default_value = "0", requires = "trace")]
+    pub host_cache_memory: Bytes,
+    /// Bytes per second between device and host memory
+    #[arg(long, value_name = "SIZE", default_value = "50GB", requires = "trace")]
+    pub host_bandwidth: Bytes,
     /// Requests per recorded request: 2 is twice the trace's rate
     #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = parse_scale, requires = "trace")]
     pub rate_scale: f64,

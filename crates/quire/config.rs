@@ -68,6 +68,8 @@ pub struct Config {
     pub weights: WeightPlan,
     /// Where the memory goes.
     pub memory: MemoryPlan,
+    /// Blocks of the KV cache's second tier, in host memory; 0 without one.
+    pub num_host_blocks: u32,
     /// Bounds of requests.
     pub limits: Limits,
     /// Whether prompts that begin alike share their KV.
@@ -114,6 +116,7 @@ impl Config {
         };
         runner.num_blocks = num_blocks(args, spec, &runner, machine)?;
         runner.max_model_len = fitting_model_len(args, &runner)?;
+        let memory = MemoryPlan::new(spec, &runner);
         let limits = Limits {
             vocab_size: u32::try_from(spec.vocab_size).unwrap_or(u32::MAX),
             max_model_len: runner.max_model_len,
@@ -127,13 +130,19 @@ impl Config {
         Ok(Self {
             threads: args.threads.unwrap_or(machine.cores),
             weights: WeightPlan::new(spec, runner.quant),
-            memory: MemoryPlan::new(spec, &runner),
+            num_host_blocks: num_host_blocks(args, &memory, machine)?,
+            memory,
             runner,
             limits,
             prefix_cache: !args.no_prefix_cache,
             model_context,
             policy: Policy::default(),
         })
+    }
+
+    /// The KV cache's second tier.
+    pub fn host_bytes(&self) -> u64 {
+        u64::from(self.num_host_blocks) * self.memory.kv_block_bytes
     }
 
     /// Of quantized weights: `int4: 4.28 bits per weight (304.1 MiB); left as they are: norms (256 KiB)`.
@@ -270,6 +279,25 @@ fn gpu_share(args: &EngineArgs, plan: &MemoryPlan, free: Bytes) -> u64 {
     usable.saturating_sub(plan.weight_bytes + 2 * plan.workspace_bytes + GPU_RESERVE)
 }
 
+/// Blocks in host memory: as many as the user's memory holds.
+fn num_host_blocks(args: &EngineArgs, memory: &MemoryPlan, machine: &Machine) -> Result<u32, ConfigError> {
+    let Bytes(wanted) = args.host_cache_memory;
+    if wanted == 0 {
+        return Ok(0);
+    }
+    let blocks = memory.num_blocks_in(wanted);
+    if blocks == 0 {
+        let needed = Bytes(memory.kv_block_bytes);
+        return Err(error("host-cache-memory", format!("one KV block of this model needs {needed}")));
+    }
+    let free = machine.available_memory;
+    if wanted > free.0 {
+        let message = format!("{} is more than the {free} of memory that are free", Bytes(wanted));
+        return Err(error("host-cache-memory", message));
+    }
+    Ok(blocks)
+}
+
 /// The longest sequence the pool can hold, unless the user insists on a longer one.
 fn fitting_model_len(args: &EngineArgs, runner: &RunnerConfig) -> Result<u32, ConfigError> {
     let pool = u64::from(runner.num_blocks) * u64::from(runner.block_size);
@@ -298,13 +326,23 @@ impl fmt::Display for Config {
         }
         writeln!(
             f,
-            "memory   weights {}, KV cache {} ({} tokens in {} blocks of {}, {}), workspace {}",
+            "memory   weights {}, KV cache {} ({} tokens in {} blocks of {}, {}){}, workspace {}",
             Bytes(memory.weight_bytes),
             Bytes(memory.kv_bytes()),
             grouped(memory.kv_tokens()),
             grouped(runner.num_blocks.into()),
             runner.block_size,
             runner.kv_dtype,
+            match self.num_host_blocks {
+                0 => String::new(),
+                blocks => {
+                    format!(
+                        ", behind it {} of host memory ({} blocks)",
+                        Bytes(self.host_bytes()),
+                        grouped(blocks.into())
+                    )
+                }
+            },
             Bytes(memory.workspace_bytes),
         )?;
         write!(f, "limits   {} tokens a sequence", grouped(runner.max_model_len.into()))?;
@@ -397,6 +435,20 @@ mod tests {
             "what running sequences leave serves the prefix cache"
         );
         assert_eq!(resolve("--kv-cache-memory 5KiB", &ROOMY).unwrap_err().flag, "kv-cache-memory");
+    }
+
+    #[test]
+    fn host_memory_is_off_unless_asked_for() {
+        let config = resolve("", &ROOMY).unwrap();
+        assert_eq!(config.num_host_blocks, 0);
+        assert!(!config.to_string().contains("host"), "{config}");
+        let config = resolve("--host-cache-memory 64MiB", &ROOMY).unwrap();
+        assert_eq!(config.host_bytes(), 64 << 20);
+        assert!(config.to_string().contains("behind it 64 MiB of host memory (16,384 blocks)"), "{config}");
+        assert_eq!(resolve("--host-cache-memory 5B", &ROOMY).unwrap_err().flag, "host-cache-memory");
+        let small = Machine { cores: 1, available_memory: Bytes(1 << 20) };
+        let error = resolve("--host-cache-memory 2MiB", &small).unwrap_err();
+        assert!(error.message.contains("2 MiB is more than the 1 MiB"), "{error}");
     }
 
     #[test]

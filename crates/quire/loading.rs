@@ -12,7 +12,7 @@ use quire_engine::{Engine, EngineConfig, metrics as engine_metrics};
 use quire_llm::{GenerationDefaults, Llm, LlmConfig};
 use quire_model::{Checkpoint, GenerationConfig, ModelSpec};
 use quire_runner::{LoadProgress, ModelRunner};
-use quire_scheduler::SchedulerConfig;
+use quire_scheduler::{HostTierConfig, SchedulerConfig};
 use quire_sim::{MockExecutor, MockTiming};
 use quire_tokenizer::{ChatTemplate, TemplateError, Tokenizer};
 use tokio::runtime::Handle;
@@ -23,7 +23,7 @@ use crate::gpu::{self, Gpu};
 use crate::inspect::headline;
 use crate::model::{LocalModel, ModelSource};
 use crate::prepack::PackCache;
-use crate::targets::Targets;
+use crate::targets::{Targets, first_guess};
 use crate::{Failure, Result};
 
 /// Threads that render templates and tokenize, at most.
@@ -98,7 +98,13 @@ pub(crate) fn assemble(
     runtime: &Handle,
 ) -> Result<Loaded> {
     let hasher = BlockHasher::new(random_key(), config.limits.block_size);
+    let host_tier = (config.num_host_blocks > 0).then(|| HostTierConfig {
+        num_blocks: config.num_host_blocks,
+        block_bytes: config.memory.kv_block_bytes,
+        cost: first_guess(&config, checkpoint.spec()),
+    });
     let scheduler = SchedulerConfig {
+        host_tier,
         enable_prefix_caching: config.prefix_cache,
         max_queued_requests: config.limits.max_queued_requests,
         policy: config.policy,
@@ -200,8 +206,11 @@ fn executor(
     if let Some(cache) = &cache {
         backend = backend.with_prepacked(cache.prepacked());
     }
-    let runner = ModelRunner::load(backend, checkpoint, &config.runner, |now| progress.report(now))
+    let mut runner = ModelRunner::load(backend, checkpoint, &config.runner, |now| progress.report(now))
         .map_err(|error| fail(&error))?;
+    if config.num_host_blocks > 0 {
+        runner = runner.with_host_blocks(config.num_host_blocks).map_err(|error| fail(&error))?;
+    }
     Ok((Box::new(runner), device, cache.and_then(PackCache::finish)))
 }
 

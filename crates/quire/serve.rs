@@ -179,6 +179,7 @@ impl Server<'_> {
                 bits_per_weight = config.weights.bits_per_weight(),
                 prefix_cache = config.prefix_cache,
                 memory_bytes = config.memory.total_bytes(),
+                host_cache_bytes = config.host_bytes(),
                 seconds,
                 "ready"
             );

@@ -6,12 +6,13 @@ use std::str::FromStr;
 
 use quire_core::Micros;
 use quire_scheduler::{Calibration, Policy};
+use quire_sim::serve_trace::BLOCK_SIZE;
 use quire_sim::{
     Goal, Latency, ServeConfig, ServeReport, TraceRequest, capacity, plan, read_trace, serve_trace,
 };
 
 use crate::cli::{SimArgs, SimEviction, SimPolicy};
-use crate::units::parse_duration;
+use crate::units::{Bytes, parse_duration};
 use crate::{Failure, Result};
 
 /// Devices tried at most.
@@ -126,8 +127,29 @@ fn config(args: &SimArgs) -> Result<ServeConfig> {
     if let Some(tokens) = args.max_num_batched_tokens {
         config.max_num_batched_tokens = tokens;
     }
+    if let Some(seqs) = args.max_num_seqs {
+        config.max_num_seqs = seqs;
+    }
+    set_memory(args, &mut config)?;
     config.rate_scale = args.rate_scale;
     Ok(config)
+}
+
+/// The KV cache, on the device and in host memory.
+fn set_memory(args: &SimArgs, config: &mut ServeConfig) -> Result<()> {
+    let calibration = &mut config.calibration;
+    if let Some(Bytes(bytes)) = args.kv_cache_memory {
+        calibration.kv_capacity_tokens = (bytes as f64 / calibration.kv_bytes_per_token) as u32;
+        if calibration.kv_capacity_tokens < BLOCK_SIZE {
+            return Err(Failure("--kv-cache-memory: not even one block fits".into()));
+        }
+    }
+    let (Bytes(host), Bytes(bandwidth)) = (args.host_cache_memory, args.host_bandwidth);
+    if host > 0 {
+        let bandwidth = (bandwidth as f64).max(1.0);
+        config.host_tier = Some(calibration.host_tier(host as f64, bandwidth, BLOCK_SIZE));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -58,7 +58,7 @@ impl Targets {
 }
 
 /// Before any step was measured.
-fn first_guess(config: &Config, spec: &ModelSpec) -> CostModel {
+pub(crate) fn first_guess(config: &Config, spec: &ModelSpec) -> CostModel {
     let cores = f64::from(config.threads);
     let (per_byte, per_op) = (1e6 / (BYTES_PER_CORE * cores), 1e6 / (OPS_PER_CORE * cores));
     let widths = spec.layers.iter().map(|layer| {
@@ -73,6 +73,8 @@ fn first_guess(config: &Config, spec: &ModelSpec) -> CostModel {
         per_token: per_op * 2.0 * config.weights.num_weights as f64,
         per_context_token: per_byte * memory.kv_block_bytes as f64 / f64::from(memory.block_size),
         per_attention: per_op * 4.0 * widths.sum::<usize>() as f64,
+        // Read here, written there.
+        per_copied_block: per_byte * 2.0 * memory.kv_block_bytes as f64,
     }
 }
 

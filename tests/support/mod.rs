@@ -11,7 +11,7 @@ use quire_cpu::{CpuBackend, CpuConfig, Precision};
 use quire_engine::EngineCore;
 use quire_model::Checkpoint;
 use quire_runner::{ModelRunner, RunnerConfig};
-use quire_scheduler::SchedulerConfig;
+use quire_scheduler::{CostModel, HostTierConfig, SchedulerConfig};
 
 /// `tests/data/golden/<name>`.
 pub fn golden(name: &str) -> PathBuf {
@@ -32,6 +32,7 @@ pub struct Setup {
     pub precision: Precision,
     pub quant: QuantFormat,
     pub prefix_caching: bool,
+    pub num_host_blocks: u32,
 }
 
 impl Setup {
@@ -47,6 +48,7 @@ impl Setup {
         precision: Precision::F32,
         quant: QuantFormat::None,
         prefix_caching: false,
+        num_host_blocks: 0,
     };
 }
 
@@ -55,6 +57,17 @@ impl Default for Setup {
         Self::ROOMY
     }
 }
+
+/// A machine on which everything goes through the host tier that may.
+const COPIES_ARE_CHEAP: CostModel = CostModel {
+    fixed: 1.0,
+    per_row: 1.0,
+    weights: 0.0,
+    per_token: 1000.0,
+    per_context_token: 0.0,
+    per_attention: 0.0,
+    per_copied_block: 1.0,
+};
 
 pub const HASH_KEY: (u64, u64) = (7, 9);
 
@@ -75,10 +88,20 @@ pub fn engine(checkpoint: &Checkpoint, setup: Setup) -> EngineCore {
         kv_dtype: setup.kv_dtype,
         quant: setup.quant,
     };
-    let runner = ModelRunner::load(backend, checkpoint, &config, |_| {}).unwrap();
+    let mut runner = ModelRunner::load(backend, checkpoint, &config, |_| {}).unwrap();
+    let mut host_tier = None;
+    if setup.num_host_blocks > 0 {
+        runner = runner.with_host_blocks(setup.num_host_blocks).unwrap();
+        host_tier = Some(HostTierConfig {
+            num_blocks: setup.num_host_blocks,
+            block_bytes: runner.memory_plan().kv_block_bytes,
+            cost: COPIES_ARE_CHEAP,
+        });
+    }
     let scheduler = SchedulerConfig {
         enable_prefix_caching: setup.prefix_caching,
         max_prefill_chunk: setup.max_prefill_chunk,
+        host_tier,
         ..SchedulerConfig::new(runner.limits(), BlockHasher::new(HASH_KEY, setup.block_size))
     };
     EngineCore::new(scheduler, Box::new(runner))

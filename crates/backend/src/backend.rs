@@ -1,6 +1,6 @@
 //! The trait itself.
 
-use quire_core::{ExecError, LateInputs, ModelRunnerOutput, StepId, TensorView};
+use quire_core::{ExecError, HostCopy, LateInputs, ModelRunnerOutput, StepId, TensorView};
 
 use crate::{
     AddNorm, Attention, Embed, GraphKey, KvLayout, Linear, LinearSource, Logits, Mlp, RopeAndCache,
@@ -94,6 +94,16 @@ pub trait Backend: Sized + Send + 'static {
     /// Unsupported type, or out of memory.
     fn alloc_kv(&mut self, layout: &KvLayout) -> Result<Self::Kv, BackendError>;
 
+    /// Puts blocks in host memory behind a cache; `layout` is the cache's own, with the number of those blocks. On a GPU
+    /// they are pinned, so that copies run beside the computation.
+    ///
+    /// # Errors
+    /// Out of memory, or this backend has no host tier (the default).
+    fn alloc_host_kv(&mut self, kv: &mut Self::Kv, layout: &KvLayout) -> Result<(), BackendError> {
+        let _ = (kv, layout);
+        Err(no_host_tier(self.name()))
+    }
+
     /// Takes the step's metadata: uploads it and splits the attention work.
     ///
     /// # Errors
@@ -116,6 +126,22 @@ pub trait Backend: Sized + Send + 'static {
     /// # Errors
     /// The device failed; so for all operations below.
     fn copy_blocks(&mut self, kv: &mut Self::Kv) -> Result<(), BackendError>;
+
+    /// Copies whole blocks of all layers between the device and the blocks of [`Self::alloc_host_kv`]: `to_host` first,
+    /// which reads what the steps before have left, then `to_device`, which may read what was copied out just now. Within
+    /// a list the order does not matter. Called after `prepare`, before `copy_blocks`, and not at all if both are empty.
+    ///
+    /// # Errors
+    /// The device failed, or this backend has no host tier (the default).
+    fn copy_host_blocks(
+        &mut self,
+        kv: &mut Self::Kv,
+        to_host: &[HostCopy],
+        to_device: &[HostCopy],
+    ) -> Result<(), BackendError> {
+        let _ = (kv, to_host, to_device);
+        Err(no_host_tier(self.name()))
+    }
 
     /// See [`Embed`].
     fn embed(&mut self, op: Embed<'_, Self>) -> Result<(), BackendError>;
@@ -167,4 +193,9 @@ pub trait Backend: Sized + Send + 'static {
     /// # Errors
     /// The device failed.
     fn write(&mut self, buf: &mut Self::Buf, values: &[f32]) -> Result<(), BackendError>;
+}
+
+fn no_host_tier(device: String) -> BackendError {
+    let message = "keys and values in host memory are not supported on this device".to_owned();
+    BackendError::Device(ExecError { device, message })
 }

@@ -30,6 +30,10 @@ id! {
     BlockId(u32)
 }
 id! {
+    /// A block of the host tier, `0..num_host_blocks`: KV that waits in host memory.
+    HostBlockId(u32)
+}
+id! {
     /// One engine step. Strictly increasing.
     StepId(u64)
 }

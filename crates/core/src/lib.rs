@@ -30,14 +30,14 @@ pub use block_hash::{BlockHash, BlockHasher, CacheSalt};
 pub use constraint::TokenConstraint;
 pub use error::{ExecError, RequestError};
 pub use executor::{Executor, ExecutorLimits, LateInputs};
-pub use ids::{BlockId, Micros, RequestId, Slot, StepId, TenantId, TokenId};
+pub use ids::{BlockId, HostBlockId, Micros, RequestId, Slot, StepId, TenantId, TokenId};
 pub use limits::Limits;
 pub use meter::Meter;
 pub use request::{FinishReason, Request, Usage};
 pub use sampling::SamplingParams;
 pub use step::{
-    BlockCopy, GrownTable, LogitRows, ModelRunnerOutput, NewSeq, RowOutput, Scheduled, SchedulerOutput,
-    TokenLogprobs,
+    BlockCopy, GrownTable, HostCopy, LogitRows, ModelRunnerOutput, NewSeq, RowOutput, Scheduled,
+    SchedulerOutput, TokenLogprobs,
 };
 pub use tenant::TenantShare;
 pub use tensor::{DType, QuantFormat, Shard, TensorView};

@@ -189,6 +189,24 @@ families! {
     KV_BLOCK_EVICTIONS = family(
         "quire_kv_block_evictions_total", Counter, "Cached KV blocks given up for new ones.",
     );
+    HOST_KV_BLOCKS = family("quire_host_kv_blocks", Gauge, "KV blocks in host memory by state.")
+        .labels(&["state"]);
+    HOST_KV_HIT_TOKENS = family(
+        "quire_host_kv_hit_tokens_total", Counter, "Prompt tokens whose KV was found in host memory.",
+    );
+    HOST_KV_BYTES = family(
+        "quire_host_kv_bytes_total", Counter, "Bytes of KV copied to host memory (out) and back (in).",
+    ).labels(&["direction"]);
+    HOST_KV_EVICTIONS = family(
+        "quire_host_kv_evictions_total", Counter, "KV blocks in host memory given up for others.",
+    );
+    PREEMPTIONS_SWAPPED = family(
+        "quire_preemptions_swapped_total", Counter,
+        "Preemptions whose KV blocks were kept for host memory instead of being computed again.",
+    );
+    RECOMPUTED_TOKENS = family(
+        "quire_recomputed_tokens_total", Counter, "Tokens computed again after a preemption.",
+    );
     PREEMPTIONS_TOTAL = family("quire_preemptions_total", Counter, "Times a sequence lost its KV blocks.")
         .aliases(alias!("vllm:num_preemptions_total"));
     REQUESTS_FINISHED = family("quire_requests_finished_total", Counter, "Sequences ended, by reason.")

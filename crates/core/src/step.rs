@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::{BlockId, RequestId, SamplingParams, Slot, StepId, TokenId};
+use crate::{BlockId, HostBlockId, RequestId, SamplingParams, Slot, StepId, TokenId};
 
 /// What to run in one step.
 #[derive(Debug, Default)]
@@ -19,6 +19,12 @@ pub struct SchedulerOutput {
     pub new: Vec<NewSeq>,
     /// Blocks appended to tables of sequences already in the batch.
     pub grown: Vec<GrownTable>,
+    /// Blocks whose content moves to the host tier. They are read as the steps before left them: what this step writes
+    /// to the same device blocks comes after. No two copies of the list have a host block in common.
+    pub copies_to_host: Vec<HostCopy>,
+    /// Blocks that come back, after all of `copies_to_host` and before anything of this step is computed. No two copies
+    /// of the list have a device block in common; a host block written just now may be read.
+    pub copies_to_device: Vec<HostCopy>,
     /// Copies of whole blocks, all layers, done in order before anything of this step is computed.
     pub block_copies: Vec<BlockCopy>,
     /// The rows to compute. Σ `num_new_tokens` <= `max_num_batched_tokens`; each slot at most once.
@@ -31,6 +37,8 @@ impl SchedulerOutput {
         self.freed.clear();
         self.new.clear();
         self.grown.clear();
+        self.copies_to_host.clear();
+        self.copies_to_device.clear();
         self.block_copies.clear();
         self.scheduled.clear();
     }
@@ -89,6 +97,18 @@ pub struct BlockCopy {
     pub src: BlockId,
     /// To here.
     pub dst: BlockId,
+}
+
+/// Copy one block of KV group `group`, all layers of the group, between the device and the host tier. The list that it
+/// is in says which way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostCopy {
+    /// The KV group.
+    pub group: u8,
+    /// On the device.
+    pub device: BlockId,
+    /// In host memory.
+    pub host: HostBlockId,
 }
 
 /// Which of a sequence's new rows need logits.

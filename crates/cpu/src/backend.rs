@@ -6,7 +6,8 @@ use quire_backend::{
     LogitKind, LogitRow, Logits, Mlp, MlpShape, RopeAndCache, RopeTable, SeqState, StepBuffer, StepInput,
 };
 use quire_core::{
-    DType, ExecError, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId, TokenLogprobs,
+    DType, ExecError, HostCopy, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId,
+    TokenLogprobs,
 };
 
 use crate::Isa;
@@ -174,6 +175,11 @@ impl Backend for CpuBackend {
         CpuKv::new(layout, self.precision)
     }
 
+    fn alloc_host_kv(&mut self, kv: &mut CpuKv, layout: &KvLayout) -> Result<(), BackendError> {
+        kv.host = CpuKv::new(layout, self.precision)?.layers;
+        Ok(())
+    }
+
     fn prepare(&mut self, input: &StepInput<'_>) -> Result<(), BackendError> {
         self.step.copy_from(input);
         self.results.clear();
@@ -204,6 +210,33 @@ impl Backend for CpuBackend {
             // SAFETY: one piece, so one call.
             let kv = unsafe { kv.slice(0, 1) };
             copies[range].iter().for_each(|&copy| kv[0].copy_block(copy));
+        })?;
+        Ok(())
+    }
+
+    fn copy_host_blocks(
+        &mut self,
+        kv: &mut CpuKv,
+        to_host: &[HostCopy],
+        to_device: &[HostCopy],
+    ) -> Result<(), BackendError> {
+        if kv.host.len() != kv.layers.len() {
+            return Err(failed("blocks of the host tier are copied, but there is none".into()));
+        }
+        let num_layers = kv.layers.len();
+        let (layers, host) = (Shared::new(&mut kv.layers), Shared::new(&mut kv.host));
+        self.pool.split(num_layers, 1, |_, range| {
+            // SAFETY: the ranges of one split do not overlap.
+            let (layers, host) =
+                unsafe { (layers.slice(range.start, range.len()), host.slice(range.start, range.len())) };
+            for (layer, host) in layers.iter_mut().zip(host) {
+                for copy in to_host {
+                    host.copy_block_of(layer, copy.device.0 as usize, copy.host.0 as usize);
+                }
+                for copy in to_device {
+                    layer.copy_block_of(host, copy.host.0 as usize, copy.device.0 as usize);
+                }
+            }
         })?;
         Ok(())
     }

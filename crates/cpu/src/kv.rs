@@ -14,6 +14,8 @@ use crate::pages::PackedPages;
 /// The cache of one KV group.
 pub struct CpuKv {
     pub(crate) layers: Vec<KvLayer>,
+    /// The same layers with other blocks, if there is a host tier. All is host memory here; it is a tier all the same.
+    pub(crate) host: Vec<KvLayer>,
 }
 
 /// K and V of a layer.
@@ -72,7 +74,7 @@ impl CpuKv {
             })
         };
         let layers = layout.layers.iter().map(layer).collect::<Result<_, _>>()?;
-        Ok(Self { layers })
+        Ok(Self { layers, host: Vec::new() })
     }
 
     pub(crate) fn copy_block(&mut self, copy: BlockCopy) {
@@ -87,6 +89,19 @@ impl CpuKv {
     }
 }
 
+impl KvLayer {
+    /// Copies block `src` of `from`, which is of the same form, to block `dst`.
+    pub(crate) fn copy_block_of(&mut self, from: &Self, src: usize, dst: usize) {
+        match (self, from) {
+            (Self::F32(pages), Self::F32(from)) => pages.copy_block_of(from, src, dst),
+            (Self::F16(pages), Self::F16(from)) => pages.copy_block_of(from, src, dst),
+            (Self::Bf16(pages), Self::Bf16(from)) => pages.copy_block_of(from, src, dst),
+            (Self::Packed(pages), Self::Packed(from)) => pages.copy_block_of(from, src, dst),
+            _ => unreachable!("both tiers are allocated from one layout"),
+        }
+    }
+}
+
 impl<T: Element> Pages<T> {
     fn new(layout: &KvLayout, layer: &KvLayerShape) -> Result<Self, BackendError> {
         let shape = PageShape {
@@ -96,6 +111,13 @@ impl<T: Element> Pages<T> {
         };
         let len = layout.num_blocks as usize * shape.block_len();
         Ok(Self { k: Aligned::zeroed(len, "kv cache")?, v: Aligned::zeroed(len, "kv cache")?, shape })
+    }
+
+    fn copy_block_of(&mut self, from: &Self, src: usize, dst: usize) {
+        let len = self.shape.block_len();
+        let (src, dst) = (src * len..(src + 1) * len, dst * len..(dst + 1) * len);
+        self.k[dst.clone()].copy_from_slice(&from.k[src.clone()]);
+        self.v[dst].copy_from_slice(&from.v[src]);
     }
 
     fn copy_block(&mut self, copy: BlockCopy) {

@@ -132,6 +132,27 @@ impl PackedPages {
         }
     }
 
+    /// Copies block `src` of other pages of this shape and these elements.
+    pub(crate) fn copy_block_of(&mut self, from: &Self, src: usize, dst: usize) {
+        fn copy<T: Plain>(to: &mut Aligned<T>, from: &Aligned<T>, len: usize, src: usize, dst: usize) {
+            to[dst * len..(dst + 1) * len].copy_from_slice(&from[src * len..(src + 1) * len]);
+        }
+        let heads = self.shape.num_kv_heads;
+        let (key, value) = (heads * self.shape.key_len(), heads * self.shape.value_len());
+        match (&mut self.pairs, &from.pairs) {
+            (Pairs::Bf16 { k, v }, Pairs::Bf16 { k: from_k, v: from_v }) => {
+                copy(k, from_k, key, src, dst);
+                copy(v, from_v, value, src, dst);
+            }
+            (Pairs::Int8 { k, v, scales }, Pairs::Int8 { k: from_k, v: from_v, scales: from_scales }) => {
+                copy(k, from_k, key, src, dst);
+                copy(v, from_v, value, src, dst);
+                copy(scales, from_scales, heads * 2 * self.shape.block_size, src, dst);
+            }
+            _ => unreachable!("both are allocated from one layout"),
+        }
+    }
+
     pub(crate) fn copy_block(&mut self, src: usize, dst: usize) {
         fn copy<T: Plain>(array: &mut Aligned<T>, len: usize, src: usize, dst: usize) {
             array.copy_within(src * len..(src + 1) * len, dst * len);

@@ -31,6 +31,13 @@ fn changing_number_of_threads() {
 }
 
 #[test]
+fn host_tier() {
+    conformance::run_host_copies(|| backend(1, Isa::detect()));
+    conformance::run_host_copies(|| backend(2, Isa::detect()));
+    conformance::run_host_copies(|| bf16_backend(2, Isa::detect()));
+}
+
+#[test]
 fn portable_code() {
     conformance::run(|| backend(3, Isa::Portable));
 }

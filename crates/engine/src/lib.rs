@@ -13,6 +13,7 @@
 pub mod client;
 pub mod core;
 pub mod dispatch;
+mod host_metrics;
 pub mod metrics;
 pub mod sessions;
 pub mod snapshot;

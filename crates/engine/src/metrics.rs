@@ -10,6 +10,7 @@ use quire_scheduler::{SchedulerStats, SeqEvent, SeqEventKind};
 use smallvec::SmallVec;
 
 use crate::core::StepStats;
+use crate::host_metrics::HostMetrics;
 
 /// Values of the label `state` of `quire_engine_state`, in the order of an engine's life.
 pub const ENGINE_STATES: [&str; 4] = ["loading", "ready", "draining", "dead"];
@@ -25,7 +26,7 @@ pub enum Rejection {
 
 /// Labels of one engine's series.
 #[derive(Clone, Debug)]
-struct Labels {
+pub(crate) struct Labels {
     model_name: String,
 }
 
@@ -35,7 +36,7 @@ impl Labels {
         own.into_iter().chain(more.iter().cloned()).collect()
     }
 
-    fn counter(&self, family: Family, more: &[(&'static str, String)]) -> Counter {
+    pub(crate) fn counter(&self, family: Family, more: &[(&'static str, String)]) -> Counter {
         let handle = counter!(family.name, &self.with(more));
         handle.increment(0);
         handle
@@ -46,7 +47,7 @@ impl Labels {
         drop(self.counter(family, more));
     }
 
-    fn gauge(&self, family: Family, more: &[(&'static str, String)]) -> Gauge {
+    pub(crate) fn gauge(&self, family: Family, more: &[(&'static str, String)]) -> Gauge {
         gauge!(family.name, &self.with(more))
     }
 
@@ -59,6 +60,7 @@ impl Labels {
 pub struct EngineMetrics {
     queue: QueueMetrics,
     cache: CacheMetrics,
+    host: HostMetrics,
     tokens: TokenMetrics,
     requests: RequestMetrics,
     steps: StepMetrics,
@@ -96,6 +98,7 @@ impl EngineMetrics {
         Self {
             queue: QueueMetrics::new(&labels),
             cache: CacheMetrics::new(&labels),
+            host: HostMetrics::new(&labels),
             tokens: TokenMetrics::new(&labels),
             requests: RequestMetrics::new(&labels),
             steps: StepMetrics::new(&labels),
@@ -120,6 +123,7 @@ impl EngineMetrics {
     pub(crate) fn record_step(&self, stats: &StepStats) {
         self.queue.record(&stats.scheduler);
         self.cache.record(&stats.scheduler);
+        self.host.record(&stats.scheduler);
         self.steps.record(stats);
     }
 

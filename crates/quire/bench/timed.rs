@@ -8,7 +8,7 @@ use quire_backend::{
     AddNorm, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout, Linear, LinearSource,
     Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
 };
-use quire_core::{LateInputs, ModelRunnerOutput, StepId, TensorView};
+use quire_core::{HostCopy, LateInputs, ModelRunnerOutput, StepId, TensorView};
 
 /// The operations of a step, in the order of their first use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,6 +197,19 @@ impl<B: Backend> Backend for Timed<B> {
     fn alloc_kv(&mut self, layout: &KvLayout) -> Result<Self::Kv, BackendError> {
         self.kv_element = layout.dtype.size();
         self.inner.alloc_kv(layout)
+    }
+
+    fn alloc_host_kv(&mut self, kv: &mut Self::Kv, layout: &KvLayout) -> Result<(), BackendError> {
+        self.inner.alloc_host_kv(kv, layout)
+    }
+
+    fn copy_host_blocks(
+        &mut self,
+        kv: &mut Self::Kv,
+        to_host: &[HostCopy],
+        to_device: &[HostCopy],
+    ) -> Result<(), BackendError> {
+        self.inner.copy_host_blocks(kv, to_host, to_device)
     }
 
     fn prepare(&mut self, input: &StepInput<'_>) -> Result<(), BackendError> {

@@ -1,7 +1,7 @@
 //! What can go wrong: at start ([`RunnerError`]), and with a plan ([`PlanError`]).
 
 use quire_backend::BackendError;
-use quire_core::{BlockId, Slot, StepId};
+use quire_core::{BlockId, HostBlockId, Slot, StepId};
 use quire_model::ModelError;
 
 /// Why a model could not be made ready to run.
@@ -63,6 +63,10 @@ pub(crate) enum PlanError {
     NoBlocks { slot: Slot, start: u32, end: u32, capacity: u32 },
     #[error("slot {slot}: a token is to be sampled after token {end}, but {known} are known")]
     SampleInside { slot: Slot, end: u32, known: usize },
+    #[error(
+        "a copy between block {device} of {num_blocks} and host block {host} of {num_host_blocks} is outside its pool"
+    )]
+    BadHostCopy { device: BlockId, host: HostBlockId, num_blocks: u32, num_host_blocks: u32 },
     #[error("step {0} is called for, but {1}")]
     OutOfOrder(StepId, &'static str),
 }

@@ -6,9 +6,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use quire_backend::{Backend, BackendError, GraphKey};
+use quire_backend::{Backend, BackendError, GraphKey, KvLayout};
 use quire_core::{
-    ExecError, Executor, ExecutorLimits, LateInputs, ModelRunnerOutput, SchedulerOutput, Slot, StepId,
+    ExecError, Executor, ExecutorLimits, HostCopy, LateInputs, ModelRunnerOutput, SchedulerOutput, Slot,
+    StepId,
 };
 use quire_model::Checkpoint;
 
@@ -37,6 +38,9 @@ pub struct ModelRunner<B: Backend> {
     pass: Pass,
     limits: ExecutorLimits,
     memory: MemoryPlan,
+    /// Of the device's cache.
+    kv_layout: KvLayout,
+    num_host_blocks: u32,
     /// Submitted and not collected, oldest first.
     in_flight: VecDeque<InFlight>,
     /// Lists of collected steps, to be used again.
@@ -73,7 +77,8 @@ impl<B: Backend> ModelRunner<B> {
         let spec = checkpoint.spec();
         let decoder = load_decoder(&mut backend, checkpoint, config, &mut progress)?;
         let workspace = Workspace::new(&mut backend, &WorkspaceShape::new(spec, config))?;
-        let kv = backend.alloc_kv(&kv_layout(spec, config))?;
+        let kv_layout = kv_layout(spec, config);
+        let kv = backend.alloc_kv(&kv_layout)?;
         let kv_groups: Vec<_> = spec.kv_groups().iter().map(|group| group.window).collect();
         Ok(Self {
             batch: InputBatch::new(config, kv_groups.len()),
@@ -90,6 +95,8 @@ impl<B: Backend> ModelRunner<B> {
                 kv_groups,
             },
             memory: MemoryPlan::new(spec, config),
+            kv_layout,
+            num_host_blocks: 0,
             in_flight: VecDeque::with_capacity(PIPELINE as usize),
             spare_sampled: Vec::with_capacity(PIPELINE as usize),
             late: LateInputs::default(),
@@ -99,6 +106,17 @@ impl<B: Backend> ModelRunner<B> {
             workspace,
             kv,
         })
+    }
+
+    /// Puts `num_blocks` blocks in host memory behind the KV cache; plans may copy to and from them.
+    ///
+    /// # Errors
+    /// The backend has no host tier, or there is not so much memory.
+    pub fn with_host_blocks(mut self, num_blocks: u32) -> Result<Self, RunnerError> {
+        let layout = KvLayout { num_blocks, ..self.kv_layout.clone() };
+        self.backend.alloc_host_kv(&mut self.kv, &layout)?;
+        self.num_host_blocks = num_blocks;
+        Ok(self)
     }
 
     /// What was planned for memory at start.
@@ -119,17 +137,22 @@ impl<B: Backend> ModelRunner<B> {
     /// Prepares and runs the next pass of the step, up to its logits. Returns where the one after it begins.
     fn forward_pass(&mut self, plan: &SchedulerOutput, cursor: Cursor) -> Result<Cursor, ExecError> {
         let next = self.pass.fill(plan, &self.batch, cursor).map_err(|error| self.bad_plan(&error))?;
-        self.enqueue_forward(plan).map_err(|error| self.backend_failed(error))?;
+        let is_first = cursor == Cursor::default();
+        self.enqueue_forward(plan, is_first).map_err(|error| self.backend_failed(error))?;
         Ok(next)
     }
 
-    fn enqueue_forward(&mut self, plan: &SchedulerOutput) -> Result<(), BackendError> {
+    fn enqueue_forward(&mut self, plan: &SchedulerOutput, is_first: bool) -> Result<(), BackendError> {
         let input = self.pass.as_step_input(plan.step, self.batch.seqs());
         let has_copies = !input.block_copies.is_empty();
         let has_tokens = input.num_tokens() > 0;
         let wants_logits = !input.logit_rows.is_empty();
         let key = self.pass.is_decode().then_some(DECODE);
         self.backend.prepare(&input)?;
+        let (to_host, to_device) = (&plan.copies_to_host, &plan.copies_to_device);
+        if is_first && !(to_host.is_empty() && to_device.is_empty()) {
+            self.backend.copy_host_blocks(&mut self.kv, to_host, to_device)?;
+        }
         if has_copies {
             self.backend.copy_blocks(&mut self.kv)?;
         }
@@ -195,6 +218,14 @@ impl<B: Backend> ModelRunner<B> {
     }
 }
 
+fn check_host_copies(plan: &SchedulerOutput, num_blocks: u32, num_host_blocks: u32) -> Result<(), PlanError> {
+    let mut copies = plan.copies_to_host.iter().chain(&plan.copies_to_device);
+    let outside = |copy: &&HostCopy| copy.device.0 >= num_blocks || copy.host.0 >= num_host_blocks;
+    copies.find(outside).map_or(Ok(()), |&copy| {
+        Err(PlanError::BadHostCopy { device: copy.device, host: copy.host, num_blocks, num_host_blocks })
+    })
+}
+
 impl<B: Backend> Executor for ModelRunner<B> {
     fn limits(&self) -> ExecutorLimits {
         self.limits.clone()
@@ -206,7 +237,10 @@ impl<B: Backend> Executor for ModelRunner<B> {
             return Err(self.bad_plan(&PlanError::OutOfOrder(step, "the step before was not collected")));
         }
         self.finish_passes()?;
-        let applied = self.batch.apply(&plan).and_then(|()| self.pass.check(&plan, &self.batch));
+        let (device, host) = (self.limits.num_blocks, self.num_host_blocks);
+        let applied = check_host_copies(&plan, device, host)
+            .and_then(|()| self.batch.apply(&plan))
+            .and_then(|()| self.pass.check(&plan, &self.batch));
         applied.map_err(|error| self.bad_plan(&error))?;
         let mut cursor = Cursor::default();
         if !self.inline {

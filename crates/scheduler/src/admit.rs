@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use quire_core::{BlockCopy, NewSeq, SchedulerOutput, TokenId};
 
+use crate::cost::StepShape;
 use crate::event::{SeqEvent, SeqEventKind};
 use crate::policy::OrderKey;
 use crate::schedule::Pass;
@@ -109,7 +110,7 @@ impl Scheduler {
 
     /// Gives the first waiting sequence the blocks for its first row, of so many tokens, if the whole of its tokens fits
     /// beside what was promised to others.
-    fn place(&mut self, seq: SeqIndex, pass: &Pass, out: &mut SchedulerOutput) -> Option<u32> {
+    fn place(&mut self, seq: SeqIndex, pass: &mut Pass, out: &mut SchedulerOutput) -> Option<u32> {
         // A little room to grow, so that admission does not cause preemption at once.
         let spare = if self.num_running == 0 { 0 } else { self.config.limits.num_blocks / 100 };
         let available = self.kv.pool().num_available();
@@ -117,11 +118,12 @@ impl Scheduler {
         let placed = if self.seqs.data(seq).parked {
             self.place_fork(seq, room, out)
         } else {
-            self.place_prompt(seq, room, out)
+            self.place_prompt(seq, room, pass, out)
         };
         if !placed {
             return None;
         }
+        pass.shape.num_copied_blocks = self.kv.num_planned_copies();
         let chunk = self.longest_row(seq, pass.tokens, pass, true);
         let (hot, data) = self.seqs.both_mut(seq);
         for _ in data.table.blocks.len() as u32..self.kv.blocks_for(hot.num_computed_tokens + chunk) {
@@ -150,7 +152,7 @@ impl Scheduler {
         true
     }
 
-    fn place_prompt(&mut self, seq: SeqIndex, room: u32, out: &mut SchedulerOutput) -> bool {
+    fn place_prompt(&mut self, seq: SeqIndex, room: u32, pass: &Pass, out: &mut SchedulerOutput) -> bool {
         let (hot, data) = self.seqs.both_mut(seq);
         // The last known token is always computed, since its row gives the next one; so is every row whose
         // log-probabilities are wanted.
@@ -158,16 +160,28 @@ impl Scheduler {
         let limit = if unreported.is_empty() { hot.num_tokens - 1 } else { unreported.start };
         let hit = self.kv.lookup(data.hashes(), limit);
         let whole = self.kv.peak_blocks(hot.num_tokens);
-        let needed = (whole + hit.num_idle).saturating_sub(hit.num_blocks - hit.first_live);
-        if needed > room {
+        let num_on_device = (hit.num_blocks - hit.first_live) - hit.num_on_host;
+        let needed = (whole + hit.num_idle).saturating_sub(num_on_device);
+        if needed > room || self.copies_wait(hit.num_on_host, pass) {
             return false;
         }
+        let (hot, data) = self.seqs.both_mut(seq);
         let block_size = self.config.limits.block_size;
         hot.num_computed_tokens = hit.num_blocks * block_size;
         self.kv.take_hit(hit, &mut data.table);
         data.table.visit = self.kv.visit(data.hashes(), hot.num_tokens, hit);
+        // What was held for it goes on where it ended.
+        if let Some(address) = data.held_tail.take() {
+            let num_tokens = data.num_lost_tokens.min(limit);
+            if num_tokens / block_size == hit.num_blocks && num_tokens > hot.num_computed_tokens {
+                let took = self.kv.take_own(address, &mut data.table);
+                hot.num_computed_tokens = if took { num_tokens } else { hot.num_computed_tokens };
+            }
+            self.kv.unhold(address, true);
+        }
         // All is cached but for the rule that the last token is computed: it is, into a copy of the last block.
-        if hot.num_computed_tokens + block_size == hot.num_tokens
+        if hot.num_computed_tokens == hit.num_blocks * block_size
+            && hot.num_computed_tokens + block_size == hot.num_tokens
             && limit + 1 == hot.num_tokens
             && needed < room
             && let Some(copy) = self.kv.copy_cached(data.hash(hit.num_blocks as usize), &mut data.table)
@@ -176,7 +190,10 @@ impl Scheduler {
             self.copy_sources.push(copy.src);
             hot.num_computed_tokens = limit;
         }
-        if !data.started && !data.prompt_hashes.is_empty() {
+        let lost = std::mem::take(&mut data.num_lost_tokens);
+        self.stats.num_recomputed_tokens += u64::from(lost.saturating_sub(hot.num_computed_tokens));
+        if !data.started && data.is_shared() {
+            self.stats.host.hit_tokens += u64::from(hit.num_on_host * block_size);
             data.usage.cached_tokens = hot.num_computed_tokens;
             self.stats.prefix_cache_queries += u64::from(data.prompt_len());
             self.stats.prefix_cache_hits += u64::from(hot.num_computed_tokens);
@@ -259,9 +276,17 @@ impl Scheduler {
         let hot = self.seqs.hot(seq);
         let max_tokens = hot.num_schedulable().min(room).min(self.config.max_prefill_chunk);
         let start = hot.num_computed_tokens;
-        self.pacing
-            .as_ref()
-            .map_or(max_tokens, |pacing| pacing.chunk(&pass.shape, pass.limit_us, start, max_tokens, first))
+        let Some(pacing) = &self.pacing else { return max_tokens };
+        let shape = StepShape { num_copied_blocks: self.kv.num_planned_copies(), ..pass.shape };
+        let chunk = pacing.chunk(&shape, pass.limit_us, start, max_tokens, first);
+        // The blocks that it takes may have to go to the host tier first.
+        match self.kv.num_copies_for(self.kv.blocks_for(chunk)) {
+            0 => chunk,
+            num_copies => {
+                let limit_us = pass.limit_us - f64::from(num_copies) * self.copy_time();
+                pacing.chunk(&shape, limit_us, start, chunk, first)
+            }
+        }
     }
 }
 

@@ -8,7 +8,8 @@ use std::collections::VecDeque;
 
 use quire_core::{BlockId, Micros, StepId};
 
-use crate::eviction::{Choice, IdleBlocks};
+use crate::eviction::{Choice, Idle, IdleBlocks};
+use crate::reuse::HELD;
 
 /// Where a block is. The four sets partition the pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +34,15 @@ struct Block {
     uses: u8,
     /// Its eviction class, from its latest release.
     class: u8,
+}
+
+/// Content that made room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Evicted {
+    /// Where it lay, and what it was worth.
+    pub(crate) idle: Idle,
+    /// See [`BlockPool::uses`].
+    pub(crate) uses: u8,
 }
 
 /// The pool of one KV group.
@@ -98,21 +108,31 @@ impl BlockPool {
         self.blocks[block.0 as usize].place == Place::Idle
     }
 
-    /// A block with one reference: a free one, else the idle one that `choice` gives up at `now`. The flag says that content was evicted, so that the caller can forget its address. `None`:
-    /// nothing is available.
-    pub(crate) fn allocate(&mut self, now: Micros, choice: Choice<'_>) -> Option<(BlockId, bool)> {
-        let (id, evicted) = match self.free.pop() {
-            Some(id) => (id, false),
-            None => (self.idle.pop(now, choice)?, true),
-        };
+    /// A free block, with one reference.
+    #[inline]
+    pub(crate) fn allocate_free(&mut self) -> Option<BlockId> {
+        let id = self.free.pop()?;
+        self.take(id);
+        Some(id)
+    }
+
+    /// A block with one reference: a free one, else the idle one that `choice` gives up at `now`. What was evicted comes
+    /// with the block, so that the caller can forget its address. `None`: nothing is available.
+    pub(crate) fn allocate(&mut self, now: Micros, choice: Choice<'_>) -> Option<(BlockId, Option<Evicted>)> {
+        if let Some(id) = self.allocate_free() {
+            return Some((id, None));
+        }
+        let idle = self.idle.pop(now, choice)?;
+        let evicted = Evicted { idle, uses: self.uses(idle.id) };
+        self.take(idle.id);
+        Some((idle.id, Some(evicted)))
+    }
+
+    #[inline]
+    fn take(&mut self, id: BlockId) {
         let block = &mut self.blocks[id.0 as usize];
         debug_assert_eq!(block.ref_count, 0);
-        block.ref_count = 1;
-        block.place = Place::Referenced;
-        block.cached = false;
-        block.uses = 1;
-        block.class = 0;
-        Some((id, evicted))
+        *block = Block { ref_count: 1, place: Place::Referenced, cached: false, uses: 1, class: 0 };
     }
 
     /// One more table holds `block`, which is referenced already or has cached content.
@@ -127,6 +147,7 @@ impl BlockPool {
         }
         block.ref_count += 1;
         block.uses = block.uses.saturating_add(1);
+        block.class = if block.class == HELD { 0 } else { block.class };
         block.place = Place::Referenced;
     }
 
@@ -146,9 +167,14 @@ impl BlockPool {
         block.ref_count == 1 && block.cached
     }
 
+    /// Whether `block` is in one table only.
+    pub(crate) fn is_only_reference(&self, block: BlockId) -> bool {
+        self.blocks[block.0 as usize].ref_count == 1
+    }
+
     /// One table fewer holds `block`. If it was the last, `class` says with whom it is evicted, counting from `now`.
     pub(crate) fn release(&mut self, id: BlockId, class: u8, now: Micros) {
-        let in_flight = self.last_scheduled > self.last_collected;
+        let in_flight = self.has_steps_in_flight();
         let block = &mut self.blocks[id.0 as usize];
         debug_assert!(block.ref_count > 0, "block {id} is released more often than acquired");
         block.ref_count -= 1;
@@ -169,6 +195,34 @@ impl BlockPool {
         self.blocks[id.0 as usize].cached = true;
     }
 
+    /// `block` now holds content that was used elsewhere before.
+    pub(crate) fn set_uses(&mut self, block: BlockId, uses: u8) {
+        self.blocks[block.0 as usize].uses = uses;
+    }
+
+    /// The prefix cache no longer knows the content of `block`.
+    pub(crate) fn forget(&mut self, id: BlockId) {
+        self.blocks[id.0 as usize].cached = false;
+        if self.is_idle(id) {
+            self.idle.remove(id);
+            self.blocks[id.0 as usize].place = Place::Free;
+            self.free.push(id);
+        }
+    }
+
+    /// Nobody waits for the content of `block` any more: it is as good as any other.
+    pub(crate) fn unhold(&mut self, id: BlockId, now: Micros) {
+        let block = &mut self.blocks[id.0 as usize];
+        if block.class != HELD {
+            return;
+        }
+        block.class = 0;
+        if block.place == Place::Idle {
+            self.idle.remove(id);
+            self.idle.push(id, 0, now);
+        }
+    }
+
     /// Releases from here on belong to `step` or later.
     pub(crate) fn step_scheduled(&mut self, step: StepId) {
         self.last_scheduled = step;
@@ -183,6 +237,10 @@ impl BlockPool {
             self.quarantine.pop_front();
             self.retire(id, now);
         }
+    }
+
+    pub(crate) fn has_steps_in_flight(&self) -> bool {
+        self.last_scheduled > self.last_collected
     }
 
     /// Puts an unreferenced block where it can be allocated from.
@@ -218,7 +276,7 @@ impl BlockPool {
                 "blocks (free, idle, referenced, quarantined): {places:?} but counted {counted:?}"
             ));
         }
-        if self.last_scheduled <= self.last_collected && !self.quarantine.is_empty() {
+        if !self.has_steps_in_flight() && !self.quarantine.is_empty() {
             return Err(format!("{} blocks in quarantine with no step in flight", self.quarantine.len()));
         }
         self.idle.check(|id| self.blocks[id as usize].place == Place::Idle)
@@ -297,8 +355,8 @@ mod tests {
                     Some((got, evicted)) => {
                         assert_eq!(model.refs[got.0 as usize], 0, "a block in use was handed out");
                         assert!(!in_quarantine(got.0), "a block in quarantine was handed out");
-                        assert_eq!(evicted, !any_free);
-                        if evicted {
+                        assert_eq!(evicted.is_some(), !any_free);
+                        if evicted.is_some() {
                             assert_eq!(model.lru.remove(0), got.0, "not the least recently used");
                         }
                         model.refs[got.0 as usize] = 1;
@@ -349,6 +407,6 @@ mod tests {
         pool.step_collected(StepId(1), Micros(0));
         assert_eq!(pool.allocate(Micros(0), Choice::Oldest), None, "step 2 may still write it");
         pool.step_collected(StepId(2), Micros(0));
-        assert_eq!(pool.allocate(Micros(0), Choice::Oldest), Some((id, false)));
+        assert_eq!(pool.allocate(Micros(0), Choice::Oldest), Some((id, None)));
     }
 }

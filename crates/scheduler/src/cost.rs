@@ -1,16 +1,19 @@
-//! How long a step takes: a model with six coefficients, and its correction by what steps really took.
+//! How long a step takes: a model with seven coefficients, and its correction by what steps really took.
 //!
 //! A step with rows `i`, each of `p_i` new tokens that start at position `s_i`, takes
 //!
 //! ```text
 //! fixed + per_row · rows + max(weights, per_token · Σ p_i) + per_context_token · Σ s_i
 //!       + per_attention · Σ p_i (s_i + p_i / 2)          (the last sum over rows with p_i > 1)
+//!       + per_copied_block · blocks copied from or to host memory
 //! ```
 //!
 //! microseconds: launches, work per sequence, the linear layers (bound by reading the weights, or by arithmetic), reading
-//! the KV cache, and the arithmetic of attention in prefill. [`CostModel`] is that formula; [`OnlineCostModel`] learns a
-//! factor for each of its five terms while the engine runs. The simulator uses the first as the truth, the policies use
+//! the KV cache, the arithmetic of attention in prefill, and the link to the host tier. [`CostModel`] is that formula; [`OnlineCostModel`] learns a
+//! factor for each of its six terms while the engine runs. The simulator uses the first as the truth, the policies use
 //! the second.
+
+use crate::host_tier::HostTierConfig;
 
 /// Everything about a step that its duration depends on. Sums over rows, so that a row can be added at a time.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -23,6 +26,8 @@ pub struct StepShape {
     pub num_context_tokens: u64,
     /// Σ p (s + p / 2) over rows of more than one token: pairs of positions that attend to each other.
     pub num_attended_pairs: f64,
+    /// KV blocks copied between device and host memory.
+    pub num_copied_blocks: u32,
 }
 
 impl StepShape {
@@ -60,10 +65,12 @@ pub struct CostModel {
     pub per_context_token: f64,
     /// Of one pair of positions in prefill attention, all layers and heads.
     pub per_attention: f64,
+    /// Of copying one KV block to or from host memory; 0 where there is no host tier.
+    pub per_copied_block: f64,
 }
 
 /// Terms of the sum that the model is.
-const NUM_TERMS: usize = 5;
+const NUM_TERMS: usize = 6;
 
 impl CostModel {
     /// Predicted duration in microseconds.
@@ -78,6 +85,7 @@ impl CostModel {
             self.weights.max(self.per_token * f64::from(shape.num_tokens)),
             self.per_context_token * shape.num_context_tokens as f64,
             self.per_attention * shape.num_attended_pairs,
+            self.per_copied_block * f64::from(shape.num_copied_blocks),
         ]
     }
 }
@@ -160,6 +168,17 @@ impl Calibration {
         Self::ALL.into_iter().find(|known| known.gpu == gpu && known.model == model)
     }
 
+    /// A host tier of `bytes` behind a link of `bytes_per_second`, in blocks of `block_size` tokens.
+    pub fn host_tier(&self, bytes: f64, bytes_per_second: f64, block_size: u32) -> HostTierConfig {
+        let block_bytes = self.kv_bytes_per_token * f64::from(block_size);
+        let per_copied_block = 1e6 * block_bytes / bytes_per_second;
+        HostTierConfig {
+            num_blocks: (bytes / block_bytes) as u32,
+            block_bytes: block_bytes as u64,
+            cost: CostModel { per_copied_block, ..self.cost() },
+        }
+    }
+
     /// The coefficients in microseconds.
     pub fn cost(&self) -> CostModel {
         const MICROS: f64 = 1e6;
@@ -170,6 +189,7 @@ impl Calibration {
             per_token: MICROS * 2.0 * self.linear_params / self.linear_flops,
             per_context_token: MICROS * self.kv_bytes_per_token / self.kv_bandwidth,
             per_attention: MICROS * 4.0 * self.hidden_size * self.num_layers / self.attention_flops,
+            per_copied_block: 0.0,
         }
     }
 }
@@ -227,6 +247,11 @@ impl OnlineCostModel {
     pub fn predict(&self, shape: &StepShape) -> f64 {
         let terms = self.base.terms(shape);
         terms.iter().zip(&self.factors).map(|(term, factor)| term * factor).sum()
+    }
+
+    /// What copying one block takes, in microseconds.
+    pub fn copied_block(&self) -> f64 {
+        self.base.per_copied_block * self.factors[NUM_TERMS - 1]
     }
 
     /// The most tokens, `<= max_tokens`, that a row starting at `start` may have beside `shape` for the step to take at

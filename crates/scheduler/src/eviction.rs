@@ -15,6 +15,10 @@ use quire_core::{BlockId, Micros};
 use crate::reuse::{NUM_CLASSES, ReuseModel};
 
 const NONE: u32 = u32::MAX;
+/// One queue per class, and one for what is held.
+const NUM_QUEUES: usize = NUM_CLASSES + 1;
+/// How many runs [`IdleBlocks::push_since`] looks back for the place of an older block.
+const MAX_WALK: u32 = 64;
 
 /// How blocks are chosen that must make room.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,6 +37,34 @@ pub(crate) enum Choice<'a> {
     Oldest,
     /// The one least worth its room.
     Least(&'a ReuseModel),
+}
+
+impl Choice<'_> {
+    /// Whether `a` is worth its room more than `b` at `now`.
+    pub(crate) fn prefers(self, a: &Idle, b: &Idle, now: Micros) -> bool {
+        match self {
+            Self::Oldest => a.since >= b.since,
+            Self::Least(model) => a.index(now, model) > b.index(now, model),
+        }
+    }
+}
+
+/// A block without reference, and how it came to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Idle {
+    pub(crate) id: BlockId,
+    pub(crate) class: u8,
+    pub(crate) since: Micros,
+}
+
+impl Idle {
+    pub(crate) fn age(&self, now: Micros, model: &ReuseModel) -> usize {
+        model.age(now.0.saturating_sub(self.since.0))
+    }
+
+    fn index(&self, now: Micros, model: &ReuseModel) -> f64 {
+        model.index(self.class, self.age(now, model))
+    }
 }
 
 /// A block's place among the idle ones.
@@ -69,7 +101,7 @@ pub(crate) struct IdleBlocks {
     runs: Vec<Run>,
     /// Entries of `runs` not in use.
     vacant: Vec<u32>,
-    queues: [Queue; NUM_CLASSES],
+    queues: [Queue; NUM_QUEUES],
     /// Bit `c`: queue `c` is not empty.
     occupied: u128,
     /// The run chosen last, and for which time.
@@ -84,7 +116,7 @@ impl IdleBlocks {
             links: vec![Link { run: NONE, prev: NONE, next: NONE }; num_blocks as usize],
             runs: vec![run; num_blocks as usize],
             vacant: (0..num_blocks).rev().collect(),
-            queues: [Queue { oldest: NONE, youngest: NONE }; NUM_CLASSES],
+            queues: [Queue { oldest: NONE, youngest: NONE }; NUM_QUEUES],
             occupied: 0,
             chosen: None,
             len: 0,
@@ -100,8 +132,30 @@ impl IdleBlocks {
         let youngest = self.queues[usize::from(class)].youngest;
         let run = match self.runs.get(youngest as usize) {
             Some(run) if run.at == now => youngest,
-            _ => self.begin_run(class, now),
+            _ => self.begin_run(class, now, youngest),
         };
+        self.append(run, id);
+    }
+
+    /// Adds a block that became idle at `since`, somewhere else. Among very many younger ones it counts as younger than
+    /// it is.
+    pub(crate) fn push_since(&mut self, id: BlockId, class: u8, mut since: Micros) {
+        let mut older = self.queues[usize::from(class)].youngest;
+        for step in 0..=MAX_WALK {
+            match self.runs.get(older as usize) {
+                Some(run) if run.at > since && step == MAX_WALK => since = run.at,
+                Some(run) if run.at > since => older = run.older,
+                _ => break,
+            }
+        }
+        let run = match self.runs.get(older as usize) {
+            Some(run) if run.at == since => older,
+            _ => self.begin_run(class, since, older),
+        };
+        self.append(run, id);
+    }
+
+    fn append(&mut self, run: u32, id: BlockId) {
         let last = std::mem::replace(&mut self.runs[run as usize].last, id.0);
         self.links[id.0 as usize] = Link { run, prev: last, next: NONE };
         match last {
@@ -129,16 +183,22 @@ impl IdleBlocks {
     }
 
     /// Takes out the block to evict at `now`.
-    pub(crate) fn pop(&mut self, now: Micros, choice: Choice<'_>) -> Option<BlockId> {
+    pub(crate) fn pop(&mut self, now: Micros, choice: Choice<'_>) -> Option<Idle> {
+        let idle = self.first(now, choice)?;
+        self.remove(idle.id);
+        Some(idle)
+    }
+
+    /// The block to evict at `now`.
+    pub(crate) fn first(&mut self, now: Micros, choice: Choice<'_>) -> Option<Idle> {
         let run = match (self.chosen, choice) {
             (Some((run, at)), _) if at == now => run,
             (_, Choice::Least(model)) => self.least(now, model)?,
             (_, Choice::Oldest) => self.oldest()?,
         };
         self.chosen = Some((run, now));
-        let id = BlockId(self.runs[run as usize].first);
-        self.remove(id);
-        Some(id)
+        let Run { first, class, at, .. } = self.runs[run as usize];
+        Some(Idle { id: BlockId(first), class, since: at })
     }
 
     /// The run that is idle longest; the lower class of equals, which is the deeper.
@@ -165,15 +225,19 @@ impl IdleBlocks {
         least.map(|(_, _, run)| run)
     }
 
-    fn begin_run(&mut self, class: u8, now: Micros) -> u32 {
+    /// A run next to `older` in the class's queue, or at its old end.
+    fn begin_run(&mut self, class: u8, since: Micros, older: u32) -> u32 {
         let at = self.vacant.pop().expect("a run holds a block, and there are as many runs as blocks");
         let queue = &mut self.queues[usize::from(class)];
-        let older = std::mem::replace(&mut queue.youngest, at);
-        match older {
-            NONE => queue.oldest = at,
-            older => self.runs[older as usize].younger = at,
+        let younger = match older {
+            NONE => std::mem::replace(&mut queue.oldest, at),
+            older => std::mem::replace(&mut self.runs[older as usize].younger, at),
+        };
+        match younger {
+            NONE => queue.youngest = at,
+            younger => self.runs[younger as usize].older = at,
         }
-        self.runs[at as usize] = Run { at: now, class, first: NONE, last: NONE, older, younger: NONE };
+        self.runs[at as usize] = Run { at: since, class, first: NONE, last: NONE, older, younger };
         self.occupied |= 1 << class;
         at
     }
@@ -240,5 +304,36 @@ impl IdleBlocks {
             return Err(format!("eviction run {at} of {len} blocks ends at {prev}, not {}", run.last));
         }
         Ok(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_from_elsewhere_keep_their_age() {
+        let mut idle = IdleBlocks::new(60);
+        for id in 0..60_u32 {
+            // Every time but one occurs, in no order, some twice.
+            idle.push_since(BlockId(id), (id % 2) as u8, Micros(u64::from(id * 37 % 50)));
+            idle.check(|other| other <= id).unwrap();
+        }
+        let popped: Vec<_> = std::iter::from_fn(|| idle.pop(Micros(0), Choice::Oldest)).collect();
+        assert_eq!(popped.len(), 60);
+        for class in [0, 1] {
+            assert!(popped.iter().filter(|idle| idle.class == class).is_sorted_by_key(|idle| idle.since));
+        }
+        assert!(popped.iter().all(|idle| idle.since.0 == u64::from(idle.id.0 * 37 % 50)));
+    }
+
+    #[test]
+    fn among_very_many_younger_runs_a_block_counts_as_younger() {
+        let mut idle = IdleBlocks::new(200);
+        (1..200_u32).for_each(|id| idle.push(BlockId(id), 0, Micros(u64::from(id))));
+        idle.push_since(BlockId(0), 0, Micros(5));
+        idle.check(|_| true).unwrap();
+        let since = std::iter::from_fn(|| idle.pop(Micros(0), Choice::Oldest)).find(|idle| idle.id.0 == 0);
+        assert_eq!(since.map(|idle| idle.since.0), Some(u64::from(199 - MAX_WALK)));
     }
 }

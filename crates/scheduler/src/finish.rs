@@ -72,8 +72,12 @@ impl Scheduler {
                 let (_, data) = self.seqs.both_mut(seq);
                 self.num_parked -= u32::from(data.parked);
                 self.kv.release_table(&mut data.table, data.prompt.len() as u32, 0);
+                self.unhold(seq);
             }
-            SeqState::Running => self.leave_batch(seq),
+            SeqState::Running => {
+                self.leave_batch(seq, false);
+                self.unhold(seq);
+            }
         }
         let hot = self.seqs.hot(seq);
         let (request, index, num_tokens, tenant) = (hot.request, hot.index, hot.num_tokens, hot.tenant);
@@ -119,11 +123,15 @@ impl Scheduler {
     }
 
     /// Gives back blocks and slot of a running sequence. The caller sets its next state.
-    pub(crate) fn leave_batch(&mut self, seq: SeqIndex) {
+    pub(crate) fn leave_batch(&mut self, seq: SeqIndex, hold: bool) {
         let (hot, data) = self.seqs.both_mut(seq);
         self.fair.left(hot.tenant, data.table.live().len() as u32);
         let prompt_tokens = data.prompt_len();
-        self.kv.release_table(&mut data.table, prompt_tokens, hot.num_tokens - prompt_tokens);
+        if hold {
+            self.kv.hold_table(&mut data.table);
+        } else {
+            self.kv.release_table(&mut data.table, prompt_tokens, hot.num_tokens - prompt_tokens);
+        }
         hot.num_blocks = 0;
         self.free_slots.push(Slot(hot.slot));
         self.freed_slots.push(Slot(hot.slot));

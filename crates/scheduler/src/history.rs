@@ -83,6 +83,8 @@ pub(crate) struct History {
     walked: [u64; NUM_AGES - 1],
     /// Sampled blocks in the pool.
     num_sampled: u32,
+    /// How many of them LRU is granted.
+    lru_room: u32,
     /// What LRU would hold: the latest releases of contents from this entry on, and how many they are.
     lru_from: u64,
     lru_len: u32,
@@ -106,6 +108,7 @@ impl History {
             table: vec![NONE; 2 * capacity as usize],
             walked: [0; NUM_AGES - 1],
             num_sampled,
+            lru_room: num_sampled,
             lru_from: 0,
             lru_len: 0,
             next_due: Micros(u64::MAX),
@@ -115,6 +118,11 @@ impl History {
     /// Sampled blocks in the pool.
     pub(crate) fn num_sampled(&self) -> u32 {
         self.num_sampled
+    }
+
+    /// From now on compares with LRU in this part of the pool.
+    pub(crate) fn set_lru_part(&mut self, part: f64) {
+        self.lru_room = ((f64::from(self.num_sampled) * part) as u32).max(1);
     }
 
     /// Whether this content is in the sample.
@@ -184,7 +192,7 @@ impl History {
         }
         self.num_written += 1;
         self.lru_len += 1;
-        while self.lru_len > self.num_sampled {
+        while self.lru_len > self.lru_room {
             let leaves = &self.ring[(self.lru_from % u64::from(self.capacity)) as usize];
             self.lru_len -= u32::from(leaves.latest);
             self.lru_from += 1;

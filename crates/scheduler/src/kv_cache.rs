@@ -3,18 +3,21 @@
 //! There is one KV group today. With a sliding window of `w` tokens, the row at position `p` sees positions
 //! `p - w + 1 ..= p`; blocks wholly below are given back and their table entries turn stale.
 
-use quire_core::{BlockCopy, BlockHash, BlockId, Micros, StepId};
+use quire_core::{BlockCopy, BlockHash, BlockId, HostBlockId, Micros, SchedulerOutput, StepId};
 
 use crate::block_pool::BlockPool;
 use crate::duel::Duel;
 use crate::eviction::{Choice, EvictionPolicy};
 use crate::history::History;
+use crate::host_tier::{BlockCosts, HostTier};
 use crate::prefix_cache::PrefixCache;
 use crate::reuse::{Levels, ReuseModel, Visit};
 use crate::scheduler::SchedulerConfig;
 
 /// What an entry of a table holds where the content was never present.
 pub(crate) const STALE: BlockId = BlockId(0);
+/// What [`KvCacheManager::lookup`] notes where the content lies in the host tier.
+pub(crate) const ON_HOST: BlockId = BlockId(u32::MAX);
 
 /// The block table of one sequence.
 #[derive(Debug, Default)]
@@ -43,6 +46,8 @@ pub(crate) struct PrefixHit {
     pub(crate) first_live: u32,
     /// How many of the visible ones are idle, so that taking them shrinks what is available.
     pub(crate) num_idle: u32,
+    /// How many of the visible ones lie in the host tier, and need a block on the device as well.
+    pub(crate) num_on_host: u32,
 }
 
 /// What a chain's deeper blocks say of a block: it is used at least as often, and worth at least as much.
@@ -63,33 +68,41 @@ struct Learning {
 /// Owns the blocks of one KV group.
 #[derive(Debug)]
 pub(crate) struct KvCacheManager {
-    pool: BlockPool,
-    cache: PrefixCache,
+    pub(crate) pool: BlockPool,
+    pub(crate) cache: PrefixCache,
+    pub(crate) host: Option<Box<HostTier>>,
     block_size: u32,
     window: Option<u32>,
     caching: bool,
     /// What is learned of reuse, and from what; `None` under LRU.
     learning: Option<Box<Learning>>,
-    now: Micros,
+    pub(crate) now: Micros,
     /// The longest row of one sequence and step.
     max_chunk: u32,
     num_evictions: u64,
     /// Physical blocks of the last lookup.
     found: Vec<BlockId>,
+    /// Those of them in the host tier, by place.
+    pub(crate) found_on_host: Vec<(u32, HostBlockId)>,
 }
 
 impl KvCacheManager {
     pub(crate) fn new(config: &SchedulerConfig) -> Self {
         let limits = &config.limits;
         let learning = config.enable_prefix_caching && config.eviction == EvictionPolicy::Learned;
+        let host_tier = config.host_tier.as_ref().filter(|host| host.num_blocks > 0);
+        let num_host_blocks = host_tier.map_or(0, |host| host.num_blocks);
         Self {
             pool: BlockPool::new(limits.num_blocks),
             cache: PrefixCache::new(limits.num_blocks),
+            host: host_tier.map(|host| Box::new(HostTier::new(host))),
             block_size: limits.block_size,
             window: limits.kv_groups[0],
-            caching: config.enable_prefix_caching,
+            caching: config.enable_prefix_caching || num_host_blocks > 0,
             learning: learning.then(|| {
-                let history = History::new(limits.num_blocks, limits.block_size);
+                // The tiers together are as one pool.
+                let num_blocks = limits.num_blocks.saturating_add(num_host_blocks);
+                let history = History::new(num_blocks, limits.block_size);
                 let duel = Duel::new(history.num_sampled());
                 Box::new(Learning { model: ReuseModel::new(), history, duel })
             }),
@@ -97,11 +110,23 @@ impl KvCacheManager {
             max_chunk: config.max_prefill_chunk.min(limits.max_num_batched_tokens),
             num_evictions: 0,
             found: Vec::with_capacity(limits.max_model_len.div_ceil(limits.block_size) as usize),
+            found_on_host: Vec::new(),
         }
     }
 
     pub(crate) fn pool(&self) -> &BlockPool {
         &self.pool
+    }
+
+    pub(crate) fn host(&self) -> Option<&HostTier> {
+        self.host.as_deref()
+    }
+
+    /// What copying and computing a block takes from now on.
+    pub(crate) fn set_costs(&mut self, costs: BlockCosts) {
+        if let Some(host) = &mut self.host {
+            host.set_costs(costs);
+        }
     }
 
     pub(crate) fn num_evictions(&self) -> u64 {
@@ -139,6 +164,11 @@ impl KvCacheManager {
         self.now = now;
         if let Some(learning) = &mut self.learning {
             learning.history.advance(now, &mut learning.model);
+            if let Some(host) = &self.host {
+                let device = f64::from(self.pool.len());
+                let part = (device + host.num_worth_it()) / (device + f64::from(host.len()));
+                learning.history.set_lru_part(part);
+            }
         }
     }
 
@@ -176,16 +206,45 @@ impl KvCacheManager {
 
     /// Finds the longest cached prefix of at most `max_tokens` tokens. Only whole blocks count, and only those that
     /// later rows can see need to be present: without a window all, with one the last few.
-    pub(crate) fn lookup(&mut self, hashes: impl Iterator<Item = BlockHash>, max_tokens: u32) -> PrefixHit {
+    ///
+    /// With a host tier content is present there, too, unless computing it takes less time than copying.
+    pub(crate) fn lookup(
+        &mut self,
+        hashes: impl Iterator<Item = BlockHash> + Clone,
+        max_tokens: u32,
+    ) -> PrefixHit {
+        let hit = self.lookup_in(hashes.clone(), max_tokens, true);
+        let Some(host) = self.host.as_ref().filter(|_| hit.num_on_host > 0) else { return hit };
+        let computed_from = self.found_on_host.first().map_or(hit.num_blocks, |&(at, _)| at);
+        if host.costs().is_worth_copying(hit.num_on_host, hit.num_blocks - computed_from) {
+            return hit;
+        }
+        self.lookup_in(hashes, max_tokens, false)
+    }
+
+    fn lookup_in(
+        &mut self,
+        hashes: impl Iterator<Item = BlockHash>,
+        max_tokens: u32,
+        on_host: bool,
+    ) -> PrefixHit {
         self.found.clear();
+        self.found_on_host.clear();
         let mut hit = PrefixHit::default();
         if !self.caching {
             return hit;
         }
+        let host = self.host.as_deref().filter(|_| on_host);
         // Present blocks in a row up to here.
         let mut run = 0;
         for (hash, at) in hashes.zip(0..max_tokens / self.block_size) {
-            let block = self.cache.get(hash);
+            let mut block = self.cache.get(hash);
+            if block.is_none()
+                && let Some(copy) = host.and_then(|host| host.get(hash))
+            {
+                self.found_on_host.push((at, copy));
+                block = Some(ON_HOST);
+            }
             if block.is_none() && self.window.is_none() {
                 break;
             }
@@ -193,21 +252,33 @@ impl KvCacheManager {
             self.found.push(block.unwrap_or(STALE));
             let first_live = self.first_visible_block((at + 1) * self.block_size);
             if run >= (at + 1).saturating_sub(first_live) {
-                hit = PrefixHit { num_blocks: at + 1, first_live, num_idle: 0 };
+                hit = PrefixHit { num_blocks: at + 1, first_live, ..PrefixHit::default() };
             }
         }
-        let live = &self.found[hit.first_live.min(hit.num_blocks) as usize..hit.num_blocks as usize];
-        hit.num_idle = live.iter().filter(|&&block| self.pool.is_idle(block)).count() as u32;
+        let live = hit.first_live.min(hit.num_blocks)..hit.num_blocks;
+        self.found_on_host.retain(|(at, _)| live.contains(at));
+        hit.num_on_host = self.found_on_host.len() as u32;
+        let live = &self.found[live.start as usize..live.end as usize];
+        let is_idle = |&&block: &&BlockId| block != ON_HOST && self.pool.is_idle(block);
+        hit.num_idle = live.iter().filter(is_idle).count() as u32;
         hit
     }
 
-    /// Fills an empty table with the blocks of the latest [`Self::lookup`].
+    /// Fills an empty table with the blocks of the latest [`Self::lookup`]. What lies in the host tier is copied to the
+    /// device, for which the caller has checked that blocks are available.
     pub(crate) fn take_hit(&mut self, hit: PrefixHit, table: &mut BlockTable) {
         debug_assert!(table.blocks.is_empty());
         table.blocks.extend_from_slice(&self.found[..hit.num_blocks as usize]);
         table.first_live = hit.first_live.min(hit.num_blocks);
-        for &block in table.live() {
+        for &block in table.live().iter().filter(|&&block| block != ON_HOST) {
             self.pool.acquire(block);
+        }
+        if hit.num_on_host > 0 {
+            self.copy_in(table);
+        }
+        // Entries that nobody can see.
+        for block in table.blocks[..table.first_live as usize].iter_mut().filter(|block| **block == ON_HOST) {
+            *block = STALE;
         }
     }
 
@@ -218,7 +289,7 @@ impl KvCacheManager {
         hash: Option<BlockHash>,
         table: &mut BlockTable,
     ) -> Option<BlockCopy> {
-        if !self.caching || self.has_window() {
+        if self.has_window() {
             return None;
         }
         let src = self.cache.get(hash?)?;
@@ -239,14 +310,26 @@ impl KvCacheManager {
     }
 
     /// A block for the end of a table. The caller has checked that one is available.
+    #[inline]
     pub(crate) fn allocate(&mut self) -> BlockId {
+        self.pool.allocate_free().unwrap_or_else(|| self.allocate_evicting())
+    }
+
+    /// A block whose content makes room.
+    fn allocate_evicting(&mut self) -> BlockId {
         let choice = match &self.learning {
             Some(learning) if !learning.duel.prefers_lru() => Choice::Least(&learning.model),
             _ => Choice::Oldest,
         };
         let (block, evicted) =
             self.pool.allocate(self.now, choice).expect("the caller checked num_available()");
-        if evicted {
+        if let Some(evicted) = evicted {
+            if let Some(host) = &mut self.host
+                && let Some(hash) = self.cache.hash_of(block)
+            {
+                let model = self.learning.as_ref().map(|learning| &learning.model);
+                host.keep(hash, evicted, self.now, choice, model);
+            }
             self.cache.remove(block);
             self.num_evictions += 1;
         }
@@ -317,12 +400,19 @@ impl KvCacheManager {
         }
     }
 
-    pub(crate) fn step_scheduled(&mut self, step: StepId) {
+    /// The plan is `step`; copies between the tiers go into it.
+    pub(crate) fn step_scheduled(&mut self, step: StepId, out: &mut SchedulerOutput) {
         self.pool.step_scheduled(step);
+        if let Some(host) = &mut self.host {
+            host.step_scheduled(step, out);
+        }
     }
 
     pub(crate) fn step_collected(&mut self, step: StepId) {
         self.pool.step_collected(step, self.now);
+        if let Some(host) = &mut self.host {
+            host.step_collected(step);
+        }
     }
 
     /// Recounts references from the tables of all sequences, and compares cache and pool.
@@ -343,6 +433,6 @@ impl KvCacheManager {
                 return Err(format!("block {block}: pool and prefix cache disagree whether it is cached"));
             }
         }
-        Ok(())
+        self.host.as_ref().map_or(Ok(()), |host| host.check(!self.pool.has_steps_in_flight()))
     }
 }

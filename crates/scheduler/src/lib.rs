@@ -16,7 +16,7 @@
 //! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), [`policy`] (the order), [`pacing`] (latency
 //! targets), [`fair`] and `waiting` (who is next), `sequence` and `sequence_table` (the state), `block_pool`,
 //! `prefix_cache`, `kv_cache` (the blocks), `reuse`, `history`, `duel`, `eviction` (which of them to keep),
-//! [`cache_replay`], [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `admit` (prompts in it),
+//! [`host_tier`], `kv_swap`, `swap` (a second pool in host memory), [`cache_replay`], [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `admit` (prompts in it),
 //! `preempt` (who makes room), `fork` (continuations share a prompt), `update` (its results come back), `finish`,
 //! `check`.
 #![forbid(unsafe_code)]
@@ -33,7 +33,9 @@ pub mod fair;
 mod finish;
 mod fork;
 mod history;
+pub mod host_tier;
 mod kv_cache;
+mod kv_swap;
 pub mod pacing;
 pub mod policy;
 mod preempt;
@@ -44,11 +46,14 @@ pub mod scheduler;
 mod sequence;
 mod sequence_table;
 pub mod stats;
+mod swap;
 mod update;
 mod waiting;
 
 #[cfg(test)]
 mod kv_cache_tests;
+#[cfg(test)]
+mod host_tests;
 #[cfg(test)]
 mod policy_tests;
 #[cfg(test)]
@@ -59,7 +64,8 @@ pub use cost::{Calibration, CostModel, OnlineCostModel, StepShape};
 pub use event::{SeqEvent, SeqEventKind};
 pub use eviction::EvictionPolicy;
 pub use fair::FairnessConfig;
+pub use host_tier::HostTierConfig;
 pub use pacing::LatencyTargets;
 pub use policy::Policy;
 pub use scheduler::{Scheduler, SchedulerConfig};
-pub use stats::SchedulerStats;
+pub use stats::{HostStats, SchedulerStats};

@@ -212,6 +212,7 @@ mod tests {
             per_token: 10.0,
             per_context_token: 0.0,
             per_attention: 0.0,
+            per_copied_block: 0.0,
         };
         Pacing::new(LatencyTargets::new(cost))
     }

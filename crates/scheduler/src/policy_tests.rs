@@ -100,6 +100,7 @@ fn targets() -> LatencyTargets {
         per_token: 1000.0,
         per_context_token: 0.0,
         per_attention: 0.0,
+        per_copied_block: 0.0,
     };
     let (ttft, itl) = (Micros(100_000), Micros(10_000));
     LatencyTargets { ttft, itl, ..LatencyTargets::new(cost) }

@@ -94,23 +94,25 @@ impl Scheduler {
         pass.preempted = false;
     }
 
-    /// Sends a sequence of the batch, at a place not visited yet, back to the queue. Its tokens stay; their KV is
-    /// computed anew.
+    /// Sends a sequence of the batch, at a place not visited yet, back to the queue. Its tokens stay; their KV is kept in
+    /// the host tier as far as it makes room, if that is cheaper ([`Scheduler::prepare_swap`]), or else computed anew.
     fn preempt(&mut self, at: usize, pass: &mut Pass) {
         debug_assert!(at >= pass.next, "it may have a row in this step");
         let victim = self.running.remove(at);
         if !self.seqs.hot(victim).prefilling && !pass.prompts {
             pass.decodes_left -= 1;
         }
-        self.leave_batch(victim);
         self.seqs.flush_tail(victim);
+        let swap = self.prepare_swap(victim);
+        self.leave_batch(victim, swap);
         let (hot, data) = self.seqs.both_mut(victim);
         hot.state = SeqState::Waiting;
+        data.num_lost_tokens = hot.num_computed_tokens;
         hot.num_computed_tokens = 0;
         hot.epoch = hot.epoch.wrapping_add(1);
         data.usage.num_preemptions += 1;
-        if self.config.enable_prefix_caching {
-            data.extend_hashes(&self.config.hasher, &mut self.block_tokens);
+        if data.is_shared() {
+            data.extend_hashes(data.salt, &self.config.hasher, &mut self.block_tokens);
         }
         self.enqueue(victim);
         self.stats.num_preemptions += 1;

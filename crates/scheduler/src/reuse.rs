@@ -19,6 +19,11 @@ pub(crate) const NUM_AGES: usize = 22;
 pub(crate) const FIRST_EDGE: u64 = 2_000_000;
 /// Classes of blocks by their product of factors, `NUM_HOT` of blocks with very many uses included.
 pub(crate) const NUM_CLASSES: usize = 32;
+/// The class of what a sequence left behind that was taken out of the batch and will go on: worth more than anything
+/// else, until it has waited for too long. Nothing is learned of it.
+pub(crate) const HELD: u8 = NUM_CLASSES as u8;
+/// Age groups in which a held block is; after about eight minutes it goes first.
+const HELD_AGES: usize = 17;
 const NUM_HOT: usize = 4;
 const NUM_SCORED: usize = NUM_CLASSES - NUM_HOT;
 /// Uses from which a block's own history says more than what it is part of.
@@ -113,6 +118,8 @@ pub(crate) struct ReuseModel {
     /// The product of factors that each class stands for.
     class_factor: [f64; NUM_CLASSES],
     indices: Box<[[f64; NUM_AGES]; NUM_CLASSES]>,
+    /// The probability to be wanted again at all.
+    chances: Box<[[f64; NUM_AGES]; NUM_CLASSES]>,
     /// Reuses in the tallies.
     num_reuses: f64,
     until_refresh: u32,
@@ -157,6 +164,7 @@ impl ReuseModel {
             class_edges,
             class_factor,
             indices: Box::default(),
+            chances: Box::default(),
             num_reuses: 0.0,
             until_refresh: REFRESH_INTERVAL,
             next_refresh: 0,
@@ -194,7 +202,19 @@ impl ReuseModel {
 
     /// What a second of keeping a block of this class and age is worth, in reuses. Compare only.
     pub(crate) fn index(&self, class: u8, age: usize) -> f64 {
-        self.indices[usize::from(class)][age]
+        match self.indices.get(usize::from(class)) {
+            Some(ages) => ages[age],
+            None if age < HELD_AGES => f64::INFINITY,
+            None => 0.0,
+        }
+    }
+
+    /// The probability that a block of this class and age is wanted again, in [0, 1].
+    pub(crate) fn chance(&self, class: u8, age: usize) -> f64 {
+        match self.chances.get(usize::from(class)) {
+            Some(ages) => ages[age],
+            None => f64::from(u8::from(age < HELD_AGES)),
+        }
     }
 
     /// A block stayed idle throughout age group `age`.
@@ -282,6 +302,7 @@ impl ReuseModel {
                 best = best.max(wanted / seconds);
             }
             self.indices[class][age] = best;
+            self.chances[class][age] = wanted;
         }
     }
 }

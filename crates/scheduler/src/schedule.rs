@@ -45,6 +45,9 @@ impl Scheduler {
         step.rows.clear();
         self.now = now;
         self.kv.advance(now);
+        if self.kv.host().is_some() {
+            self.update_block_costs();
+        }
         events.append(&mut self.ended);
         self.expire(events);
         if self.running.len() > self.num_running as usize {
@@ -80,7 +83,8 @@ impl Scheduler {
     }
 
     fn close_step(&mut self, pass: Pass, out: &mut SchedulerOutput) {
-        let Pass { mut step, prefill_tokens, decode_tokens, shape, .. } = pass;
+        let Pass { mut step, prefill_tokens, decode_tokens, mut shape, .. } = pass;
+        shape.num_copied_blocks = self.kv.num_planned_copies();
         (step.shape, step.planned) = (shape, self.now);
         self.stats.prefill_tokens = prefill_tokens;
         self.stats.decode_tokens = decode_tokens;
@@ -93,7 +97,7 @@ impl Scheduler {
         step.step = self.next_step;
         self.next_step = StepId(self.next_step.0 + 1);
         self.in_flight.push_back(step);
-        self.kv.step_scheduled(out.step);
+        self.kv.step_scheduled(out.step, out);
         // Only now: this step reads them.
         for block in self.copy_sources.drain(..) {
             self.kv.release(block);

@@ -1,6 +1,7 @@
 //! The scheduler's parts, and how requests enter.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use quire_core::{
@@ -8,16 +9,17 @@ use quire_core::{
     TenantShare, TokenId, Usage,
 };
 
-use crate::cost::StepShape;
+use crate::cost::{OnlineCostModel, StepShape};
 use crate::event::SeqEvent;
 use crate::eviction::EvictionPolicy;
 use crate::fair::{FairShare, FairnessConfig};
+use crate::host_tier::{HostTierConfig, PromptCosts};
 use crate::kv_cache::{BlockTable, KvCacheManager};
 use crate::pacing::{Due, Pacing};
 use crate::policy::{OrderKey, Policy};
 use crate::sequence::{SeqIndex, SeqState, SequenceData};
 use crate::sequence_table::SequenceTable;
-use crate::stats::SchedulerStats;
+use crate::stats::{HostStats, SchedulerStats};
 use crate::waiting::WaitingQueue;
 
 /// The entry of [`RequestEntry::seqs`] of a continuation that ended.
@@ -42,6 +44,8 @@ pub struct SchedulerConfig {
     pub fairness: FairnessConfig,
     /// The order among requests of one tenant.
     pub policy: Policy,
+    /// A second pool of blocks in host memory, if the executor has one.
+    pub host_tier: Option<HostTierConfig>,
 }
 
 impl SchedulerConfig {
@@ -56,6 +60,7 @@ impl SchedulerConfig {
             max_queued_requests: 1024,
             fairness: FairnessConfig::default(),
             policy: Policy::Fcfs,
+            host_tier: None,
         }
     }
 }
@@ -122,6 +127,12 @@ pub struct Scheduler {
     /// Tokens computed of all sequences that decode.
     pub(crate) decode_context: u64,
     pub(crate) pacing: Option<Pacing>,
+    /// What steps take, where there is a host tier and no pacing that would know.
+    pub(crate) step_model: Option<Box<OnlineCostModel>>,
+    /// What prompts take, where there is a host tier.
+    pub(crate) prompt_costs: PromptCosts,
+    /// When the previous step was collected, for that model.
+    pub(crate) last_collected: Micros,
     pub(crate) free_slots: Vec<Slot>,
     /// Slots that left the batch and that the executor has not been told about.
     pub(crate) freed_slots: Vec<Slot>,
@@ -180,8 +191,19 @@ impl Scheduler {
             decode_context: 0,
             pacing: match config.policy {
                 Policy::Fcfs => None,
-                Policy::DeadlineSlack(targets) => Some(Pacing::new(targets)),
+                Policy::DeadlineSlack(mut targets) => {
+                    if let Some(host) = &config.host_tier {
+                        targets.cost.per_copied_block = host.cost.per_copied_block;
+                    }
+                    Some(Pacing::new(targets))
+                }
             },
+            step_model: match (config.host_tier, config.policy) {
+                (Some(host), Policy::Fcfs) => Some(Box::new(OnlineCostModel::new(host.cost))),
+                _ => None,
+            },
+            prompt_costs: PromptCosts::default(),
+            last_collected: Micros(0),
             free_slots: (0..limits.max_num_seqs).rev().map(Slot).collect(),
             freed_slots: Vec::with_capacity(slots),
             in_flight: VecDeque::with_capacity(limits.max_steps_in_flight as usize),
@@ -213,6 +235,9 @@ impl Scheduler {
     pub fn add(&mut self, request: Request) -> Result<(), RequestError> {
         self.check_request(&request)?;
         let due = self.check_latency(&request)?;
+        if self.kv.host().is_some() {
+            self.learn_prompt_cost(request.prompt.len() as u32);
+        }
         let n = request.params.n;
         let entry = match self.vacant_requests.pop() {
             Some(entry) => entry,
@@ -276,6 +301,7 @@ impl Scheduler {
             kv_blocks_quarantined: pool.num_quarantined(),
             kv_usage: f64::from(pool.num_referenced()) / f64::from(pool.len()),
             num_evictions: self.kv.num_evictions(),
+            host: self.kv.host().map_or(HostStats::default(), |host| host.stats(self.stats.host)),
             step_time_error_p90: self.pacing.as_ref().map_or(0.0, |pacing| pacing.model().error_p90()),
             ..self.stats
         }
@@ -349,7 +375,7 @@ impl Scheduler {
             num_rows: num_decodes,
             num_tokens: num_decodes,
             num_context_tokens: self.decode_context,
-            num_attended_pairs: 0.0,
+            ..StepShape::default()
         }
     }
 
@@ -360,7 +386,11 @@ impl Scheduler {
             request: entry,
             key: OrderKey::new(request, index, tenant, due),
             prompt: request.prompt.clone(),
-            prompt_hashes: request.block_hashes.clone(),
+            prompt_hashes: if self.config.enable_prefix_caching {
+                request.block_hashes.clone()
+            } else {
+                Arc::default()
+            },
             salt: request.salt,
             params: request.params.clone(),
             generated: Vec::new(),
@@ -368,6 +398,8 @@ impl Scheduler {
             table: BlockTable::default(),
             parked: false,
             num_reported_rows: 0,
+            held_tail: None,
+            num_lost_tokens: 0,
             num_charged_tokens: 0,
             usage: Usage { prompt_tokens: prompt_len, arrival: request.arrival, ..Usage::default() },
             started: false,

@@ -175,6 +175,10 @@ pub(crate) struct SequenceData {
     pub(crate) parked: bool,
     /// Rows of the prompt whose log-probabilities were reported.
     pub(crate) num_reported_rows: u32,
+    /// The address of its last, partly filled block, while that is held for it: nobody else has it.
+    pub(crate) held_tail: Option<BlockHash>,
+    /// Tokens that were computed when it was taken out of the batch.
+    pub(crate) num_lost_tokens: u32,
     /// Prompt tokens that were computed once, or found; its tenant has paid for them.
     pub(crate) num_charged_tokens: u32,
     pub(crate) usage: Usage,
@@ -188,7 +192,7 @@ impl SequenceData {
     }
 
     /// Addresses of the full blocks known so far.
-    pub(crate) fn hashes(&self) -> impl Iterator<Item = BlockHash> + '_ {
+    pub(crate) fn hashes(&self) -> impl Iterator<Item = BlockHash> + Clone + '_ {
         self.prompt_hashes.iter().chain(&self.later_hashes).copied()
     }
 
@@ -228,15 +232,18 @@ impl SequenceData {
         hasher.next(parent, tokens)
     }
 
-    /// Computes the addresses of all full blocks, so that they can be looked up.
-    pub(crate) fn extend_hashes(&mut self, hasher: &BlockHasher, tokens: &mut Vec<TokenId>) {
-        if self.prompt_hashes.is_empty() {
-            return;
-        }
+    /// Whether its blocks have addresses that others may look up. If not, they get addresses of their own once they are
+    /// to be kept for itself.
+    pub(crate) fn is_shared(&self) -> bool {
+        !self.prompt_hashes.is_empty()
+    }
+
+    /// Computes the addresses of all full blocks, so that they can be looked up. `salt`: of the chain.
+    pub(crate) fn extend_hashes(&mut self, salt: CacheSalt, hasher: &BlockHasher, tokens: &mut Vec<TokenId>) {
         let num_full = (self.prompt.len() + self.generated.len()) / hasher.block_size() as usize;
         for at in self.prompt_hashes.len() + self.later_hashes.len()..num_full {
             let parent = at.checked_sub(1).and_then(|before| self.hash(before));
-            let parent = parent.unwrap_or_else(|| hasher.root(self.salt));
+            let parent = parent.unwrap_or_else(|| hasher.root(salt));
             let hash = self.hash_block(at, parent, hasher, tokens);
             self.later_hashes.push(hash);
         }

@@ -27,6 +27,10 @@ pub struct SchedulerStats {
     pub prefix_cache_hits: u64,
     /// Cached blocks whose content was given up for new content.
     pub num_evictions: u64,
+    /// Tokens that had been computed when their sequence lost its blocks, and had to be computed again.
+    pub num_recomputed_tokens: u64,
+    /// The host tier; all 0 without one.
+    pub host: HostStats,
     /// Accepted requests that were refused later, because they could no longer be served in time.
     pub num_rejected: u64,
     /// Relative error of predicted step times that nine in ten steps stay below; 0 without latency targets.
@@ -35,4 +39,27 @@ pub struct SchedulerStats {
     pub prefill_tokens: u32,
     /// Sequences that computed exactly their newest token in the latest step.
     pub decode_tokens: u32,
+}
+
+/// The host tier. Counters count since start; the rest is the state now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostStats {
+    /// Blocks in host memory.
+    pub blocks_total: u32,
+    /// Those that hold something.
+    pub blocks_used: u32,
+    /// Blocks copied from the device.
+    pub num_copied_out: u64,
+    /// Blocks copied to the device.
+    pub num_copied_in: u64,
+    /// Bytes copied from the device.
+    pub bytes_out: u64,
+    /// Bytes copied to the device.
+    pub bytes_in: u64,
+    /// Blocks whose content was given up for new content.
+    pub num_evictions: u64,
+    /// Prompt tokens found here at first admission.
+    pub hit_tokens: u64,
+    /// Times a sequence lost its blocks to the host tier, as computing them again would take longer.
+    pub num_swaps: u64,
 }

@@ -66,7 +66,7 @@ impl Rig {
         }
     }
 
-    fn add(&mut self, id: u64, prompt: impl IntoIterator<Item = TokenId>, params: SamplingParams) {
+    pub(crate) fn add(&mut self, id: u64, prompt: impl IntoIterator<Item = TokenId>, params: SamplingParams) {
         let request = self.request(id, prompt, params);
         self.scheduler.add(request).unwrap();
     }
@@ -77,6 +77,11 @@ impl Rig {
         self.scheduler.schedule(Micros(self.now), &mut self.out, &mut self.events);
         self.scheduler.check_invariants().unwrap();
         self.out.scheduled.iter().map(|r| (r.num_computed_tokens, r.num_new_tokens, r.sample)).collect()
+    }
+
+    /// The current plan.
+    pub(crate) fn plan(&self) -> &SchedulerOutput {
+        &self.out
     }
 
     /// The answer to the current plan: a fresh token for each sampled row.

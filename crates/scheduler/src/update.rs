@@ -20,6 +20,8 @@ impl Scheduler {
         self.kv.step_collected(step.step);
         if let Some(pacing) = &mut self.pacing {
             pacing.collected(&step.shape, step.planned, now);
+        } else if self.step_model.is_some() {
+            self.learn_step_time(&step, now);
         }
         events.append(&mut self.ended);
         events.reserve(step.rows.len());

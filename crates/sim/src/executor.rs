@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use quire_core::{
-    BlockId, CacheSalt, ExecError, Executor, ExecutorLimits, LateInputs, LogitRows, Micros,
+    BlockId, CacheSalt, ExecError, Executor, ExecutorLimits, HostBlockId, LateInputs, LogitRows, Micros,
     ModelRunnerOutput, NewSeq, RequestId, SamplingParams, Scheduled, SchedulerOutput, Slot, StepId, TokenId,
 };
 
@@ -14,12 +14,13 @@ use crate::oracle;
 use crate::rng::mix;
 use crate::shadow_kv::ShadowKv;
 
-/// Virtual time of one step: `fixed + per_token * tokens + per_seq * rows`, in microseconds.
+/// Virtual time of one step: `fixed + per_token * tokens + per_seq * rows + per_host_copy * copies`, in microseconds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CostModel {
     pub(crate) fixed: u64,
     pub(crate) per_token: u64,
     pub(crate) per_seq: u64,
+    pub(crate) per_host_copy: u64,
 }
 
 /// What the device shares with the driver of the simulation.
@@ -32,6 +33,8 @@ pub(crate) struct World {
     /// Salts of requests: the device must know them to tell namespaces apart.
     pub(crate) salts: BTreeMap<RequestId, CacheSalt>,
     pub(crate) num_copies: u64,
+    pub(crate) num_copies_to_host: u64,
+    pub(crate) num_copies_to_device: u64,
     pub(crate) num_steps: u64,
 }
 
@@ -88,12 +91,15 @@ struct Flight {
     step: StepId,
     /// Blocks it reads or writes.
     touched: BTreeSet<BlockId>,
+    /// Blocks of the host tier that it reads or writes.
+    touched_on_host: BTreeSet<HostBlockId>,
     done_at: u64,
     output: ModelRunnerOutput,
 }
 
 pub(crate) struct SimExecutor {
     limits: ExecutorLimits,
+    num_host_blocks: u32,
     cost: CostModel,
     world: SharedWorld,
     kv: ShadowKv,
@@ -112,10 +118,25 @@ macro_rules! require {
 }
 
 impl SimExecutor {
-    pub(crate) fn new(limits: ExecutorLimits, cost: CostModel, world: SharedWorld) -> Self {
-        let kv = ShadowKv::new(limits.num_blocks, limits.block_size, limits.kv_groups[0]);
+    pub(crate) fn new(
+        limits: ExecutorLimits,
+        num_host_blocks: u32,
+        cost: CostModel,
+        world: SharedWorld,
+    ) -> Self {
+        let kv = ShadowKv::new(limits.num_blocks, limits.block_size, limits.kv_groups[0])
+            .with_host_blocks(num_host_blocks);
         let slots = (0..limits.max_num_seqs).map(|_| None).collect();
-        Self { limits, cost, world, kv, slots, flights: VecDeque::new(), last_step: StepId(0) }
+        Self {
+            limits,
+            num_host_blocks,
+            cost,
+            world,
+            kv,
+            slots,
+            flights: VecDeque::new(),
+            last_step: StepId(0),
+        }
     }
 
     /// Everything at once; the real device's order of effects.
@@ -137,13 +158,21 @@ impl SimExecutor {
         for row in &plan.scheduled {
             self.compute_row(row, &mut output)?;
         }
-        Ok(Flight { step: plan.step, touched, done_at: self.finish_time(plan), output })
+        let copies = plan.copies_to_host.iter().chain(&plan.copies_to_device);
+        let touched_on_host = copies.map(|copy| copy.host).collect();
+        let done_at = self.finish_time(plan);
+        Ok(Flight { step: plan.step, touched, touched_on_host, done_at, output })
     }
 
     fn finish_time(&self, plan: &SchedulerOutput) -> u64 {
         let start = self.flights.back().map_or(0, |flight| flight.done_at).max(lock(&self.world).now);
-        let CostModel { fixed, per_token, per_seq } = self.cost;
-        start + fixed + per_token * u64::from(plan.num_tokens()) + per_seq * plan.scheduled.len() as u64
+        let CostModel { fixed, per_token, per_seq, per_host_copy } = self.cost;
+        let num_copies = (plan.copies_to_host.len() + plan.copies_to_device.len()) as u64;
+        start
+            + fixed
+            + per_token * u64::from(plan.num_tokens())
+            + per_seq * plan.scheduled.len() as u64
+            + per_host_copy * num_copies
     }
 
     fn apply_diffs(&mut self, plan: &SchedulerOutput) -> Result<(), String> {
@@ -168,11 +197,42 @@ impl SimExecutor {
             };
             mirror.table.push(grown.block);
         }
+        self.move_between_tiers(plan)?;
         for &copy in &plan.block_copies {
             self.check_fresh(copy.dst)?;
             self.kv.copy(copy);
         }
         lock(&self.world).num_copies += plan.block_copies.len() as u64;
+        Ok(())
+    }
+
+    /// Out, then in; within each list in reverse, since its order must not matter.
+    fn move_between_tiers(&mut self, plan: &SchedulerOutput) -> Result<(), String> {
+        let mut written = BTreeSet::new();
+        for &copy in plan.copies_to_host.iter().rev() {
+            let host = copy.host;
+            require!(host.0 < self.num_host_blocks, "host block {host} does not exist");
+            require!(copy.device.0 < self.limits.num_blocks, "block {} does not exist", copy.device);
+            require!(written.insert(host), "host block {host} is written twice");
+            for flight in &self.flights {
+                require!(
+                    !flight.touched_on_host.contains(&host),
+                    "host block {host} is written while step {} is in flight",
+                    flight.step
+                );
+            }
+            self.kv.copy_to_host(copy)?;
+        }
+        let mut written = BTreeSet::new();
+        for &copy in plan.copies_to_device.iter().rev() {
+            require!(copy.host.0 < self.num_host_blocks, "host block {} does not exist", copy.host);
+            require!(written.insert(copy.device), "block {} is written twice", copy.device);
+            self.check_fresh(copy.device)?;
+            self.kv.copy_to_device(copy);
+        }
+        let mut world = lock(&self.world);
+        world.num_copies_to_host += plan.copies_to_host.len() as u64;
+        world.num_copies_to_device += plan.copies_to_device.len() as u64;
         Ok(())
     }
 
@@ -192,6 +252,7 @@ impl SimExecutor {
     /// Proves every row's view before anything is written, and returns what the step touches.
     fn check_rows(&self, plan: &SchedulerOutput) -> Result<BTreeSet<BlockId>, String> {
         let mut touched: BTreeSet<BlockId> = plan.block_copies.iter().flat_map(|c| [c.src, c.dst]).collect();
+        touched.extend(plan.copies_to_host.iter().chain(&plan.copies_to_device).map(|copy| copy.device));
         let holders = self.count_holders();
         let mut seen = BTreeSet::new();
         for row in &plan.scheduled {
@@ -294,6 +355,9 @@ impl SimExecutor {
         plan.block_copies
             .iter()
             .for_each(|copy| world.record(u64::from(copy.src.0) << 32 | u64::from(copy.dst.0)));
+        for copy in plan.copies_to_host.iter().chain(&plan.copies_to_device) {
+            world.record(u64::from(copy.device.0) << 32 | u64::from(copy.host.0));
+        }
         for row in &plan.scheduled {
             world.record(
                 u64::from(row.slot.0) << 40 | u64::from(row.num_new_tokens) << 20 | u64::from(row.sample),

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use quire_core::BlockHash;
-use quire_scheduler::{CacheReplay, EvictionPolicy};
+use quire_scheduler::{CacheReplay, EvictionPolicy, HostStats, HostTierConfig};
 
 use crate::rng::mix;
 use crate::trace::{TRACE_BLOCK_SIZE, TraceRequest};
@@ -49,7 +49,21 @@ pub fn replay_cache(
     policy: EvictionPolicy,
     sharing: Sharing,
 ) -> HitRate {
-    let mut cache = CacheReplay::new(num_blocks, TRACE_BLOCK_SIZE, policy);
+    replay_tiers(trace, num_blocks, policy, sharing, None).0
+}
+
+/// The same with a host tier behind it. Also what moved between the tiers.
+///
+/// # Panics
+/// As [`replay_cache`].
+pub fn replay_tiers(
+    trace: &[TraceRequest],
+    num_blocks: u32,
+    policy: EvictionPolicy,
+    sharing: Sharing,
+    host_tier: Option<HostTierConfig>,
+) -> (HitRate, HostStats) {
+    let mut cache = CacheReplay::with_host_tier(num_blocks, TRACE_BLOCK_SIZE, policy, host_tier);
     let mut rate = HitRate::default();
     let mut hashes = Vec::new();
     for request in trace {
@@ -61,7 +75,7 @@ pub fn replay_cache(
         let num_hit = cache.request(request.arrival, &hashes, request.input_tokens, request.output_tokens);
         rate.add(request, u64::from(num_hit));
     }
-    rate
+    (rate, cache.host_stats())
 }
 
 /// The address that stands for a block of a trace.

@@ -34,6 +34,10 @@ pub struct Report {
     pub num_evictions: u64,
     /// Blocks copied for continuations.
     pub num_copies: u64,
+    /// Blocks copied to the host tier and from it.
+    pub num_host_copies: [u64; 2],
+    /// Times a sequence lost its blocks to the host tier.
+    pub num_swaps: u64,
     /// Virtual time at the end.
     pub virtual_time: Micros,
     /// Hash of every plan, every result and the time; equal for equal seeds.
@@ -45,7 +49,7 @@ impl fmt::Display for Report {
         write!(
             f,
             "seed {}: {} steps, {} requests ({} refused), {} tokens, {} preemptions, {} cached tokens, {} evictions, \
-             {} copies, {:.3} s virtual, trace {:016x}",
+             {} copies, {} to and {} from the host tier, {} swaps, {:.3} s virtual, trace {:016x}",
             self.seed,
             self.num_steps,
             self.num_requests,
@@ -55,6 +59,9 @@ impl fmt::Display for Report {
             self.num_cached_tokens,
             self.num_evictions,
             self.num_copies,
+            self.num_host_copies[0],
+            self.num_host_copies[1],
+            self.num_swaps,
             self.virtual_time.as_secs_f64(),
             self.trace_hash
         )
@@ -87,7 +94,21 @@ impl std::error::Error for Failure {}
 /// # Errors
 /// The first broken invariant; a panic in the code under test counts as one.
 pub fn run_seed(seed: u64) -> Result<Report, Failure> {
-    let mut run = Run::new(seed);
+    run_workload(seed, Workload::new(seed))
+}
+
+/// The same without a host tier, whether the seed has one or not: what seeds meant before there was any.
+///
+/// # Errors
+/// As [`run_seed`].
+pub fn run_seed_without_host_tier(seed: u64) -> Result<Report, Failure> {
+    let mut workload = Workload::new(seed);
+    workload.config.host_tier = None;
+    run_workload(seed, workload)
+}
+
+fn run_workload(seed: u64, workload: Workload) -> Result<Report, Failure> {
+    let mut run = Run::new(seed, workload);
     let result = catch_unwind(AssertUnwindSafe(|| run.play()));
     let violation = match result {
         Ok(Ok(())) => return Ok(run.report()),
@@ -111,12 +132,12 @@ struct Run {
 }
 
 impl Run {
-    fn new(seed: u64) -> Self {
-        let workload = Workload::new(seed);
+    fn new(seed: u64, workload: Workload) -> Self {
         let world = Arc::new(Mutex::new(World::default()));
         let limits = workload.config.limits.clone();
         let checker = Checker::new(limits.vocab_size, &workload);
-        let executor = SimExecutor::new(limits, workload.cost, Arc::clone(&world));
+        let num_host_blocks = workload.config.host_tier.map_or(0, |host| host.num_blocks);
+        let executor = SimExecutor::new(limits, num_host_blocks, workload.cost, Arc::clone(&world));
         let mut core = EngineCore::new(workload.config.clone(), Box::new(executor));
         core.set_tenants(&workload.tenants);
         Self {
@@ -241,6 +262,8 @@ impl Run {
             num_cached_tokens: self.stats.prefix_cache_hits,
             num_evictions: self.stats.num_evictions,
             num_copies: world.num_copies,
+            num_host_copies: [world.num_copies_to_host, world.num_copies_to_device],
+            num_swaps: self.stats.host.num_swaps,
             virtual_time: Micros(world.now),
             trace_hash: world.trace,
         }
@@ -251,7 +274,7 @@ fn describe(config: &SchedulerConfig) -> String {
     let limits = &config.limits;
     format!(
         "block_size {} num_blocks {} max_num_seqs {} max_num_batched_tokens {} max_prefill_chunk {} window {:?} \
-         depth {} prefix caching {}",
+         depth {} prefix caching {} host blocks {}",
         limits.block_size,
         limits.num_blocks,
         limits.max_num_seqs,
@@ -259,7 +282,8 @@ fn describe(config: &SchedulerConfig) -> String {
         config.max_prefill_chunk,
         limits.kv_groups[0],
         limits.max_steps_in_flight,
-        config.enable_prefix_caching
+        config.enable_prefix_caching,
+        config.host_tier.map_or(0, |host| host.num_blocks)
     )
 }
 

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use quire_core::{Micros, Usage};
+use quire_scheduler::SchedulerStats;
 
 /// Part of a request's gaps between tokens that may be over the target.
 const MAX_LATE_GAPS: f64 = 0.05;
@@ -138,6 +139,52 @@ pub struct ServeReport {
     pub good_percent_by_length: [f64; 10],
     /// Times a sequence lost its blocks.
     pub num_preemptions: u64,
+    /// What that cost, and what the host tier did.
+    pub kv: KvReport,
+}
+
+/// What became of KV that had to make room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvReport {
+    /// Tokens computed in all steps.
+    pub num_computed_tokens: u64,
+    /// Those of them that had been computed before a preemption.
+    pub num_recomputed_tokens: u64,
+    /// Preemptions whose blocks were kept for the host tier.
+    pub num_swaps: u64,
+    /// Blocks of the host tier; 0 without one.
+    pub num_host_blocks: u32,
+    /// Bytes copied to it.
+    pub bytes_out: u64,
+    /// Bytes copied back.
+    pub bytes_in: u64,
+}
+
+impl KvReport {
+    pub(crate) fn add(&mut self, stats: &SchedulerStats, num_computed_tokens: u64) {
+        self.num_computed_tokens += num_computed_tokens;
+        self.num_recomputed_tokens += stats.num_recomputed_tokens;
+        self.num_swaps += stats.host.num_swaps;
+        self.num_host_blocks += stats.host.blocks_total;
+        self.bytes_out += stats.host.bytes_out;
+        self.bytes_in += stats.host.bytes_in;
+    }
+
+    /// Tokens computed again, of all.
+    pub fn recomputed_percent(&self) -> f64 {
+        100.0 * self.num_recomputed_tokens as f64 / self.num_computed_tokens.max(1) as f64
+    }
+}
+
+impl fmt::Display for KvReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "recomputed  {:.3} % of the tokens", self.recomputed_percent())?;
+        if self.num_host_blocks > 0 {
+            let [out, back] = [self.bytes_out, self.bytes_in].map(|bytes| bytes as f64 / 1e9);
+            write!(f, "; {} swaps, {out:.1} GB to host memory, {back:.1} GB back", self.num_swaps)?;
+        }
+        Ok(())
+    }
 }
 
 impl ServeReport {
@@ -207,6 +254,7 @@ impl fmt::Display for ServeReport {
         let [half, most, nearly_all] = [50.0, 90.0, 99.0].map(|percent| self.gaps.percentile_ms(percent));
         writeln!(f, "ITL         p50 {half:.1} ms, p90 {most:.1} ms, p99 {nearly_all:.1} ms")?;
         writeln!(f, "hit rate    {:.1} % of the prompt tokens", self.hit_percent)?;
+        writeln!(f, "{}", self.kv)?;
         writeln!(f, "waits       {:.1} s at most, refusals {:.1} s", self.max_wait, self.max_refusal_wait)?;
         write!(f, "by length  ")?;
         for percent in self.good_percent_by_length {

@@ -14,8 +14,8 @@ use quire_core::{
 };
 use quire_engine::EngineCore;
 use quire_scheduler::{
-    Calibration, CostModel, EvictionPolicy, LatencyTargets, Policy, SchedulerConfig, SeqEvent, SeqEventKind,
-    StepShape,
+    Calibration, CostModel, EvictionPolicy, HostTierConfig, LatencyTargets, Policy, SchedulerConfig,
+    SchedulerStats, SeqEvent, SeqEventKind, StepShape,
 };
 
 use crate::replay::address;
@@ -25,7 +25,8 @@ use crate::trace::{TRACE_BLOCK_SIZE, TraceRequest};
 /// What every client asks for; the trace decides how much it gets.
 const MAX_TOKENS: u32 = 2000;
 const STOP: TokenId = 1;
-const BLOCK_SIZE: u32 = 16;
+/// Tokens in a KV block of the engine that serves.
+pub const BLOCK_SIZE: u32 = 16;
 /// How far time moves on when the engine has work and can do none of it.
 const IDLE: u64 = 1000;
 
@@ -38,6 +39,8 @@ pub struct ServeConfig {
     pub policy: Policy,
     /// Which cached blocks go first.
     pub eviction: EvictionPolicy,
+    /// KV in host memory, in blocks of [`BLOCK_SIZE`] tokens.
+    pub host_tier: Option<HostTierConfig>,
     /// Tokens in a step.
     pub max_num_batched_tokens: u32,
     /// Sequences in a step.
@@ -56,6 +59,7 @@ impl ServeConfig {
             calibration,
             policy: Policy::DeadlineSlack(targets),
             eviction: EvictionPolicy::Learned,
+            host_tier: None,
             max_num_batched_tokens: 8192,
             max_num_seqs: 1024,
             rate_scale: 1.0,
@@ -99,7 +103,8 @@ pub fn serve_fleet(
         let part: Vec<TraceRequest> = trace.iter().skip(device).step_by(num_devices).cloned().collect();
         let served = serve(&part, config)?;
         report.gaps.merge(&served.gaps);
-        report.num_preemptions += served.num_preemptions;
+        report.num_preemptions += served.stats.num_preemptions;
+        report.kv.add(&served.stats, served.num_computed_tokens);
         end = end.max(served.end);
         all.extend(served.requests);
     }
@@ -112,7 +117,8 @@ pub fn serve_fleet(
 struct Outcome {
     requests: Vec<Served>,
     gaps: Gaps,
-    num_preemptions: u64,
+    stats: SchedulerStats,
+    num_computed_tokens: u64,
     end: Micros,
 }
 
@@ -122,10 +128,11 @@ fn serve(trace: &[TraceRequest], config: &ServeConfig) -> Result<Outcome, ExecEr
     let mut scheduler = SchedulerConfig::new(limits.clone(), BlockHasher::new((0, 0), BLOCK_SIZE));
     scheduler.policy = config.policy;
     scheduler.eviction = config.eviction;
+    scheduler.host_tier = config.host_tier;
     scheduler.max_queued_requests = trace.len() as u32 + 1;
     let executor = VirtualExecutor {
         limits,
-        cost: config.calibration.cost(),
+        cost: config.host_tier.map_or(config.calibration.cost(), |host| host.cost),
         clock: Arc::clone(&clock),
         output_tokens: trace.iter().map(|request| request.output_tokens.min(MAX_TOKENS)).collect(),
         slots: vec![0; config.max_num_seqs as usize],
@@ -134,12 +141,15 @@ fn serve(trace: &[TraceRequest], config: &ServeConfig) -> Result<Outcome, ExecEr
     };
     let mut core = EngineCore::new(scheduler, Box::new(executor));
     let mut clients = Clients::new(trace, config);
+    let mut num_computed_tokens = 0;
     let now = || Micros(clock.load(Ordering::Relaxed));
     loop {
         clients.send(now(), &mut core);
         if core.has_work() {
             let outcome = core.step_with(now)?;
             clients.take(now(), core.events());
+            let stats = &core.step_stats().scheduler;
+            num_computed_tokens += u64::from(stats.prefill_tokens + stats.decode_tokens);
             if outcome.submitted.is_some() || outcome.collected.is_some() {
                 continue;
             }
@@ -152,8 +162,8 @@ fn serve(trace: &[TraceRequest], config: &ServeConfig) -> Result<Outcome, ExecEr
             break;
         }
     }
-    let num_preemptions = core.stats().num_preemptions;
-    Ok(Outcome { requests: clients.served, gaps: clients.gaps, num_preemptions, end: now() })
+    let (stats, end) = (core.stats(), now());
+    Ok(Outcome { requests: clients.served, gaps: clients.gaps, stats, num_computed_tokens, end })
 }
 
 /// When a request arrives, in microseconds.
@@ -274,7 +284,8 @@ impl Executor for VirtualExecutor {
         let mut output = self.spare.pop().unwrap_or_default();
         output.clear();
         output.step = plan.step;
-        let mut shape = StepShape::default();
+        let num_copied_blocks = (plan.copies_to_host.len() + plan.copies_to_device.len()) as u32;
+        let mut shape = StepShape { num_copied_blocks, ..StepShape::default() };
         for row in &plan.scheduled {
             shape.add_row(row.num_computed_tokens, row.num_new_tokens);
             if row.sample {

@@ -1,6 +1,8 @@
 //! A KV cache that stores, instead of keys and values, what they stand for.
 
-use quire_core::{BlockCopy, BlockId};
+use std::ops::Range;
+
+use quire_core::{BlockCopy, BlockId, HostCopy};
 
 /// For every slot of every block the number of the prefix that ends there ([`crate::oracle`]), 0 if never written.
 #[derive(Debug)]
@@ -8,12 +10,47 @@ pub struct ShadowKv {
     block_size: u32,
     window: Option<u32>,
     entries: Vec<u64>,
+    /// The same of the host tier.
+    host: Vec<u64>,
 }
 
 impl ShadowKv {
     /// An empty cache. `window`: the sliding window of the only KV group.
     pub fn new(num_blocks: u32, block_size: u32, window: Option<u32>) -> Self {
-        Self { block_size, window, entries: vec![0; num_blocks as usize * block_size as usize] }
+        let entries = vec![0; num_blocks as usize * block_size as usize];
+        Self { block_size, window, entries, host: Vec::new() }
+    }
+
+    /// With a host tier of so many blocks.
+    #[must_use]
+    pub fn with_host_blocks(mut self, num_host_blocks: u32) -> Self {
+        self.host = vec![0; num_host_blocks as usize * self.block_size as usize];
+        self
+    }
+
+    /// Copies a whole block to the host tier.
+    ///
+    /// # Errors
+    /// It holds nothing.
+    pub fn copy_to_host(&mut self, copy: HostCopy) -> Result<(), String> {
+        let (device, host) = self.ranges(copy);
+        if self.entries[device.start] == 0 {
+            return Err(format!("block {} was copied to the host tier but holds nothing", copy.device));
+        }
+        self.host[host].copy_from_slice(&self.entries[device]);
+        Ok(())
+    }
+
+    /// Copies a whole block of the host tier to the device.
+    pub fn copy_to_device(&mut self, copy: HostCopy) {
+        let (device, host) = self.ranges(copy);
+        self.entries[device].copy_from_slice(&self.host[host]);
+    }
+
+    fn ranges(&self, copy: HostCopy) -> (Range<usize>, Range<usize>) {
+        let size = self.block_size as usize;
+        let range = |block: u32| block as usize * size..(block as usize + 1) * size;
+        (range(copy.device.0), range(copy.host.0))
     }
 
     /// The first position that the row at `position` can see.

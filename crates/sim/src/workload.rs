@@ -7,7 +7,7 @@ use quire_core::{
     BlockHasher, CacheSalt, ExecutorLimits, FinishReason, Micros, Request, RequestId, SamplingParams,
     TenantId, TenantShare, TokenId,
 };
-use quire_scheduler::{FairnessConfig, LatencyTargets, Policy, SchedulerConfig};
+use quire_scheduler::{FairnessConfig, HostTierConfig, LatencyTargets, Policy, SchedulerConfig};
 
 use crate::executor::CostModel;
 use crate::rng::{Rng, mix};
@@ -78,13 +78,20 @@ impl Workload {
         // A stream of its own, so that what older seeds mean did not change when tenants came.
         let mut tenant_rng = Rng::new(mix(seed));
         let tenants = random_tenants(&mut tenant_rng);
-        let cost = CostModel {
+        let mut cost = CostModel {
             fixed: 50,
             per_token: u64::from(rng.range(0, 20)),
             per_seq: u64::from(rng.range(0, 10)),
+            per_host_copy: 0,
         };
         config.fairness = random_fairness(&mut tenant_rng);
         config.policy = random_policy(&mut tenant_rng, cost);
+        // Again one of its own.
+        let mut host_rng = Rng::new(mix(!seed));
+        if !host_rng.one_in(3) {
+            cost.per_host_copy = *host_rng.pick(&[0_u64, 1, 1, 5, 100]);
+            config.host_tier = Some(random_host_tier(&mut host_rng, &config.limits, cost));
+        }
         let vocab_size = config.limits.vocab_size;
         let prefixes =
             (0..rng.range(1, 3)).map(|_| random_tokens(&mut rng, max_request_tokens, vocab_size)).collect();
@@ -255,20 +262,32 @@ fn random_fairness(rng: &mut Rng) -> FairnessConfig {
     }
 }
 
-/// Latency targets in a third of the runs; the scheduler's idea of what steps cost may be far off.
-fn random_policy(rng: &mut Rng, cost: CostModel) -> Policy {
-    if !rng.one_in(3) {
-        return Policy::Fcfs;
-    }
+/// What the scheduler is told that steps cost; it may be far off.
+fn random_guess(rng: &mut Rng, cost: CostModel) -> quire_scheduler::CostModel {
     let wrong = *rng.pick(&[1.0, 1.0, 0.1, 10.0]);
-    let model = quire_scheduler::CostModel {
+    quire_scheduler::CostModel {
         fixed: wrong * cost.fixed as f64,
         per_row: wrong * cost.per_seq as f64,
         weights: 0.0,
         per_token: wrong * cost.per_token as f64,
         per_context_token: 0.0,
         per_attention: 0.0,
-    };
+        per_copied_block: cost.per_host_copy as f64,
+    }
+}
+
+/// From room for one block to room for everything.
+fn random_host_tier(rng: &mut Rng, limits: &ExecutorLimits, cost: CostModel) -> HostTierConfig {
+    let num_blocks = *rng.pick(&[1, 2, 5, limits.num_blocks / 2 + 1, 4 * limits.num_blocks]);
+    HostTierConfig { num_blocks, block_bytes: 1, cost: random_guess(rng, cost) }
+}
+
+/// Latency targets in a third of the runs.
+fn random_policy(rng: &mut Rng, cost: CostModel) -> Policy {
+    if !rng.one_in(3) {
+        return Policy::Fcfs;
+    }
+    let model = random_guess(rng, cost);
     Policy::DeadlineSlack(LatencyTargets {
         ttft: Micros(u64::from(rng.range(500, 20_000))),
         itl: Micros(u64::from(rng.range(60, 1000))),

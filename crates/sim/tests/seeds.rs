@@ -1,6 +1,6 @@
 //! Many seeds, all invariants.
 
-use quire_sim::run_seed;
+use quire_sim::{run_seed, run_seed_without_host_tier};
 
 const NUM_SEEDS: u64 = 1000;
 
@@ -16,6 +16,7 @@ fn every_seed_keeps_every_invariant() {
         None => 0..NUM_SEEDS,
     };
     let (mut steps, mut tokens, mut preemptions, mut cached, mut evictions, mut copies) = (0, 0, 0, 0, 0, 0);
+    let (mut to_host, mut from_host, mut swaps) = (0, 0, 0);
     let started = std::time::Instant::now();
     for seed in seeds.clone() {
         let report = run_seed(seed).unwrap_or_else(|failure| panic!("{failure}"));
@@ -25,11 +26,15 @@ fn every_seed_keeps_every_invariant() {
         cached += report.num_cached_tokens;
         evictions += report.num_evictions;
         copies += report.num_copies;
+        to_host += report.num_host_copies[0];
+        from_host += report.num_host_copies[1];
+        swaps += report.num_swaps;
     }
     let elapsed = started.elapsed().as_secs_f64();
     println!(
         "{} seeds in {elapsed:.1} s: {steps} steps ({:.0} steps/s), {tokens} tokens, {preemptions} preemptions, \
-         {cached} cached tokens, {evictions} evictions, {copies} block copies",
+         {cached} cached tokens, {evictions} evictions, {copies} block copies, {to_host} to and {from_host} from the host tier, \
+         {swaps} swaps",
         seeds.end - seeds.start,
         steps as f64 / elapsed
     );
@@ -40,6 +45,9 @@ fn every_seed_keeps_every_invariant() {
             ("cached tokens", cached),
             ("evictions", evictions),
             ("copies", copies),
+            ("copies to the host tier", to_host),
+            ("copies from the host tier", from_host),
+            ("swaps", swaps),
         ] {
             assert!(count > NUM_SEEDS, "only {count} {what} in {NUM_SEEDS} seeds");
         }
@@ -53,6 +61,8 @@ fn regressions_stay_fixed() {
     for seed in seeds {
         let seed = seed.trim().parse().unwrap();
         run_seed(seed).unwrap_or_else(|failure| panic!("{failure}"));
+        // As it was before there was one.
+        run_seed_without_host_tier(seed).unwrap_or_else(|failure| panic!("{failure}"));
     }
 }
 

@@ -1,6 +1,7 @@
 //! Whole traces through the production engine in virtual time.
 
 use quire_scheduler::{Calibration, EvictionPolicy, Policy};
+use quire_sim::serve_trace::BLOCK_SIZE;
 use quire_sim::{GeneratedWorkload, ServeConfig, capacity, generate, serve_trace};
 
 fn config() -> ServeConfig {
@@ -48,4 +49,21 @@ fn learned_eviction_saves_work() {
         serve_trace(&trace, &config).unwrap().hit_percent
     });
     assert!(rates[1] > rates[0] + 1.0, "{rates:?}");
+}
+
+/// Copies are part of what a step takes: chunks are cut so that tokens come in time all the same.
+#[test]
+fn a_host_tier_finds_more_and_keeps_the_targets() {
+    let trace = generate(GeneratedWorkload::Chat, 9, 1500);
+    let mut small = Calibration::H200_LLAMA_3_1_8B;
+    small.kv_capacity_tokens = 500_000;
+    let [alone, with_tier] = [0.0, 200e9].map(|bytes| {
+        let host_tier = (bytes > 0.0).then(|| small.host_tier(bytes, 50e9, BLOCK_SIZE));
+        let config = ServeConfig { calibration: small, host_tier, rate_scale: 1.2, ..config() };
+        serve_trace(&trace, &config).unwrap()
+    });
+    println!("{alone}\n{with_tier}");
+    assert!(with_tier.kv.bytes_in > 0 && with_tier.hit_percent > alone.hit_percent + 10.0);
+    assert!(with_tier.good_percent() > 99.0);
+    assert!(with_tier.gaps.percentile_ms(99.0) <= 50.0);
 }

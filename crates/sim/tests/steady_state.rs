@@ -8,7 +8,7 @@ use quire_core::{
     BlockHasher, CacheSalt, ExecutorLimits, Micros, Request, RequestId, SamplingParams, TenantId,
 };
 use quire_engine::EngineCore;
-use quire_scheduler::SchedulerConfig;
+use quire_scheduler::{Calibration, CostModel, HostTierConfig, SchedulerConfig};
 use quire_sim::{MockExecutor, MockTiming};
 
 struct Counting;
@@ -84,6 +84,69 @@ fn measure(depth: u32, num_seqs: u32) -> (u64, f64) {
     }
     let us = started.elapsed().as_secs_f64() * 1e6 / f64::from(NUM_STEPS);
     (NUM_ALLOCATIONS.get() - before, us)
+}
+
+/// As [`measure`], where every block that a sequence takes displaces a cached one, which goes to the host tier.
+fn measure_evicting(num_seqs: u32) -> u64 {
+    const NUM_STEPS: u32 = 128;
+    let limits = ExecutorLimits {
+        block_size: 16,
+        num_blocks: num_seqs * 32,
+        max_num_seqs: num_seqs,
+        max_num_batched_tokens: num_seqs * 64,
+        max_model_len: 512,
+        vocab_size: 50_000,
+        max_steps_in_flight: 2,
+        kv_groups: vec![None],
+    };
+    let hasher = BlockHasher::new((1, 2), 16);
+    let mut config = SchedulerConfig::new(limits.clone(), hasher);
+    config.max_queued_requests = 4 * num_seqs;
+    let cost = CostModel { per_copied_block: 1.0, ..Calibration::H200_LLAMA_3_1_8B.cost() };
+    config.host_tier = Some(HostTierConfig { num_blocks: num_seqs * 128, block_bytes: 1, cost });
+    let mut core = EngineCore::new(config, Box::new(MockExecutor::new(limits, MockTiming::default())));
+    let send = |core: &mut EngineCore, id: u32, len: u32, max_tokens: u32| {
+        let prompt: Arc<[u32]> = (0..len).map(|at| (at + 31 * id) % 50_000).collect();
+        core.add(Request {
+            id: RequestId(id.into()),
+            block_hashes: hasher.chain(CacheSalt(0), &prompt).into(),
+            prompt,
+            salt: CacheSalt(0),
+            params: Arc::new(SamplingParams::greedy(max_tokens)),
+            tenant: TenantId(0),
+            priority: 0,
+            arrival: Micros(0),
+            deadline: None,
+        })
+        .expect("it fits");
+    };
+    // What these leave fills the pool and most of the host tier.
+    (0..3 * num_seqs).for_each(|id| send(&mut core, 1 + id, 500, 1));
+    let mut now = 0;
+    while core.has_work() {
+        now += 10_000;
+        core.step(Micros(now)).expect("the mock does not fail");
+    }
+    (0..num_seqs).for_each(|id| send(&mut core, 10_000 + id, 8 + id % 16, 400));
+    for _ in 0..160 {
+        now += 10_000;
+        core.step(Micros(now)).expect("the mock does not fail");
+    }
+    let (allocations, copied) = (NUM_ALLOCATIONS.get(), core.stats().host.num_copied_out);
+    for _ in 0..NUM_STEPS {
+        now += 10_000;
+        core.step(Micros(now)).expect("the mock does not fail");
+        assert_eq!(core.step_stats().num_sampled, num_seqs);
+    }
+    let copied = core.stats().host.num_copied_out - copied;
+    assert!(copied >= u64::from(num_seqs * NUM_STEPS / 16), "only {copied} blocks were copied out");
+    NUM_ALLOCATIONS.get() - allocations
+}
+
+#[test]
+fn a_steady_step_that_evicts_to_the_host_tier_allocates_nothing() {
+    assert_eq!(measure_evicting(32), 0);
+    assert_eq!(measure_evicting(256), 0);
 }
 
 #[test]

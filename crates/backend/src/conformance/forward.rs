@@ -1,6 +1,6 @@
 //! The grid of shapes, and the three questions asked at each point: right values, batch invariance, block copies.
 
-use quire_core::{BlockCopy, BlockId, DType};
+use quire_core::{BlockCopy, BlockId, DType, HostBlockId, HostCopy};
 
 use super::model::{Shape, TinyModel};
 use super::random::Rng;
@@ -203,7 +203,11 @@ fn block_copies<B: Backend>(shape: &Shape, make: &mut impl FnMut() -> B) {
     block_copies.extend(copies(&seqs[2], &seqs[1]));
     let steps = [
         vec![Piece { seq: 0, start: 0, len: prefix }].into(),
-        Step { pieces: vec![Piece { seq: 1, start: prefix, len: total - prefix }], block_copies },
+        Step {
+            pieces: vec![Piece { seq: 1, start: prefix, len: total - prefix }],
+            block_copies,
+            ..Step::default()
+        },
         vec![Piece { seq: 0, start: prefix, len: total - prefix }].into(),
     ];
     let got = trace(&mut make(), shape, &seqs, &steps);
@@ -215,6 +219,53 @@ fn block_copies<B: Backend>(shape: &Shape, make: &mut impl FnMut() -> B) {
                 "{}: position {position}, {op}: differs on copied blocks",
                 shape.name
             );
+        }
+    }
+}
+
+/// A sequence goes to the host tier while others, in steps that copy, use its blocks on the device, and goes on in other
+/// blocks: it never notices.
+pub(super) fn host_copies<B: Backend>(make: &mut impl FnMut() -> B) {
+    for (shape, _) in GRID {
+        let (prefix, total) = (shape.block_size + 1, shape.block_size + 4);
+        let mut rng = Rng::new(11);
+        let mut seqs = sequences(&mut rng, &[total; 3], shape.vocab, shape.block_size, shape.num_blocks);
+        // Sequence 1 goes on with what 0 began; 2 overwrites the blocks of 0.
+        seqs[1].tokens = seqs[0].tokens.clone();
+        seqs[2].block_table = seqs[0].block_table.clone();
+        let copies = |seq: &Sequence, first: u32| -> Vec<HostCopy> {
+            let copy =
+                |(&device, host)| HostCopy { group: 0, device: BlockId(device), host: HostBlockId(host) };
+            seq.block_table.iter().zip(first..).map(copy).collect()
+        };
+        let whole = |seq, start| vec![Piece { seq, start, len: total - start }];
+        let copied = [
+            vec![Piece { seq: 0, start: 0, len: prefix }].into(),
+            Step { pieces: whole(2, 0), copies_to_host: copies(&seqs[0], 1), ..Step::default() },
+            Step {
+                pieces: whole(1, prefix),
+                copies_to_host: copies(&seqs[2], 1 + seqs[0].block_table.len() as u32),
+                copies_to_device: copies(&seqs[1], 1),
+                ..Step::default()
+            },
+        ];
+        let mut backend = make();
+        let num_host_blocks = 1 + 2 * seqs[0].block_table.len() as u32;
+        let got = TinyModel::load(&mut backend, shape).and_then(|mut model| {
+            model.add_host_blocks(&mut backend, num_host_blocks)?;
+            execute(&mut backend, &mut model, &seqs, &copied)
+        });
+        let got = got.unwrap_or_else(|error| panic!("{} on {}: {error}", shape.name, backend.name()));
+        let expected = trace(&mut make(), shape, &seqs, &[whole(0, 0).into()]);
+        for position in prefix..total {
+            let (alone, moved) = (&expected[&(0, position)], &got[&(1, position)]);
+            for ((op, alone), (_, moved)) in alone.values.iter().zip(&moved.values) {
+                let name = shape.name;
+                assert!(
+                    same_bits(alone, moved),
+                    "{name}: position {position}, {op}: differs after the host tier"
+                );
+            }
         }
     }
 }

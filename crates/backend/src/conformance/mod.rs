@@ -3,6 +3,7 @@
 //! * Values: every operation of a small two-layer decoder, over a grid of odd shapes, within a tolerance.
 //! * Batch invariance: the same rows computed alone, in any batch, in any chunks, in any blocks, give the same bits.
 //! * Quantized layers ([`run_quantized`]): the same numbers as the reference, exactly.
+//! * The host tier ([`run_host_copies`]): blocks come back as they went.
 //! * Sampling: the same ids as the reference, and the same bits alone and in a batch.
 //!
 //! Every body handed to [`crate::Backend::run`] is run twice, and keys recur with other lengths, so that a backend which
@@ -87,6 +88,14 @@ pub fn run_quantized<B: Backend>(quant: QuantFormat, mut make: impl FnMut() -> B
     quantized::run(quant, &mut make);
 }
 
+/// Copies between the device and the host tier. For backends that have one; apart from [`run`], which all pass.
+///
+/// # Panics
+/// As [`run`].
+pub fn run_host_copies<B: Backend>(mut make: impl FnMut() -> B) {
+    forward::host_copies(&mut make);
+}
+
 #[cfg(test)]
 mod tests {
     use quire_core::QuantFormat;
@@ -96,6 +105,7 @@ mod tests {
     #[test]
     fn reference_conforms_to_itself() {
         super::run(RefBackend::new);
+        super::run_host_copies(RefBackend::new);
         super::run_quantized(QuantFormat::Int8, RefBackend::new);
         super::run_quantized(QuantFormat::Int4, RefBackend::new);
     }

@@ -62,7 +62,7 @@ pub(super) struct TinyModel<B: Backend> {
     final_norm: B::Norm,
     rope: Option<B::Rope>,
     layers: Vec<(LayerWeights<B>, LayerBuffers<B>)>,
-    kv: B::Kv,
+    pub kv: B::Kv,
     residual: B::Buf,
     normed: B::Buf,
     logits: B::Buf,
@@ -131,6 +131,16 @@ impl<B: Backend> Loader<'_, B> {
     }
 }
 
+fn kv_layout(shape: &Shape) -> KvLayout {
+    let layer = KvLayerShape { num_kv_heads: shape.attn.num_kv_heads, head_dim: shape.attn.head_dim };
+    KvLayout {
+        num_blocks: shape.num_blocks,
+        block_size: shape.block_size,
+        layers: vec![layer; NUM_LAYERS],
+        dtype: shape.kv_dtype,
+    }
+}
+
 impl<B: Backend> TinyModel<B> {
     /// The same weights for the same shape, on any backend.
     pub(super) fn load(backend: &mut B, shape: &Shape) -> Result<Self, BackendError> {
@@ -147,13 +157,7 @@ impl<B: Backend> TinyModel<B> {
                 Some(backend.load_rope(&RopeTable { inv_freq, attention_factor: 1.0, max_positions: 512 })?)
             }
         };
-        let kv_layer = KvLayerShape { num_kv_heads: shape.attn.num_kv_heads, head_dim: shape.attn.head_dim };
-        let kv = backend.alloc_kv(&KvLayout {
-            num_blocks: shape.num_blocks,
-            block_size: shape.block_size,
-            layers: vec![kv_layer; NUM_LAYERS],
-            dtype: shape.kv_dtype,
-        })?;
+        let kv = backend.alloc_kv(&kv_layout(shape))?;
         let mut alloc = |cols| backend.alloc(BufRole::Hidden, shape.max_rows, cols);
         let layers: Vec<_> = weights
             .into_iter()
@@ -183,6 +187,11 @@ impl<B: Backend> TinyModel<B> {
             keys: Vec::new(),
             shape: shape.clone(),
         })
+    }
+
+    /// Puts blocks in host memory behind the cache.
+    pub(super) fn add_host_blocks(&mut self, backend: &mut B, num_blocks: u32) -> Result<(), BackendError> {
+        backend.alloc_host_kv(&mut self.kv, &KvLayout { num_blocks, ..kv_layout(&self.shape) })
     }
 
     /// Runs the prepared step of `num_tokens` rows, of which `num_logits` need logits.

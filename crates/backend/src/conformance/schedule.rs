@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use quire_core::{BlockCopy, SamplingParams, Slot, StepId, TokenId};
+use quire_core::{BlockCopy, HostCopy, SamplingParams, Slot, StepId, TokenId};
 
 use super::model::TinyModel;
 use super::random::Rng;
@@ -28,11 +28,13 @@ pub(super) struct Piece {
 pub(super) struct Step {
     pub pieces: Vec<Piece>,
     pub block_copies: Vec<BlockCopy>,
+    pub copies_to_host: Vec<HostCopy>,
+    pub copies_to_device: Vec<HostCopy>,
 }
 
 impl From<Vec<Piece>> for Step {
     fn from(pieces: Vec<Piece>) -> Self {
-        Self { pieces, block_copies: Vec::new() }
+        Self { pieces, ..Self::default() }
     }
 }
 
@@ -176,6 +178,10 @@ pub(super) fn execute<B: Backend>(
             block_copies: &step.block_copies,
             seqs: &states,
         };
+        if !(step.copies_to_host.is_empty() && step.copies_to_device.is_empty()) {
+            backend.prepare(&input)?;
+            backend.copy_host_blocks(&mut model.kv, &step.copies_to_host, &step.copies_to_device)?;
+        }
         let mut pass = || {
             backend.prepare(&input)?;
             model.forward(backend, a.token_ids.len(), a.logit_rows.len())

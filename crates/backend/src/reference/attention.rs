@@ -1,7 +1,7 @@
 //! The paged cache, and attention over it.
 
 use half::{bf16, f16};
-use quire_core::{BlockCopy, DType};
+use quire_core::{BlockCopy, DType, HostCopy};
 
 use crate::convert::tensor_error;
 use crate::{BackendError, KvLayout};
@@ -12,6 +12,8 @@ use crate::{BackendError, KvLayout};
 pub struct RefKv {
     layout: KvLayout,
     layers: Vec<RefKvLayer>,
+    /// The same layers in host memory.
+    host: Vec<RefKvLayer>,
 }
 
 #[derive(Clone, Debug)]
@@ -30,17 +32,25 @@ impl RefKv {
                 format!("type {} is not supported here, use f32, f16 or bf16", layout.dtype),
             ));
         }
-        let slots = layout.num_blocks as usize * layout.block_size as usize;
-        let layers = layout
-            .layers
-            .iter()
-            .map(|layer| {
-                let kv_size = layer.num_kv_heads as usize * layer.head_dim as usize;
-                let poison = vec![f32::NAN; slots * kv_size];
-                RefKvLayer { k: poison.clone(), v: poison, kv_size }
-            })
-            .collect();
-        Ok(Self { layout: layout.clone(), layers })
+        Ok(Self { layout: layout.clone(), layers: poisoned(layout), host: Vec::new() })
+    }
+
+    pub(super) fn alloc_host(&mut self, layout: &KvLayout) {
+        self.host = poisoned(layout);
+    }
+
+    pub(super) fn copy_to_host(&mut self, copy: HostCopy) {
+        let block_size = self.layout.block_size as usize;
+        for (device, host) in self.layers.iter().zip(&mut self.host) {
+            host.copy_block_of(device, block_size, copy.device.0, copy.host.0);
+        }
+    }
+
+    pub(super) fn copy_to_device(&mut self, copy: HostCopy) {
+        let block_size = self.layout.block_size as usize;
+        for (device, host) in self.layers.iter_mut().zip(&self.host) {
+            device.copy_block_of(host, block_size, copy.host.0, copy.device.0);
+        }
     }
 
     pub(super) fn store(&mut self, layer: usize, slot: u32, k: &[f32], v: &[f32]) {
@@ -63,6 +73,25 @@ impl RefKv {
             layer.v.copy_within(src..src + len, dst);
         }
     }
+}
+
+impl RefKvLayer {
+    fn copy_block_of(&mut self, from: &Self, block_size: usize, src: u32, dst: u32) {
+        let len = block_size * self.kv_size;
+        let (src, dst) = (src as usize * len, dst as usize * len);
+        self.k[dst..dst + len].copy_from_slice(&from.k[src..src + len]);
+        self.v[dst..dst + len].copy_from_slice(&from.v[src..src + len]);
+    }
+}
+
+fn poisoned(layout: &KvLayout) -> Vec<RefKvLayer> {
+    let slots = layout.num_blocks as usize * layout.block_size as usize;
+    let layers = layout.layers.iter().map(|layer| {
+        let kv_size = layer.num_kv_heads as usize * layer.head_dim as usize;
+        let poison = vec![f32::NAN; slots * kv_size];
+        RefKvLayer { k: poison.clone(), v: poison, kv_size }
+    });
+    layers.collect()
 }
 
 fn round_to(dtype: DType, value: f32) -> f32 {

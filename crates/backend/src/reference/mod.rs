@@ -11,7 +11,7 @@ mod rope;
 pub mod sampler;
 
 use quire_core::{
-    ExecError, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId, TokenLogprobs,
+    ExecError, HostCopy, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId, TokenLogprobs,
 };
 
 pub use self::attention::RefKv;
@@ -98,6 +98,11 @@ impl Backend for RefBackend {
         RefKv::new(layout)
     }
 
+    fn alloc_host_kv(&mut self, kv: &mut RefKv, layout: &KvLayout) -> Result<(), BackendError> {
+        kv.alloc_host(layout);
+        Ok(())
+    }
+
     fn prepare(&mut self, input: &StepInput<'_>) -> Result<(), BackendError> {
         self.step.copy_from(input);
         self.results.clear();
@@ -114,6 +119,17 @@ impl Backend for RefBackend {
 
     fn copy_blocks(&mut self, kv: &mut RefKv) -> Result<(), BackendError> {
         self.step.block_copies.iter().for_each(|&copy| kv.copy_block(copy));
+        Ok(())
+    }
+
+    fn copy_host_blocks(
+        &mut self,
+        kv: &mut RefKv,
+        to_host: &[HostCopy],
+        to_device: &[HostCopy],
+    ) -> Result<(), BackendError> {
+        to_host.iter().for_each(|&copy| kv.copy_to_host(copy));
+        to_device.iter().for_each(|&copy| kv.copy_to_device(copy));
         Ok(())
     }
 
