@@ -69,6 +69,9 @@ impl Scheduler {
                 let (_, data) = self.seqs.both_mut(seq);
                 let key = data.key;
                 self.waiting.remove(&key);
+                if let Some(next) = self.waiting.head_of(&key) {
+                    self.ask_why(next);
+                }
                 let (_, data) = self.seqs.both_mut(seq);
                 self.num_parked -= u32::from(data.parked);
                 self.kv.release_table(&mut data.table, data.prompt.len() as u32, 0);

@@ -13,12 +13,12 @@
 //! * a sequence takes blocks only from those after it in the order, so the first one always advances;
 //! * of two tenants that always have something waiting, neither gets ahead by more than a request or two.
 //!
-//! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), [`policy`] (the order), [`pacing`] (latency
+//! Reading order: [`event`], [`note`], [`stats`], [`cost`] (how long a step takes), [`policy`] (the order), [`pacing`] (latency
 //! targets), [`fair`] and `waiting` (who is next), `sequence` and `sequence_table` (the state), `block_pool`,
 //! `prefix_cache`, `kv_cache` (the blocks), `reuse`, `history`, `duel`, `eviction` (which of them to keep),
 //! [`cache_replay`], [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `admit` (prompts in it),
 //! `preempt` (who makes room), `fork` (continuations share a prompt), `update` (its results come back), `finish`,
-//! `check`.
+//! `explain` (why somebody waits), `check`.
 #![forbid(unsafe_code)]
 
 mod admit;
@@ -29,11 +29,13 @@ pub mod cost;
 mod duel;
 pub mod event;
 mod eviction;
+mod explain;
 pub mod fair;
 mod finish;
 mod fork;
 mod history;
 mod kv_cache;
+pub mod note;
 pub mod pacing;
 pub mod policy;
 mod preempt;
@@ -48,6 +50,8 @@ mod update;
 mod waiting;
 
 #[cfg(test)]
+mod explain_tests;
+#[cfg(test)]
 mod policy_tests;
 #[cfg(test)]
 mod tests;
@@ -57,6 +61,7 @@ pub use cost::{Calibration, CostModel, OnlineCostModel, StepShape};
 pub use event::{SeqEvent, SeqEventKind};
 pub use eviction::EvictionPolicy;
 pub use fair::FairnessConfig;
+pub use note::{NoteKind, SeqNote, WaitCause};
 pub use pacing::LatencyTargets;
 pub use policy::Policy;
 pub use scheduler::{Scheduler, SchedulerConfig};

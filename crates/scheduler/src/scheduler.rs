@@ -11,8 +11,10 @@ use quire_core::{
 use crate::cost::StepShape;
 use crate::event::SeqEvent;
 use crate::eviction::EvictionPolicy;
+use crate::explain::Notes;
 use crate::fair::{FairShare, FairnessConfig};
 use crate::kv_cache::{BlockTable, KvCacheManager};
+use crate::note::WaitCause;
 use crate::pacing::{Due, Pacing};
 use crate::policy::{OrderKey, Policy};
 use crate::sequence::{SeqIndex, SeqState, SequenceData};
@@ -136,6 +138,7 @@ pub struct Scheduler {
     pub(crate) ended: Vec<SeqEvent>,
     pub(crate) now: Micros,
     pub(crate) stats: SchedulerStats,
+    pub(crate) notes: Notes,
     /// Full blocks whose addresses are known and not yet in the prefix cache.
     pub(crate) to_publish: Vec<(BlockHash, BlockId)>,
     /// Tokens of one block, for hashing.
@@ -194,6 +197,7 @@ impl Scheduler {
             ended: Vec::new(),
             now: Micros(0),
             stats: SchedulerStats::default(),
+            notes: Notes::default(),
             to_publish: Vec::with_capacity(slots),
             block_tokens: Vec::with_capacity(limits.block_size as usize),
             config,
@@ -250,6 +254,7 @@ impl Scheduler {
         let key = self.seqs.data(seq).key;
         let fresh = self.seqs.data(seq).usage.num_preemptions == 0;
         self.waiting.insert(key, seq, fresh, &mut self.fair);
+        self.ask_why(seq);
     }
 
     /// Whether any request lives, any step is in flight, or any event waits for delivery.
@@ -365,6 +370,7 @@ impl Scheduler {
             num_charged_tokens: 0,
             usage: Usage { prompt_tokens: prompt_len, arrival: request.arrival, ..Usage::default() },
             started: false,
+            wait_cause: WaitCause::Step,
         });
         let hot = self.seqs.hot_mut(seq);
         hot.request = request.id;
