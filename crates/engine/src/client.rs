@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use crate::dispatch::{Mailbox, Registry, SeqDelta};
 use crate::metrics::{EngineMetrics, Rejection};
 use crate::snapshot::{EngineSnapshot, SharedSnapshot};
+use crate::timeline::{Origin, Timeline, Timelines};
 
 /// What a caller asks of an engine; ids and times are added by [`EngineClient::submit`].
 #[derive(Clone, Debug)]
@@ -72,6 +73,7 @@ pub(crate) struct Shared {
     pub(crate) registry: Registry,
     pub(crate) snapshot: SharedSnapshot,
     pub(crate) metrics: EngineMetrics,
+    pub(crate) timelines: Timelines,
     /// Live continuations: accepted and not finished.
     pub(crate) live: AtomicU32,
     pub(crate) idle: Notify,
@@ -88,6 +90,7 @@ impl Shared {
             registry: Registry::default(),
             snapshot: SharedSnapshot::default(),
             metrics,
+            timelines: Timelines::default(),
             live: AtomicU32::new(0),
             idle: Notify::new(),
             state: AtomicU8::new(EngineState::Ready as u8),
@@ -161,6 +164,18 @@ impl EngineClient {
     /// Invalid or too long, [`RequestError::Overloaded`] when the queue is full, [`RequestError::Unavailable`] when the
     /// engine drains or is dead.
     pub fn submit(&self, spec: RequestSpec) -> Result<RequestHandle, RequestError> {
+        self.submit_from(spec, None)
+    }
+
+    /// [`Self::submit`], and keeps a [`Timeline`] of the request under the name that its origin gives.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub fn submit_from(
+        &self,
+        spec: RequestSpec,
+        origin: Option<Origin>,
+    ) -> Result<RequestHandle, RequestError> {
         match self.state() {
             EngineState::Ready => {}
             EngineState::Draining => return Err(self.unavailable("draining")),
@@ -190,6 +205,9 @@ impl EngineClient {
         let mailbox = Arc::new(Mailbox::new(n));
         shared.registry.insert(id, Arc::clone(&mailbox));
         shared.metrics.accepted(&request);
+        if let Some(origin) = origin {
+            shared.timelines.accepted(&request, origin);
+        }
         let handle = RequestHandle { id, mailbox, inbox: self.inbox.clone(), unfinished: n };
         let sent = self.inbox.send(Command::Add(request)).is_ok();
         // The engine marks itself dead before it empties its inbox for the last time, so a request sent while it was
@@ -197,9 +215,16 @@ impl EngineClient {
         if !sent || self.state() == EngineState::Dead {
             shared.registry.remove(id);
             shared.metrics.withdrawn(id);
+            shared.timelines.withdrawn(id);
             return Err(self.unavailable("dead"));
         }
         Ok(handle)
+    }
+
+    /// What became of the requests of this name, oldest first and not too many: of one tenant, or of all. Those that
+    /// ended long ago are forgotten.
+    pub fn timelines(&self, name: &str, tenant: Option<TenantId>) -> Vec<Timeline> {
+        self.shared.timelines.find(name, tenant)
     }
 
     fn unavailable(&self, state: &'static str) -> RequestError {

@@ -12,7 +12,7 @@ use std::task::{Context, Poll, Waker};
 use dashmap::DashMap;
 use parking_lot::Mutex;
 use quire_core::{FinishReason, Micros, ModelRunnerOutput, RequestId, TokenId, TokenLogprobs, Usage};
-use quire_scheduler::{SeqEvent, SeqEventKind};
+use quire_scheduler::{SeqEvent, SeqEventKind, SeqNote};
 use tokio::sync::mpsc::Receiver;
 
 use crate::client::Shared;
@@ -52,6 +52,7 @@ pub struct SeqFinished {
 pub(crate) struct StepMessage {
     pub(crate) events: Vec<SeqEvent>,
     pub(crate) output: ModelRunnerOutput,
+    pub(crate) notes: Vec<SeqNote>,
     pub(crate) stats: StepStats,
 }
 
@@ -131,6 +132,7 @@ pub(crate) async fn run(shared: Arc<Shared>, mut steps: Receiver<StepMessage>, r
     let mut rate = FinishRate::default();
     while let Some(mut message) = steps.recv().await {
         shared.metrics.record(&message);
+        shared.timelines.note(&message.notes);
         let ended = deliver(&shared, &mut message);
         shared.snapshot.store(snapshot(&message.stats, rate.update(message.stats.at, ended)));
         message.events.clear();
@@ -176,6 +178,9 @@ impl FinishRate {
 fn deliver(shared: &Shared, message: &mut StepMessage) -> u32 {
     let mut ended = 0;
     for event in &message.events {
+        if let SeqEventKind::Finished { reason, usage, .. } = &event.kind {
+            shared.timelines.ended(event.request, event.index, *reason, usage);
+        }
         let Some(mailbox) = shared.registry.get(event.request) else { continue };
         let output = &mut message.output;
         let open = mailbox.update(event.index, |delta| apply(event, output, delta));
