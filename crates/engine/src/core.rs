@@ -204,6 +204,11 @@ impl EngineCore {
         self.output.clear();
     }
 
+    /// Why sequences wait and how they get on, as far as the last step changed it. See [`Scheduler::notes`].
+    pub fn notes(&self) -> &[SeqNote] {
+        self.scheduler.notes()
+    }
+
     /// Exchanges the notes of the last step for a buffer to reuse. See [`Scheduler::swap_notes`].
     pub fn swap_notes(&mut self, notes: &mut Vec<SeqNote>) {
         self.scheduler.swap_notes(notes);

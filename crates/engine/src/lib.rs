@@ -21,6 +21,7 @@ pub mod timeline;
 pub use client::{EngineClient, EngineState, RequestHandle, RequestSpec};
 pub use core::EngineCore;
 pub use dispatch::{SeqDelta, SeqFinished};
+pub use quire_scheduler::WaitCause;
 pub use snapshot::EngineSnapshot;
 pub use thread::{Engine, EngineConfig};
 pub use timeline::{Origin, Timeline};

@@ -14,12 +14,14 @@ use quire_core::{
 };
 use quire_engine::EngineCore;
 use quire_scheduler::{
-    Calibration, CostModel, EvictionPolicy, LatencyTargets, Policy, SchedulerConfig, SeqEvent, SeqEventKind,
-    StepShape,
+    Calibration, CostModel, EvictionPolicy, LatencyTargets, NoteKind, Policy, SchedulerConfig, SeqEvent,
+    SeqEventKind, SeqNote, StepShape,
 };
 
 use crate::replay::address;
+use crate::rng::mix;
 use crate::serve_report::{Gaps, ServeReport, Served};
+use crate::service::{Accounts, Fairness, MAX_TENANTS};
 use crate::trace::{TRACE_BLOCK_SIZE, TraceRequest};
 
 /// What every client asks for; the trace decides how much it gets.
@@ -28,6 +30,8 @@ const STOP: TokenId = 1;
 const BLOCK_SIZE: u32 = 16;
 /// How far time moves on when the engine has work and can do none of it.
 const IDLE: u64 = 1000;
+/// Times at which the tenants' service is noted, until the last arrival.
+const NUM_SAMPLES: u64 = 200;
 
 /// What serves the trace.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +50,9 @@ pub struct ServeConfig {
     pub rate_scale: f64,
     /// What clients expect; counted, whatever the policy knows.
     pub targets: LatencyTargets,
+    /// Tenants to whom the requests are dealt out: the k-th gets one for every k of the first one's. At most
+    /// [`MAX_TENANTS`].
+    pub num_tenants: u32,
 }
 
 impl ServeConfig {
@@ -60,7 +67,21 @@ impl ServeConfig {
             max_num_seqs: 1024,
             rate_scale: 1.0,
             targets,
+            num_tenants: 1,
         }
+    }
+
+    /// Who sends request `at`.
+    fn tenant(&self, at: u64) -> TenantId {
+        let num_tenants = self.num_tenants.clamp(1, MAX_TENANTS);
+        let share = |tenant: u32| 1.0 / f64::from(tenant + 1);
+        let all: f64 = (0..num_tenants).map(share).sum();
+        let mut place = all * (mix(at) >> 11) as f64 / (1_u64 << 53) as f64;
+        let tenant = (0..num_tenants).find(|&tenant| {
+            place -= share(tenant);
+            place < 0.0
+        });
+        TenantId(tenant.unwrap_or(0))
     }
 
     fn limits(&self) -> ExecutorLimits {
@@ -95,15 +116,16 @@ pub fn serve_fleet(
     num_devices: usize,
 ) -> Result<ServeReport, ExecError> {
     let (mut report, mut all, mut end) = (ServeReport::default(), Vec::new(), Micros(0));
+    let last_arrival = trace.last().map_or(0, |last| scaled(last, config.rate_scale));
     for device in 0..num_devices {
         let part: Vec<TraceRequest> = trace.iter().skip(device).step_by(num_devices).cloned().collect();
-        let served = serve(&part, config)?;
+        let served = serve(&part, config, last_arrival)?;
         report.gaps.merge(&served.gaps);
         report.num_preemptions += served.num_preemptions;
         end = end.max(served.end);
+        report.fairness.merge(served.fairness);
         all.extend(served.requests);
     }
-    let last_arrival = trace.last().map_or(0, |last| scaled(last, config.rate_scale));
     report.fill(&all, last_arrival, end);
     Ok(report)
 }
@@ -113,10 +135,11 @@ struct Outcome {
     requests: Vec<Served>,
     gaps: Gaps,
     num_preemptions: u64,
+    fairness: Fairness,
     end: Micros,
 }
 
-fn serve(trace: &[TraceRequest], config: &ServeConfig) -> Result<Outcome, ExecError> {
+fn serve(trace: &[TraceRequest], config: &ServeConfig, last_arrival: u64) -> Result<Outcome, ExecError> {
     let clock = Arc::new(AtomicU64::new(0));
     let limits = config.limits();
     let mut scheduler = SchedulerConfig::new(limits.clone(), BlockHasher::new((0, 0), BLOCK_SIZE));
@@ -133,13 +156,14 @@ fn serve(trace: &[TraceRequest], config: &ServeConfig) -> Result<Outcome, ExecEr
         spare: Vec::new(),
     };
     let mut core = EngineCore::new(scheduler, Box::new(executor));
-    let mut clients = Clients::new(trace, config);
+    let mut clients = Clients::new(trace, config, last_arrival);
     let now = || Micros(clock.load(Ordering::Relaxed));
     loop {
         clients.send(now(), &mut core);
         if core.has_work() {
             let outcome = core.step_with(now)?;
             clients.take(now(), core.events());
+            clients.account(now(), core.notes());
             if outcome.submitted.is_some() || outcome.collected.is_some() {
                 continue;
             }
@@ -153,7 +177,8 @@ fn serve(trace: &[TraceRequest], config: &ServeConfig) -> Result<Outcome, ExecEr
         }
     }
     let num_preemptions = core.stats().num_preemptions;
-    Ok(Outcome { requests: clients.served, gaps: clients.gaps, num_preemptions, end: now() })
+    let (requests, gaps, fairness) = (clients.served, clients.gaps, clients.accounts.finish());
+    Ok(Outcome { requests, gaps, num_preemptions, fairness, end: now() })
 }
 
 /// When a request arrives, in microseconds.
@@ -164,30 +189,30 @@ fn scaled(request: &TraceRequest, rate_scale: f64) -> u64 {
 /// Sends what the trace says and notes what comes back.
 struct Clients<'a> {
     trace: &'a [TraceRequest],
-    rate_scale: f64,
-    targets: LatencyTargets,
+    config: &'a ServeConfig,
     num_sent: usize,
     served: Vec<Served>,
     params: Arc<SamplingParams>,
     gaps: Gaps,
+    accounts: Accounts,
 }
 
 impl<'a> Clients<'a> {
-    fn new(trace: &'a [TraceRequest], config: &ServeConfig) -> Self {
+    fn new(trace: &'a [TraceRequest], config: &'a ServeConfig, last_arrival: u64) -> Self {
         let params = SamplingParams { stop_token_ids: vec![STOP], ..SamplingParams::greedy(MAX_TOKENS) };
         Self {
             trace,
-            rate_scale: config.rate_scale,
-            targets: config.targets,
+            config,
             num_sent: 0,
             served: Vec::with_capacity(trace.len()),
             params: Arc::new(params),
             gaps: Gaps::default(),
+            accounts: Accounts::new(config.num_tenants.clamp(1, MAX_TENANTS), last_arrival / NUM_SAMPLES),
         }
     }
 
     fn next_arrival(&self) -> Option<u64> {
-        self.trace.get(self.num_sent).map(|request| scaled(request, self.rate_scale))
+        self.trace.get(self.num_sent).map(|request| scaled(request, self.config.rate_scale))
     }
 
     fn send(&mut self, now: Micros, core: &mut EngineCore) {
@@ -200,16 +225,20 @@ impl<'a> Clients<'a> {
                 block_hashes: addresses(recorded),
                 salt: CacheSalt(0),
                 params: Arc::clone(&self.params),
-                tenant: TenantId(0),
+                tenant: self.config.tenant(at as u64),
                 priority: 0,
                 arrival: Micros(arrival),
                 deadline: None,
             };
             let alone = StepShape::default().with_row(0, recorded.input_tokens);
-            let due = self.targets.cost.predict(&alone) * self.targets.ttft_stretch;
-            let due = Micros(arrival + self.targets.ttft.0.max(due as u64));
-            self.served.push(Served::new(recorded.input_tokens, Micros(arrival), due));
-            if core.add(request).is_err() {
+            let targets = &self.config.targets;
+            let due = targets.cost.predict(&alone) * targets.ttft_stretch;
+            let due = Micros(arrival + targets.ttft.0.max(due as u64));
+            let tenant = request.tenant.0;
+            self.served.push(Served::new(tenant, recorded.input_tokens, Micros(arrival), due));
+            if core.add(request).is_ok() {
+                self.accounts.sent(tenant);
+            } else {
                 self.served[at].refuse(now);
             }
             self.num_sent += 1;
@@ -220,20 +249,46 @@ impl<'a> Clients<'a> {
         for event in events {
             let served = &mut self.served[event.request.0 as usize];
             match &event.kind {
+                SeqEventKind::Started { .. } => {
+                    served.started = true;
+                    self.accounts.waits_no_more(served.tenant);
+                }
                 SeqEventKind::Tokens { .. } => {
-                    if let Some(gap) = served.token(now, self.targets.itl) {
+                    self.accounts.token(served.tenant);
+                    if let Some(gap) = served.token(now, self.config.targets.itl) {
                         self.gaps.add(gap);
                     }
                 }
                 SeqEventKind::Finished {
                     reason: FinishReason::Stop | FinishReason::Length, usage, ..
                 } => {
+                    let computed = usage.prompt_tokens - usage.cached_tokens;
+                    self.accounts.ended(computed, usage.generated_tokens);
                     served.finish(usage);
                 }
-                SeqEventKind::Finished { .. } => served.refuse(now),
-                _ => {}
+                SeqEventKind::Finished { .. } => {
+                    if !served.started {
+                        self.accounts.waits_no_more(served.tenant);
+                    }
+                    served.refuse(now);
+                }
+                SeqEventKind::PromptLogprobs { .. } => {}
             }
         }
+    }
+
+    /// Counts the prompt tokens that the step computed, those of a second time left out.
+    fn account(&mut self, now: Micros, notes: &[SeqNote]) {
+        for note in notes {
+            let served = &mut self.served[note.request.0 as usize];
+            let fresh = match note.kind {
+                NoteKind::Chunk { num_tokens } => served.computed(num_tokens),
+                NoteKind::Entered { cached_tokens } => served.found(cached_tokens),
+                _ => continue,
+            };
+            self.accounts.computed(served.tenant, fresh);
+        }
+        self.accounts.step(now.0);
     }
 }
 
