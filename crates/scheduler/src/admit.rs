@@ -254,7 +254,7 @@ impl Scheduler {
         let first = !std::mem::replace(&mut entry.started, true);
         let (id, due) = (entry.request.id, entry.due);
         if let (Some(pacing), Some(due)) = (&mut self.pacing, &due) {
-            pacing.dequeue(id, due);
+            pacing.started(id, due);
         }
         self.num_queued -= u32::from(first);
         self.push_row(seq, chunk, pass, out);

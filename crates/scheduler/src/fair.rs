@@ -185,6 +185,11 @@ impl FairShare {
         num_others_running > 0 && tenant.num_blocks.saturating_add(num_more) > tenant.max_blocks
     }
 
+    /// How much of the service `other` gets while `tenant` gets one unit of it.
+    pub(crate) fn relative_share(&self, other: TenantId, tenant: TenantId) -> f64 {
+        self.get(tenant).per_prompt_token / self.get(other).per_prompt_token
+    }
+
     /// What to call it when [`Self::is_over_share`] keeps a sequence of this tenant waiting: one that may have the whole
     /// pool suffers from nothing but the pool's size.
     pub(crate) fn cause_of_share(&self, tenant: TenantId) -> WaitCause {

@@ -13,7 +13,7 @@
 //! * a sequence takes blocks only from those after it in the order, so the first one always advances;
 //! * of two tenants that always have something waiting, neither gets ahead by more than a request or two.
 //!
-//! Reading order: [`event`], [`note`], [`stats`], [`cost`] (how long a step takes), [`policy`] (the order), [`pacing`] (latency
+//! Reading order: [`event`], [`note`], [`stats`], [`cost`] (how long a step takes), [`policy`] (the order), [`pacing`] with `backlog` (latency
 //! targets), [`fair`] and `waiting` (who is next), `sequence` and `sequence_table` (the state), `block_pool`,
 //! `prefix_cache`, `kv_cache` (the blocks), `reuse`, `history`, `duel`, `eviction` (which of them to keep),
 //! [`cache_replay`], [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `admit` (prompts in it),
@@ -22,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 mod admit;
+mod backlog;
 mod block_pool;
 pub mod cache_replay;
 mod check;

@@ -251,7 +251,14 @@ impl Scheduler {
                 self.num_prefilling -= 1;
                 self.decode_context += u64::from(start);
             }
-            let (index, tenant) = (hot.index, hot.tenant);
+            let (index, tenant, rest) = (hot.index, hot.tenant, end..hot.num_tokens);
+            if let Some(pacing) = &mut self.pacing {
+                let entry = self.requests[self.seqs.data(seq).request as usize].as_ref();
+                let entry = entry.expect("a live sequence has a request");
+                if let Some(due) = &entry.due {
+                    pacing.advanced(entry.request.id, due, rest);
+                }
+            }
             let data = self.seqs.data_mut(seq);
             // Not what was cached, nor what is computed again.
             let fresh = data.num_charged_tokens.max(start)..end.min(data.prompt_len());

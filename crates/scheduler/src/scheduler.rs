@@ -226,7 +226,7 @@ impl Scheduler {
             }
         };
         let seqs: Vec<SeqIndex> = {
-            let due = due.map_or(request.arrival, |due| due.first_token);
+            let due = due.map_or(request.arrival, |due| due.place.due);
             (0..n).map(|index| self.insert_sequence(&request, entry, index, due)).collect()
         };
         self.enqueue(seqs[0]);
@@ -326,14 +326,18 @@ impl Scheduler {
     fn check_latency(&mut self, request: &Request) -> Result<Option<Due>, RequestError> {
         let decodes = self.decode_shape();
         let Some(pacing) = &mut self.pacing else { return Ok(None) };
-        let due = pacing.due(request);
+        let tenant = self.fair.register(request.tenant);
+        let hashes = request.block_hashes.iter().copied();
+        let hit = self.kv.lookup(hashes, request.prompt.len() as u32 - 1);
+        let due = pacing.due(request, tenant, hit.num_blocks * self.config.limits.block_size);
         pacing.arrived(&due);
         // The clock of the latest step; a request may have come in since.
         let now = self.now.max(request.arrival);
         if due.start_by < now {
             return Err(RequestError::DeadlineExceeded);
         }
-        let late = pacing.lateness(&due, now, &decodes);
+        let fair = &self.fair;
+        let late = pacing.lateness(&due, now, &decodes, &|other| fair.relative_share(other, tenant));
         if late > 0.0 {
             let retry_after = Duration::from_secs_f64((late / 1e6).clamp(1.0, 60.0));
             return Err(RequestError::Late { retry_after });

@@ -44,7 +44,7 @@ pub use mock::{MockExecutor, MockTiming};
 pub use plan::{Goal, Latency, plan};
 pub use replay::{HitRate, Sharing, replay_cache, replay_optimum};
 pub use run::{Failure, Report, run_seed};
-pub use serve_report::{Bucket, ServeReport};
+pub use serve_report::{Bucket, ServeReport, Waits};
 pub use serve_trace::{ServeConfig, serve_fleet, serve_trace};
 pub use service::{Fairness, MAX_TENANTS};
 pub use trace::{TraceError, TraceRequest, read_trace};

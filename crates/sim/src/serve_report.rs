@@ -3,6 +3,7 @@
 use std::fmt;
 
 use quire_core::{Micros, Usage};
+use quire_scheduler::WaitCause;
 
 use crate::service::Fairness;
 
@@ -15,6 +16,8 @@ pub(crate) struct Served {
     pub(crate) tenant: u32,
     /// It once had a place.
     pub(crate) started: bool,
+    /// What it waits for, since when.
+    pub(crate) waits: Option<(WaitCause, Micros)>,
     /// Prompt tokens that are there, and the most that ever were.
     num_computed: u32,
     num_charged: u32,
@@ -37,6 +40,7 @@ impl Served {
         Self {
             tenant,
             started: false,
+            waits: None,
             num_computed: 0,
             num_charged: 0,
             input_tokens,
@@ -174,10 +178,42 @@ pub struct ServeReport {
     pub good_percent_by_length: [f64; 10],
     /// Times a sequence lost its blocks.
     pub num_preemptions: u64,
+    /// What requests waited for.
+    pub waits: Waits,
     /// How service was shared between tenants.
     pub fairness: Fairness,
     /// What became of the requests by the time at which they came.
     pub over_time: Vec<Bucket>,
+}
+
+/// Time that requests waited, all together, by what they waited for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Waits([u64; WaitCause::ALL.len()]);
+
+impl Waits {
+    /// `state` is what a request waits for from now on.
+    pub(crate) fn change(
+        &mut self,
+        state: &mut Option<(WaitCause, Micros)>,
+        now: Micros,
+        cause: Option<WaitCause>,
+    ) {
+        let after = cause.map(|cause| (cause, now));
+        if let Some((before, since)) = std::mem::replace(state, after) {
+            self.0[before as usize] += now.since(since).0;
+        }
+    }
+
+    pub(crate) fn merge(&mut self, other: &Self) {
+        self.0.iter_mut().zip(other.0).for_each(|(sum, more)| *sum += more);
+    }
+
+    /// `(cause, seconds)` of those that anybody waited for.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, f64)> + '_ {
+        let all =
+            WaitCause::ALL.into_iter().map(|cause| (cause.name(), self.0[cause as usize] as f64 * 1e-6));
+        all.filter(|(_, seconds)| *seconds > 0.0)
+    }
 }
 
 /// The requests that came in a while.
@@ -285,6 +321,12 @@ impl fmt::Display for ServeReport {
         writeln!(f, "ITL         p50 {half:.1} ms, p90 {most:.1} ms, p99 {nearly_all:.1} ms")?;
         writeln!(f, "hit rate    {:.1} % of the prompt tokens", self.hit_percent)?;
         writeln!(f, "waits       {:.1} s at most, refusals {:.1} s", self.max_wait, self.max_refusal_wait)?;
+        let all: f64 = self.waits.iter().map(|(_, seconds)| seconds).sum();
+        write!(f, "waits for  ")?;
+        self.waits
+            .iter()
+            .try_for_each(|(cause, seconds)| write!(f, " {cause} {:.0} %", 100.0 * seconds / all))?;
+        writeln!(f)?;
         let Fairness { gap, dearest, .. } = &self.fairness;
         if self.fairness.service.len() > 1 {
             let ratio = self.fairness.ratio();

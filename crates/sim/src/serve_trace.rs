@@ -14,13 +14,13 @@ use quire_core::{
 };
 use quire_engine::EngineCore;
 use quire_scheduler::{
-    Calibration, CostModel, EvictionPolicy, LatencyTargets, NoteKind, Policy, SchedulerConfig, SeqEvent,
-    SeqEventKind, SeqNote, StepShape,
+    Calibration, CostModel, EvictionPolicy, FairnessConfig, LatencyTargets, NoteKind, Policy, SchedulerConfig, SeqEvent,
+    SeqEventKind, SeqNote, StepShape, WaitCause,
 };
 
 use crate::replay::address;
 use crate::rng::mix;
-use crate::serve_report::{Gaps, ServeReport, Served};
+use crate::serve_report::{Gaps, ServeReport, Served, Waits};
 use crate::service::{Accounts, Fairness, MAX_TENANTS};
 use crate::trace::{TRACE_BLOCK_SIZE, TraceRequest};
 
@@ -53,6 +53,8 @@ pub struct ServeConfig {
     /// Tenants to whom the requests are dealt out: the k-th gets one for every k of the first one's. At most
     /// [`MAX_TENANTS`].
     pub num_tenants: u32,
+    /// How service is shared between them.
+    pub fairness: FairnessConfig,
 }
 
 impl ServeConfig {
@@ -68,11 +70,12 @@ impl ServeConfig {
             rate_scale: 1.0,
             targets,
             num_tenants: 1,
+            fairness: FairnessConfig::default(),
         }
     }
 
     /// Who sends request `at`.
-    fn tenant(&self, at: u64) -> TenantId {
+    pub fn tenant(&self, at: u64) -> TenantId {
         let num_tenants = self.num_tenants.clamp(1, MAX_TENANTS);
         let share = |tenant: u32| 1.0 / f64::from(tenant + 1);
         let all: f64 = (0..num_tenants).map(share).sum();
@@ -124,6 +127,7 @@ pub fn serve_fleet(
         report.num_preemptions += served.num_preemptions;
         end = end.max(served.end);
         report.fairness.merge(served.fairness);
+        report.waits.merge(&served.waits);
         all.extend(served.requests);
     }
     report.fill(&all, last_arrival, end);
@@ -136,6 +140,7 @@ struct Outcome {
     gaps: Gaps,
     num_preemptions: u64,
     fairness: Fairness,
+    waits: Waits,
     end: Micros,
 }
 
@@ -145,6 +150,7 @@ fn serve(trace: &[TraceRequest], config: &ServeConfig, last_arrival: u64) -> Res
     let mut scheduler = SchedulerConfig::new(limits.clone(), BlockHasher::new((0, 0), BLOCK_SIZE));
     scheduler.policy = config.policy;
     scheduler.eviction = config.eviction;
+    scheduler.fairness = config.fairness;
     scheduler.max_queued_requests = trace.len() as u32 + 1;
     let executor = VirtualExecutor {
         limits,
@@ -177,8 +183,9 @@ fn serve(trace: &[TraceRequest], config: &ServeConfig, last_arrival: u64) -> Res
         }
     }
     let num_preemptions = core.stats().num_preemptions;
-    let (requests, gaps, fairness) = (clients.served, clients.gaps, clients.accounts.finish());
-    Ok(Outcome { requests, gaps, num_preemptions, fairness, end: now() })
+    let end = now();
+    let Clients { served, gaps, accounts, waits, .. } = clients;
+    Ok(Outcome { requests: served, gaps, num_preemptions, fairness: accounts.finish(), waits, end })
 }
 
 /// When a request arrives, in microseconds.
@@ -195,6 +202,7 @@ struct Clients<'a> {
     params: Arc<SamplingParams>,
     gaps: Gaps,
     accounts: Accounts,
+    waits: Waits,
 }
 
 impl<'a> Clients<'a> {
@@ -208,6 +216,7 @@ impl<'a> Clients<'a> {
             params: Arc::new(params),
             gaps: Gaps::default(),
             accounts: Accounts::new(config.num_tenants.clamp(1, MAX_TENANTS), last_arrival / NUM_SAMPLES),
+            waits: Waits::default(),
         }
     }
 
@@ -238,6 +247,7 @@ impl<'a> Clients<'a> {
             self.served.push(Served::new(tenant, recorded.input_tokens, Micros(arrival), due));
             if core.add(request).is_ok() {
                 self.accounts.sent(tenant);
+                self.served[at].waits = Some((WaitCause::Step, Micros(arrival)));
             } else {
                 self.served[at].refuse(now);
             }
@@ -248,6 +258,9 @@ impl<'a> Clients<'a> {
     fn take(&mut self, now: Micros, events: &[SeqEvent]) {
         for event in events {
             let served = &mut self.served[event.request.0 as usize];
+            if matches!(event.kind, SeqEventKind::Finished { .. }) {
+                self.waits.change(&mut served.waits, now, None);
+            }
             match &event.kind {
                 SeqEventKind::Started { .. } => {
                     served.started = true;
@@ -281,6 +294,14 @@ impl<'a> Clients<'a> {
     fn account(&mut self, now: Micros, notes: &[SeqNote]) {
         for note in notes {
             let served = &mut self.served[note.request.0 as usize];
+            let waits = match note.kind {
+                NoteKind::Waits(cause) | NoteKind::Preempted(cause) => Some(Some(cause)),
+                NoteKind::Entered { .. } => Some(None),
+                _ => None,
+            };
+            if let Some(cause) = waits {
+                self.waits.change(&mut served.waits, note.at, cause);
+            }
             let fresh = match note.kind {
                 NoteKind::Chunk { num_tokens } => served.computed(num_tokens),
                 NoteKind::Entered { cached_tokens } => served.found(cached_tokens),
