@@ -14,8 +14,8 @@ use quire_core::{
 };
 use quire_engine::EngineCore;
 use quire_scheduler::{
-    Calibration, CostModel, EvictionPolicy, FairnessConfig, LatencyTargets, NoteKind, Policy, SchedulerConfig, SeqEvent,
-    SeqEventKind, SeqNote, StepShape, WaitCause,
+    Calibration, CostModel, EvictionPolicy, FairnessConfig, LatencyTargets, NoteKind, Policy,
+    SchedulerConfig, SeqEvent, SeqEventKind, SeqNote, StepShape, WaitCause,
 };
 
 use crate::replay::address;
