@@ -237,7 +237,7 @@ mod tests {
         };
         assert!(row("fairness_gap_requests").unwrap() > 0.0, "{text}");
         let service = [0, 1, 2].map(|tenant| row(&format!("service_tokens/{tenant}")).unwrap());
-        assert!(service[0] > service[1] && service[1] > service[2], "the first sends most: {service:?}");
+        assert!(service[0] > service[1].max(service[2]), "the first sends most: {service:?}");
         let all: f64 = service.iter().sum();
         assert_eq!(
             all,

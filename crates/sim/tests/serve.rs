@@ -49,3 +49,16 @@ fn learned_eviction_saves_work() {
     });
     assert!(rates[1] > rates[0] + 1.0, "{rates:?}");
 }
+
+#[test]
+fn refusals_come_at_once_and_promises_are_kept() {
+    for (workload, rate_scale) in [(GeneratedWorkload::Chat, 2.4), (GeneratedWorkload::Documents, 0.25)] {
+        let trace = generate(workload, 9, 800);
+        let report = serve_trace(&trace, &ServeConfig { rate_scale, ..config() }).unwrap();
+        assert!(report.num_refused > 20, "too little load to tell: {report}");
+        assert!(report.max_refusal_wait <= 0.1, "{report}");
+        assert!(report.max_wait <= 30.0, "{report}");
+        let late = report.num_requests - report.num_good - report.num_refused;
+        assert!(late <= 8, "let in and late: {late}\n{report}");
+    }
+}
