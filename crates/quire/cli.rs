@@ -181,6 +181,16 @@ pub struct SimArgs {
     /// never answered, devices take requests in turn
     #[arg(long, value_name = "GOALS", requires = "trace", conflicts_with = "capacity")]
     pub plan: Option<Goals>,
+    /// Deal the requests out to so many tenants, the k-th of whom sends 1/k of what the first one does
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(requires = "trace")]
+    pub tenants: u32,
+    /// Write plots (SVG) of what clients saw into this directory
+    #[arg(long, value_name = "DIR", requires = "trace")]
+    pub plot: Option<PathBuf>,
+    /// Print the figures as one JSON object
+    #[arg(long, requires = "trace")]
+    pub json: bool,
 }
 
 /// `--policy`
@@ -244,6 +254,7 @@ mod tests {
             "quire bench kernels --json",
             "quire sim --seed 1",
             "quire sim --seeds 0..9",
+            "quire sim --trace t.csv --policy fcfs --gpu h200 --model llama-3.1-8b --plot plots --tenants 4 --json",
             "quire completions bash",
         ] {
             Cli::try_parse_from(line.split_whitespace()).unwrap();

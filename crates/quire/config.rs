@@ -205,6 +205,12 @@ fn check_supported(args: &EngineArgs, spec: &ModelSpec, machine: &Machine) -> Re
     if args.batch_invariant == Switch::Off && !is_on_gpu {
         return fail("batch-invariant", "the CPU backend is always batch invariant; use auto or on");
     }
+    if is_on_gpu && args.host_cache_memory.0 > 0 {
+        return fail(
+            "host-cache-memory",
+            "keys and values in host memory are not supported on a GPU yet; leave it out",
+        );
+    }
     if !(args.gpu_memory_utilization > 0.0 && args.gpu_memory_utilization <= 1.0) {
         return fail("gpu-memory-utilization", "must be above 0 and at most 1");
     }
@@ -446,7 +452,7 @@ mod tests {
         assert_eq!(config.host_bytes(), 64 << 20);
         assert!(config.to_string().contains("behind it 64 MiB of host memory (16,384 blocks)"), "{config}");
         assert_eq!(resolve("--host-cache-memory 5B", &ROOMY).unwrap_err().flag, "host-cache-memory");
-        let small = Machine { cores: 1, available_memory: Bytes(1 << 20) };
+        let small = Machine { cores: 1, available_memory: Bytes(1 << 20), gpu_memory: None };
         let error = resolve("--host-cache-memory 2MiB", &small).unwrap_err();
         assert!(error.message.contains("2 MiB is more than the 1 MiB"), "{error}");
     }

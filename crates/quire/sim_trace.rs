@@ -11,7 +11,9 @@ use quire_sim::{
     Goal, Latency, ServeConfig, ServeReport, TraceRequest, capacity, plan, read_trace, serve_trace,
 };
 
+use crate::bench::report::Report;
 use crate::cli::{SimArgs, SimEviction, SimPolicy};
+use crate::sim_plots::write_plots;
 use crate::units::{Bytes, parse_duration};
 use crate::{Failure, Result};
 
@@ -47,26 +49,84 @@ fn goal(text: &str) -> Result<Goal, String> {
     Ok(Goal { what, percent, within: parse_duration(within.trim())? })
 }
 
+/// What is printed above the report, for people and for programs.
+#[derive(Default)]
+struct Head {
+    text: String,
+    rows: Vec<(String, f64, &'static str)>,
+}
+
 /// Serves the trace once, or looks for the rate that one device takes or for the devices that it needs, and prints what
 /// clients saw.
 pub(crate) fn sim_trace(args: &SimArgs, path: &Path, out: &mut impl Write) -> Result<()> {
     let config = config(args)?;
     let trace = read_trace(path).map_err(|error| Failure(error.to_string()))?;
     let failed = |error: quire_core::ExecError| Failure(error.to_string());
+    let mut head = Head::default();
     let report = if let Some(goals) = &args.plan {
-        planned(&trace, config, goals, out)?
+        planned(&trace, config, goals, &mut head)?
     } else if args.capacity {
         let Some((scale, report)) = capacity(&trace, &config).map_err(failed)? else {
             return Err(Failure("fewer than 90 % of the requests are good at any rate".into()));
         };
         let rate = report.request_rate;
-        writeln!(out, "capacity    {scale:.3} times the trace's rate: {rate:.2} requests/s with 90 % good")
-            .map_err(Failure::output)?;
+        head.text =
+            format!("capacity    {scale:.3} times the trace's rate: {rate:.2} requests/s with 90 % good\n");
+        head.rows.push(("capacity_scale".into(), scale, "ratio"));
         report
     } else {
         serve_trace(&trace, &config).map_err(failed)?
     };
-    writeln!(out, "{report}").map_err(Failure::output)
+    if args.json {
+        print_json(&head, &report, out)?;
+    } else {
+        writeln!(out, "{}{report}", head.text).map_err(Failure::output)?;
+    }
+    let Some(dir) = &args.plot else { return Ok(()) };
+    let names = write_plots(&report, dir)?;
+    if !args.json {
+        writeln!(out, "plots       {} in {}", names.join(", "), dir.display()).map_err(Failure::output)?;
+    }
+    Ok(())
+}
+
+/// Rows with stable names. What never happened (a first token that never came) has no row.
+fn print_json(head: &Head, report: &ServeReport, out: &mut impl Write) -> Result<()> {
+    let mut figures = Report::new(1, "simulated");
+    let mut row = |name: String, value: f64, unit| {
+        if value.is_finite() {
+            figures.row(name, value, unit);
+        }
+    };
+    head.rows.iter().for_each(|(name, value, unit)| row(name.clone(), *value, unit));
+    for (name, value, unit) in [
+        ("requests", report.num_requests as f64, "requests"),
+        ("requests_s", report.request_rate, "requests/s"),
+        ("goodput_requests_s", report.request_rate * report.good_percent() / 100.0, "requests/s"),
+        ("goodput_percent", report.good_percent(), "%"),
+        ("refused_requests", report.num_refused as f64, "requests"),
+        ("preemptions", report.num_preemptions as f64, "times"),
+        ("hit_percent", report.hit_percent, "%"),
+        ("max_wait_s", report.max_wait, "s"),
+        ("max_refusal_wait_s", report.max_refusal_wait, "s"),
+        ("fairness_gap_tokens", report.fairness.gap, "weighted tokens"),
+        ("fairness_gap_requests", report.fairness.ratio(), "dearest requests"),
+    ] {
+        row(name.into(), value, unit);
+    }
+    for (name, value) in ["p50", "p90", "p99"].into_iter().zip(report.ttft) {
+        row(format!("ttft_ms_{name}"), 1e3 * value, "ms");
+    }
+    for (name, percent) in [("p50", 50.0), ("p90", 90.0), ("p99", 99.0)] {
+        row(format!("itl_ms_{name}"), report.gaps.percentile_ms(percent), "ms");
+    }
+    for (value, tenth) in report.good_percent_by_length.into_iter().zip(1..) {
+        row(format!("goodput_percent_by_length/{tenth}"), value, "%");
+    }
+    for (at, &tokens) in report.fairness.service.iter().enumerate() {
+        row(format!("service_tokens/{at}"), tokens, "weighted tokens");
+    }
+    figures.print(true, out)
 }
 
 /// The scheduler works towards the goals, too.
@@ -74,7 +134,7 @@ fn planned(
     trace: &[TraceRequest],
     mut config: ServeConfig,
     goals: &Goals,
-    out: &mut impl Write,
+    head: &mut Head,
 ) -> Result<ServeReport> {
     for goal in &goals.0 {
         let within = Micros(goal.within.as_micros() as u64);
@@ -92,16 +152,15 @@ fn planned(
         return Err(Failure(format!("not even {MAX_DEVICES} devices keep these promises for every request")));
     };
     let noun = if devices == 1 { "device" } else { "devices" };
-    writeln!(out, "plan        {devices} {noun} at {:.2} requests/s", report.request_rate)
-        .map_err(Failure::output)?;
+    head.text = format!("plan        {devices} {noun} at {:.2} requests/s\n", report.request_rate);
+    head.rows.push(("devices".into(), devices as f64, "devices"));
     for goal in &goals.0 {
         let what = match goal.what {
             Latency::FirstToken => "TTFT",
             Latency::BetweenTokens => "ITL",
         };
         let (value, within) = (goal.value(&report), goal.within.as_secs_f64());
-        writeln!(out, "            {what} p{} {value:.4} s, promised {within} s", goal.percent)
-            .map_err(Failure::output)?;
+        head.text += &format!("            {what} p{} {value:.4} s, promised {within} s\n", goal.percent);
     }
     Ok(report)
 }
@@ -132,6 +191,7 @@ fn config(args: &SimArgs) -> Result<ServeConfig> {
     }
     set_memory(args, &mut config)?;
     config.rate_scale = args.rate_scale;
+    config.num_tenants = args.tenants;
     Ok(config)
 }
 
@@ -189,6 +249,31 @@ mod tests {
         let text = run(&["--policy", "fcfs", "--rate-scale", "2"], &path).unwrap();
         assert!(text.starts_with("requests    50 at 2.04/s"), "{text}");
         assert!(text.contains("goodput     100.0 %"), "{text}");
+        let dir = path.with_extension("plots");
+        let more = ["--rate-scale", "150", "--tenants", "3", "--policy", "fcfs", "--json", "--plot"];
+        let text = run(&[&more[..], &[dir.to_str().unwrap()]].concat(), &path).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let rows = json["rows"].as_array().unwrap();
+        let row = |name: &str| {
+            rows.iter().find(|row| row["name"] == name).map(|row| row["value"].as_f64().unwrap())
+        };
+        assert!(row("fairness_gap_requests").unwrap() > 0.0, "{text}");
+        let service = [0, 1, 2].map(|tenant| row(&format!("service_tokens/{tenant}")).unwrap());
+        assert!(service[0] > service[1].max(service[2]), "the first sends most: {service:?}");
+        let all: f64 = service.iter().sum();
+        assert_eq!(
+            all,
+            (0..50).map(|at| f64::from(500 + 10 * at + 2 * 40)).sum::<f64>(),
+            "every token is counted once"
+        );
+        for name in ["ttft_cdf", "itl_cdf", "goodput", "hit_rate", "service"] {
+            let svg = std::fs::read_to_string(dir.join(name).with_extension("svg")).unwrap();
+            assert!(
+                svg.starts_with("<svg xmlns") && svg.contains("<polyline") && svg.ends_with("</svg>\n"),
+                "{name}"
+            );
+        }
+        std::fs::remove_dir_all(&dir).unwrap();
         let text = run(&["--capacity"], &path).unwrap();
         assert!(text.starts_with("capacity  "), "{text}");
         let text = run(&["--plan", "ttft_p99<100ms,itl_p99<50ms", "--rate-scale", "200"], &path).unwrap();

@@ -17,6 +17,7 @@ use crate::dispatch::{Mailbox, Registry, SeqDelta};
 use crate::metrics::{EngineMetrics, Rejection};
 use crate::sessions::Sessions;
 use crate::snapshot::{EngineSnapshot, SharedSnapshot};
+use crate::timeline::{Origin, Timeline, Timelines};
 
 /// What a caller asks of an engine; ids and times are added by [`EngineClient::submit`].
 #[derive(Clone, Debug)]
@@ -77,6 +78,7 @@ pub(crate) struct Shared {
     pub(crate) snapshot: SharedSnapshot,
     pub(crate) metrics: EngineMetrics,
     pub(crate) sessions: Sessions,
+    pub(crate) timelines: Timelines,
     /// Live continuations: accepted and not finished.
     pub(crate) live: AtomicU32,
     pub(crate) idle: Notify,
@@ -94,6 +96,7 @@ impl Shared {
             snapshot: SharedSnapshot::default(),
             metrics,
             sessions: Sessions::default(),
+            timelines: Timelines::default(),
             live: AtomicU32::new(0),
             idle: Notify::new(),
             state: AtomicU8::new(EngineState::Ready as u8),
@@ -169,6 +172,18 @@ impl EngineClient {
     /// Invalid or too long, [`RequestError::Overloaded`] when the queue is full, [`RequestError::Unavailable`] when the
     /// engine drains or is dead.
     pub fn submit(&self, spec: RequestSpec) -> Result<RequestHandle, RequestError> {
+        self.submit_from(spec, None)
+    }
+
+    /// [`Self::submit`], and keeps a [`Timeline`] of the request under the name that its origin gives.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub fn submit_from(
+        &self,
+        spec: RequestSpec,
+        origin: Option<Origin>,
+    ) -> Result<RequestHandle, RequestError> {
         match self.state() {
             EngineState::Ready => {}
             EngineState::Draining => return Err(self.unavailable("draining")),
@@ -198,6 +213,9 @@ impl EngineClient {
         let mailbox = Arc::new(Mailbox::new(&request));
         shared.registry.insert(Arc::clone(&mailbox));
         shared.metrics.accepted(&request);
+        if let Some(origin) = origin {
+            shared.timelines.accepted(&request, origin);
+        }
         let in_our_clock = |at: Micros| shared.epoch.checked_add(Duration::from_micros(at.0));
         let deadline = request.deadline.and_then(in_our_clock);
         let handle = RequestHandle { id, mailbox, inbox: self.inbox.clone(), unfinished: n, deadline };
@@ -207,9 +225,16 @@ impl EngineClient {
         // alive is always ended by it; one sent later may never be seen.
         if !sent || self.state() == EngineState::Dead {
             shared.registry.remove(id);
+            shared.timelines.withdrawn(id);
             return Err(self.unavailable("dead"));
         }
         Ok(handle)
+    }
+
+    /// What became of the requests of this name, oldest first and not too many: of one tenant, or of all. Those that
+    /// ended long ago are forgotten.
+    pub fn timelines(&self, name: &str, tenant: Option<TenantId>) -> Vec<Timeline> {
+        self.shared.timelines.find(name, tenant)
     }
 
     fn unavailable(&self, state: &'static str) -> RequestError {

@@ -9,7 +9,7 @@ use quire_core::{
     ExecError, Executor, FinishReason, LateInputs, Micros, ModelRunnerOutput, Request, RequestError,
     RequestId, SchedulerOutput, StepId, TenantShare, Usage,
 };
-use quire_scheduler::{Scheduler, SchedulerConfig, SchedulerStats, SeqEvent, SeqEventKind};
+use quire_scheduler::{Scheduler, SchedulerConfig, SchedulerStats, SeqEvent, SeqEventKind, SeqNote};
 
 /// What one call of [`EngineCore::step`] did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -202,6 +202,16 @@ impl EngineCore {
         std::mem::swap(&mut self.output, output);
         self.events.clear();
         self.output.clear();
+    }
+
+    /// Why sequences wait and how they get on, as far as the last step changed it. See [`Scheduler::notes`].
+    pub fn notes(&self) -> &[SeqNote] {
+        self.scheduler.notes()
+    }
+
+    /// Exchanges the notes of the last step for a buffer to reuse. See [`Scheduler::swap_notes`].
+    pub fn swap_notes(&mut self, notes: &mut Vec<SeqNote>) {
+        self.scheduler.swap_notes(notes);
     }
 
     /// Whether a call of [`Self::step`] would do anything.

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use quire_core::{
     FinishReason, Micros, ModelRunnerOutput, Request, RequestId, TokenId, TokenLogprobs, Usage,
 };
-use quire_scheduler::{SeqEvent, SeqEventKind};
+use quire_scheduler::{SeqEvent, SeqEventKind, SeqNote};
 use smallvec::SmallVec;
 use tokio::sync::mpsc::Receiver;
 
@@ -62,6 +62,7 @@ pub struct SeqFinished {
 pub(crate) struct StepMessage {
     pub(crate) events: Vec<SeqEvent>,
     pub(crate) output: ModelRunnerOutput,
+    pub(crate) notes: Vec<SeqNote>,
     pub(crate) stats: StepStats,
 }
 
@@ -172,6 +173,7 @@ pub(crate) async fn run(shared: Arc<Shared>, mut steps: Receiver<StepMessage>, r
     let mut mailboxes = Mailboxes::default();
     while let Some(mut message) = steps.recv().await {
         shared.metrics.record_step(&message.stats);
+        shared.timelines.note(&message.notes);
         // After the message: whoever has an event in it left his mailbox before.
         let arrived = std::mem::take(&mut *shared.registry.arrived.lock());
         mailboxes.extend(arrived.into_iter().map(|mailbox| (mailbox.id, mailbox)));
@@ -218,7 +220,7 @@ impl FinishRate {
 
 /// Sorts the step into mailboxes; returns how many continuations ended.
 fn deliver(shared: &Shared, mailboxes: &mut Mailboxes, message: &mut StepMessage) -> u32 {
-    let StepMessage { events, output, stats } = message;
+    let StepMessage { events, output, stats, .. } = message;
     let (mut ended, mut num_tokens) = (0, 0);
     let mut done: SmallVec<[RequestId; 8]> = SmallVec::new();
     for events in events.chunks(LOOK_AHEAD) {
@@ -231,6 +233,9 @@ fn deliver(shared: &Shared, mailboxes: &mut Mailboxes, message: &mut StepMessage
         }
         std::hint::black_box(touched);
         for (mailbox, event) in found.iter().zip(events) {
+            if let SeqEventKind::Finished { reason, usage, .. } = &event.kind {
+                shared.timelines.ended(event.request, event.index, *reason, usage);
+            }
             let Some(mailbox) = mailbox else { continue };
             let open = mailbox.update(event.index, |delta, measured| {
                 num_tokens += shared.metrics.record(event, stats.at, measured);

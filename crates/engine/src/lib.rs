@@ -7,7 +7,8 @@
 //! * every accepted continuation ends with exactly one final piece, also when the device fails;
 //! * every queue is bounded: admission bounds the inbox and the mailboxes, the step channel has a fixed capacity.
 //!
-//! Reading order: [`core`], [`thread`], [`dispatch`], [`client`], [`sessions`], [`snapshot`], [`metrics`].
+//! Reading order: [`core`], [`thread`], [`dispatch`], [`client`], [`sessions`], [`snapshot`], [`metrics`],
+//! [`timeline`].
 #![forbid(unsafe_code)]
 
 pub mod client;
@@ -18,9 +19,12 @@ pub mod metrics;
 pub mod sessions;
 pub mod snapshot;
 pub mod thread;
+pub mod timeline;
 
 pub use client::{EngineClient, EngineState, RequestHandle, RequestSpec};
 pub use core::EngineCore;
 pub use dispatch::{SeqDelta, SeqFinished};
+pub use quire_scheduler::WaitCause;
 pub use snapshot::EngineSnapshot;
 pub use thread::{Engine, EngineConfig};
+pub use timeline::{Origin, Timeline};

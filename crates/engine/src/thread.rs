@@ -156,6 +156,7 @@ impl Shell {
     fn publish(&mut self, started: Instant) {
         let mut message = self.recycled.try_recv().unwrap_or_default();
         self.core.swap_results(&mut message.events, &mut message.output);
+        self.core.swap_notes(&mut message.notes);
         message.stats = self.core.step_stats();
         message.stats.duration_us = started.elapsed().as_micros() as u64;
         message.stats.at = self.shared.now();

@@ -84,6 +84,7 @@ impl InferenceService {
         let (llm, model) = self.llm_named(&message.model, &access)?;
         let mut generate = convert::request(message).map_err(|error| status::of(&error))?;
         let tenant = access.tenant();
+        generate.request_id = Some(id.as_str().into());
         generate.tenant = tenant.id();
         generate.priority = tenant.priority(generate.priority);
         generate.cache_namespace = access.cache_namespace();

@@ -83,6 +83,13 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, Some("model_not_found"), message).about("model")
     }
 
+    /// The same for what never was, what is forgotten, and what is somebody else's.
+    pub(crate) fn request_not_found(id: &str) -> Self {
+        let message =
+            format!("no request `{id}` of yours is known here; those that ended long ago are forgotten");
+        Self::new(StatusCode::NOT_FOUND, INVALID, Some("request_not_found"), message)
+    }
+
     pub(crate) fn route_not_found(path: &str) -> Self {
         let of = |(prefix, _): &&(&str, &str)| path.starts_with(prefix);
         let message = match ABSENT_APIS.iter().find(of) {

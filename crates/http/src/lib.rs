@@ -12,7 +12,7 @@
 //! * a panic fails the request it happened in.
 //!
 //! Reading order: [`state`], `router`, [`server`]; `openai/chat` and `openai/completions` with `fields` and
-//! `openai/sampling`; then `sse`, [`error`], `health`, `observe`.
+//! `openai/sampling`; then `sse`, [`error`], `health`, `observe`, `timeline`.
 #![forbid(unsafe_code)]
 
 mod auth;
@@ -26,6 +26,7 @@ mod router;
 pub mod server;
 mod sse;
 pub mod state;
+mod timeline;
 
 pub use error::ApiError;
 pub use router::router;

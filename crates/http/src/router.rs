@@ -16,6 +16,7 @@ use crate::health;
 use crate::observe::observe;
 use crate::openai::{chat, completions, models, tokenize};
 use crate::state::AppState;
+use crate::timeline;
 
 /// The whole front end. What needs a key and what does not is decided by the group a route is in.
 pub fn router(state: AppState) -> Router {
@@ -31,6 +32,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/requests/{id}/timeline", get(timeline::show))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/version", get(version));

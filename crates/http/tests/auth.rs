@@ -9,6 +9,7 @@ const KEYED: Setup = Setup {
     step: std::time::Duration::ZERO,
     max_num_seqs: 4,
     max_queued_requests: 4,
+    num_blocks: 1024,
     keep_alive: std::time::Duration::from_secs(10),
     fails_at: None,
     metrics_without_key: false,

@@ -38,6 +38,7 @@ pub struct Setup {
     pub step: Duration,
     pub max_num_seqs: u32,
     pub max_queued_requests: u32,
+    pub num_blocks: u32,
     pub keep_alive: Duration,
     /// The device fails at this step.
     pub fails_at: Option<u64>,
@@ -51,6 +52,7 @@ impl Default for Setup {
             step: Duration::ZERO,
             max_num_seqs: 16,
             max_queued_requests: 256,
+            num_blocks: 1024,
             keep_alive: Duration::from_secs(10),
             fails_at: None,
             metrics_without_key: false,
@@ -135,7 +137,7 @@ impl Executor for TestExecutor {
 fn start_engine(setup: &Setup) -> Engine {
     let limits = ExecutorLimits {
         block_size: 16,
-        num_blocks: 1024,
+        num_blocks: setup.num_blocks,
         max_num_seqs: setup.max_num_seqs,
         max_num_batched_tokens: 256,
         max_model_len: MAX_MODEL_LEN,

@@ -14,3 +14,4 @@ mod redis;
 mod sockets;
 mod streams;
 mod tenants;
+mod timeline;

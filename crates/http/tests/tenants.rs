@@ -274,17 +274,23 @@ async fn cached_prefixes_are_shared_within_a_tenant_alone() {
     }
 }
 
-/// `DIGEST(x)` becomes the SHA-256 of `x`, by the system's own tool.
+/// `DIGEST(x)` becomes the SHA-256 of `x`.
 fn with_digests(text: &str) -> String {
     let mut text = text.to_owned();
     while let Some(at) = text.find("DIGEST(") {
         let end = at + text[at..].find(')').unwrap();
-        let script = format!("printf %s {} | sha256sum", &text[at + 7..end]);
-        let output = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
-        let hex = String::from_utf8(output.stdout).unwrap();
-        text.replace_range(at..=end, hex.split(' ').next().unwrap());
+        let hex = digest(&text[at + 7..end]);
+        text.replace_range(at..=end, &hex);
     }
     text
+}
+
+/// The SHA-256 of a plain word, by the system's own tool.
+pub fn digest(word: &str) -> String {
+    let script = format!("printf %s {word} | sha256sum");
+    let output = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
+    let hex = String::from_utf8(output.stdout).unwrap();
+    hex.split(' ').next().unwrap().to_owned()
 }
 
 #[tokio::test]

@@ -30,4 +30,6 @@ pub use llm::{Llm, LlmConfig, Prepared};
 pub use logprobs::{TokenLogprob, TopLogprob};
 pub use params::GenerationDefaults;
 pub use quire_core::{FinishReason, RequestError, TenantId, TokenId};
+pub use quire_engine::WaitCause;
+pub use quire_engine::timeline::{Entry, EntryKind, Timeline};
 pub use request::{ChatMessage, ChatPrompt, GenerateRequest, Prompt, SamplingOptions};

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use quire_core::metric_names::TOKENIZE_SECONDS;
-use quire_core::{CacheSalt, Meter, RequestError, SamplingParams, TokenId};
-use quire_engine::{EngineClient, RequestSpec};
+use quire_core::{CacheSalt, Meter, Micros, RequestError, SamplingParams, TokenId};
+use quire_engine::{EngineClient, Origin, RequestSpec};
 use quire_tokenizer::{ChatInput, ChatTemplate, TemplateError, Tokenizer};
 use serde_json::{Value, json};
 
@@ -159,12 +159,13 @@ impl Llm {
     /// Whatever is wrong with the request, [`RequestError::Overloaded`] and [`RequestError::DeadlineExceeded`].
     pub async fn prepare(&self, request: GenerateRequest) -> Result<Prepared, RequestError> {
         let deadline = request.timeout.map(|timeout| Instant::now() + timeout);
+        let received = self.inner.engine.now();
         // Nothing to tokenize.
         if matches!(&request.prompt, Prompt::Tokens(ids) if ids.len() <= INLINE_TOKENS && !request.echo) {
-            return self.make_ready(request, deadline);
+            return self.make_ready(request, deadline, received);
         }
         let llm = self.clone();
-        self.within(deadline, move || llm.make_ready(request, deadline)).await
+        self.within(deadline, move || llm.make_ready(request, deadline, received)).await
     }
 
     /// Submits what was prepared. The answer feeds `meter`, which is dropped with it, or at once if it is refused.
@@ -177,6 +178,10 @@ impl Llm {
         prepared: Prepared,
         meter: Option<Box<dyn Meter>>,
     ) -> Result<Generation, RequestError> {
+        let mut prepared = prepared;
+        if let Some(origin) = &mut prepared.origin {
+            origin.admitted = self.inner.engine.now();
+        }
         // Submitting hashes the prompt; only for a long one is another thread worth the way there.
         if prepared.token_ids.len() <= INLINE_TOKENS {
             return self.submit(prepared, meter);
@@ -245,6 +250,7 @@ impl Llm {
         &self,
         request: GenerateRequest,
         deadline: Option<Instant>,
+        received: Micros,
     ) -> Result<Prepared, RequestError> {
         let inner = &self.inner;
         params::validate_stop(&request.stop)?;
@@ -263,17 +269,20 @@ impl Llm {
             Some(text) => text,
             None => inner.tokenizer.decode(&token_ids, request.skip_special_tokens),
         });
-        Ok(Prepared { request, token_ids, params: Arc::new(params), prompt_text, deadline })
+        let (params, now) = (Arc::new(params), inner.engine.now());
+        let origin =
+            request.request_id.take().map(|name| Origin { name, received, prepared: now, admitted: now });
+        Ok(Prepared { request, token_ids, params, prompt_text, deadline, origin })
     }
 
     fn submit(&self, prepared: Prepared, meter: Option<Box<dyn Meter>>) -> Result<Generation, RequestError> {
         let inner = &self.inner;
-        let Prepared { request, token_ids, params, prompt_text, deadline } = prepared;
+        let Prepared { request, token_ids, params, prompt_text, deadline, origin } = prepared;
         let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if timeout.is_some_and(|left| left.is_zero()) {
             return Err(RequestError::DeadlineExceeded);
         }
-        let handle = inner.engine.submit(RequestSpec {
+        let spec = RequestSpec {
             prompt: Arc::clone(&token_ids),
             params: Arc::clone(&params),
             tenant: request.tenant,
@@ -284,7 +293,8 @@ impl Llm {
             }),
             cache_salt: Some(self.salt(&request)),
             timeout,
-        })?;
+        };
+        let handle = inner.engine.submit_from(spec, origin)?;
         let own = inner.eos_token_ids[..] == params.stop_token_ids[..];
         let rules = Rules {
             tokenizer: inner.tokenizer.clone(),
@@ -367,6 +377,8 @@ pub struct Prepared {
     /// What `echo` repeats.
     prompt_text: Option<String>,
     deadline: Option<Instant>,
+    /// Where its timeline begins.
+    origin: Option<Origin>,
 }
 
 impl Prepared {

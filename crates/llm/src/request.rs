@@ -1,5 +1,6 @@
 //! What a front end asks for, in terms of text.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use quire_core::{TenantId, TokenId};
@@ -34,6 +35,8 @@ pub struct GenerateRequest {
     pub prompt_logprobs: Option<u32>,
     /// Whether each token is to be reported as soon as it is there, also while it adds no text yet.
     pub return_token_ids: bool,
+    /// The name under which its timeline is kept; without one, none is.
+    pub request_id: Option<Arc<str>>,
     /// Who asks.
     pub tenant: TenantId,
     /// The prefix-cache namespace of whoever asks; requests share cached prefixes only if this and `cache_salt` are equal.
@@ -71,6 +74,7 @@ impl GenerateRequest {
             logprobs: None,
             prompt_logprobs: None,
             return_token_ids: false,
+            request_id: None,
             tenant: TenantId::default(),
             cache_namespace: Vec::new(),
             default_max_tokens: None,

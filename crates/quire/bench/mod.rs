@@ -10,7 +10,7 @@ mod harness;
 mod kernels;
 mod latency;
 mod probe;
-mod report;
+pub(crate) mod report;
 mod scheduler;
 pub mod serve;
 mod throughput;

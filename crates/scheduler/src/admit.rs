@@ -6,6 +6,7 @@ use quire_core::{BlockCopy, NewSeq, SchedulerOutput, TokenId};
 
 use crate::cost::StepShape;
 use crate::event::{SeqEvent, SeqEventKind};
+use crate::note::{NoteKind, WaitCause};
 use crate::policy::OrderKey;
 use crate::schedule::Pass;
 use crate::scheduler::Scheduler;
@@ -69,14 +70,17 @@ impl Scheduler {
         events: &mut Vec<SeqEvent>,
     ) {
         if pass.starved.is_some() || pass.preempted {
+            pass.blocked = Some(WaitCause::KvPressure);
             return;
         }
+        pass.blocked = None;
         while pass.tokens > 0 {
             let Some(seq) = self.waiting.first(self.now, &self.fair) else { return };
             if before.is_some_and(|before| self.seqs.data(seq).key > before) {
                 return;
             }
             if self.free_slots.is_empty() {
+                pass.blocked = Some(WaitCause::BatchFull);
                 return self.note_blocked(seq);
             }
             // A preempted sequence whose last token is still on its way: it cannot be recomputed yet.
@@ -87,15 +91,18 @@ impl Scheduler {
             let (tenant, whole) = (hot.tenant, self.kv.peak_blocks(hot.num_tokens));
             if self.fair.is_over_share(tenant, whole, self.fair.num_running(tenant)) {
                 self.waiting.skip(tenant);
+                self.note_wait(seq, self.fair.cause_of_share(tenant));
                 continue;
             }
             // A chunk now, whatever part of the prompt will be found in the cache.
             if self.chunk(seq, pass.tokens, pass) == 0 {
+                pass.blocked = Some(WaitCause::LatencyTarget);
                 return self.note_blocked(seq);
             }
             let Some(chunk) = self.place(seq, pass, out) else {
                 // Parked sequences may hold all there is; with nobody running nothing else would free it.
                 if self.num_parked == 0 || self.num_running > 0 || self.kv.pool().num_quarantined() > 0 {
+                    pass.blocked = Some(WaitCause::KvPressure);
                     return self.note_blocked(seq);
                 }
                 self.release_parked();
@@ -104,6 +111,7 @@ impl Scheduler {
             self.enter_batch(seq, chunk, pass, out, events);
         }
         if let Some(seq) = self.waiting.first(self.now, &self.fair) {
+            pass.blocked = Some(WaitCause::TokenBudget);
             self.note_blocked(seq);
         }
     }
@@ -213,7 +221,8 @@ impl Scheduler {
         self.seqs.flush_tail(seq);
         let block_size = self.config.limits.block_size;
         let (hot, data) = self.seqs.both_mut(seq);
-        self.waiting.serve(&data.key, &self.fair);
+        let (key, cached_tokens) = (data.key, hot.num_computed_tokens);
+        self.waiting.serve(&key, &self.fair);
         hot.state = SeqState::Running;
         hot.slot = slot.0;
         hot.prefilling = true;
@@ -249,7 +258,11 @@ impl Scheduler {
             let kind = SeqEventKind::Started { cached_tokens: data.usage.cached_tokens };
             events.push(SeqEvent { request: hot.request, index: hot.index, kind });
         }
-        let (key, entry) = (data.key, data.request);
+        let entry = data.request;
+        self.note(seq, NoteKind::Entered { cached_tokens });
+        if let Some(next) = self.waiting.head_of(&key) {
+            self.ask_why(next);
+        }
         let at = self.running.partition_point(|&other| self.seqs.data(other).key < key);
         self.running.insert(at, seq);
         self.num_running += 1;
@@ -258,7 +271,7 @@ impl Scheduler {
         let first = !std::mem::replace(&mut entry.started, true);
         let (id, due) = (entry.request.id, entry.due);
         if let (Some(pacing), Some(due)) = (&mut self.pacing, &due) {
-            pacing.dequeue(id, due);
+            pacing.started(id, due);
         }
         self.num_queued -= u32::from(first);
         self.push_row(seq, chunk, pass, out);

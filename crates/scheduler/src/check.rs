@@ -60,6 +60,9 @@ impl Scheduler {
         if queued != self.num_queued as usize {
             return Err(format!("{queued} requests wait to start, counted {}", self.num_queued));
         }
+        if self.pacing.as_ref().is_some_and(|pacing| pacing.backlog_len() < queued) {
+            return Err(format!("the backlog does not hold all of {queued} requests that wait to start"));
+        }
         self.check_order()
     }
 

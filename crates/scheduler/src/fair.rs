@@ -9,6 +9,8 @@ use std::cmp::Ordering;
 
 use quire_core::{TenantId, TenantShare};
 
+use crate::note::WaitCause;
+
 /// Tenants beyond this share one counter. Ids index the configured tenants, so nobody gets here by accident.
 const MAX_TENANTS: u32 = 1 << 16;
 /// Weights outside are clamped.
@@ -181,6 +183,18 @@ impl FairShare {
     pub(crate) fn is_over_share(&self, tenant: TenantId, num_more: u32, num_others_running: u32) -> bool {
         let tenant = self.get(tenant);
         num_others_running > 0 && tenant.num_blocks.saturating_add(num_more) > tenant.max_blocks
+    }
+
+    /// How much of the service `other` gets while `tenant` gets one unit of it.
+    pub(crate) fn relative_share(&self, other: TenantId, tenant: TenantId) -> f64 {
+        self.get(tenant).per_prompt_token / self.get(other).per_prompt_token
+    }
+
+    /// What to call it when [`Self::is_over_share`] keeps a sequence of this tenant waiting: one that may have the whole
+    /// pool suffers from nothing but the pool's size.
+    pub(crate) fn cause_of_share(&self, tenant: TenantId) -> WaitCause {
+        let has_all = self.get(tenant).max_blocks >= self.pool_blocks;
+        if has_all { WaitCause::KvPressure } else { WaitCause::KvShare }
     }
 
     pub(crate) fn num_running(&self, tenant: TenantId) -> u32 {

@@ -69,6 +69,9 @@ impl Scheduler {
                 let (_, data) = self.seqs.both_mut(seq);
                 let key = data.key;
                 self.waiting.remove(&key);
+                if let Some(next) = self.waiting.head_of(&key) {
+                    self.ask_why(next);
+                }
                 let (_, data) = self.seqs.both_mut(seq);
                 self.num_parked -= u32::from(data.parked);
                 self.kv.release_table(&mut data.table, data.prompt.len() as u32, 0);
@@ -151,8 +154,35 @@ impl Scheduler {
             self.end_request(id, None, FinishReason::Deadline, events);
         }
         while let Some(id) = self.pacing.as_ref().and_then(|pacing| pacing.hopeless(self.now)) {
-            self.end_request(id, None, FinishReason::Rejected, events);
-            self.stats.num_rejected += 1;
+            if !self.put_off(id) {
+                self.end_request(id, None, FinishReason::Rejected, events);
+                self.stats.num_rejected += 1;
+            }
         }
+    }
+
+    /// Lets a request that can no longer start in time wait behind those that can. False: it has waited long enough.
+    fn put_off(&mut self, id: RequestId) -> bool {
+        let (Some(pacing), Some(&at)) = (&mut self.pacing, self.by_id.get(&id)) else { return false };
+        let entry = self.requests[at as usize].as_mut().expect("a known id has a request");
+        let Some(due) = entry.due else { return false };
+        let Some(later) = pacing.put_off(&due, &entry.request, self.now) else { return false };
+        pacing.dequeue(id, &due);
+        pacing.enqueue(id, &later);
+        entry.due = Some(later);
+        let seqs = entry.seqs.clone();
+        for seq in seqs.into_iter().filter(|&seq| seq != ENDED) {
+            let (hot, data) = self.seqs.both_mut(seq);
+            let before = data.key;
+            data.key = before.due_at(later.place.due);
+            if hot.state == SeqState::Waiting {
+                self.waiting.remove(&before);
+                // It does not come back from idleness, so its tenant keeps what it is owed.
+                let key = self.seqs.data(seq).key;
+                self.waiting.insert(key, seq, false, &mut self.fair);
+                self.ask_why(seq);
+            }
+        }
+        true
     }
 }

@@ -13,15 +13,16 @@
 //! * a sequence takes blocks only from those after it in the order, so the first one always advances;
 //! * of two tenants that always have something waiting, neither gets ahead by more than a request or two.
 //!
-//! Reading order: [`event`], [`stats`], [`cost`] (how long a step takes), [`policy`] (the order), [`pacing`] (latency
+//! Reading order: [`event`], [`note`], [`stats`], [`cost`] (how long a step takes), [`policy`] (the order), [`pacing`] with `backlog` (latency
 //! targets), [`fair`] and `waiting` (who is next), `sequence` and `sequence_table` (the state), `block_pool`,
 //! `prefix_cache`, `kv_cache` (the blocks), `reuse`, `history`, `duel`, `eviction` (which of them to keep),
 //! [`host_tier`], `kv_swap`, `swap` (a second pool in host memory), [`cache_replay`], [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `admit` (prompts in it),
 //! `preempt` (who makes room), `fork` (continuations share a prompt), `update` (its results come back), `finish`,
-//! `check`.
+//! `explain` (why somebody waits), `check`.
 #![forbid(unsafe_code)]
 
 mod admit;
+mod backlog;
 mod block_pool;
 pub mod cache_replay;
 mod check;
@@ -29,6 +30,7 @@ pub mod cost;
 mod duel;
 pub mod event;
 mod eviction;
+mod explain;
 pub mod fair;
 mod finish;
 mod fork;
@@ -36,6 +38,7 @@ mod history;
 pub mod host_tier;
 mod kv_cache;
 mod kv_swap;
+pub mod note;
 pub mod pacing;
 pub mod policy;
 mod preempt;
@@ -51,9 +54,11 @@ mod update;
 mod waiting;
 
 #[cfg(test)]
-mod kv_cache_tests;
+mod explain_tests;
 #[cfg(test)]
 mod host_tests;
+#[cfg(test)]
+mod kv_cache_tests;
 #[cfg(test)]
 mod policy_tests;
 #[cfg(test)]
@@ -65,6 +70,7 @@ pub use event::{SeqEvent, SeqEventKind};
 pub use eviction::EvictionPolicy;
 pub use fair::FairnessConfig;
 pub use host_tier::HostTierConfig;
+pub use note::{NoteKind, SeqNote, WaitCause};
 pub use pacing::LatencyTargets;
 pub use policy::Policy;
 pub use scheduler::{Scheduler, SchedulerConfig};

@@ -3,13 +3,17 @@
 //! A first token is due [`LatencyTargets::ttft`] after arrival, or a multiple of the time its prompt takes alone where
 //! that is longer. Requests go by when they are due (earliest deadline first, which meets all deadlines if anything can);
 //! prompts are computed in chunks that keep the predicted step within the inter-token target while anybody decodes. Work
-//! that cannot be done in time is refused, at once if the queue ahead shows it, or when its latest start has passed: computing it would only
-//! make others late. Output lengths are never looked at.
+//! that could not be done in time, or would make others late that were let in before, is refused when it comes: whoever
+//! is let in may count on it. If a prediction was wrong, the request is put off behind those that are in time, but for no
+//! longer than [`LatencyTargets::max_wait`]. Output lengths are never looked at.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+use std::ops::Range;
 
-use quire_core::{Micros, Request, RequestId};
+use quire_core::{Micros, Request, RequestId, TenantId};
 
+use crate::backlog::{Backlog, Newcomer, Place};
 use crate::cost::{CostModel, OnlineCostModel, StepShape};
 
 /// What a deployment promises.
@@ -21,7 +25,7 @@ pub struct LatencyTargets {
     pub ttft_stretch: f64,
     /// Time between two tokens.
     pub itl: Micros,
-    /// Nobody waits longer for a place: served or refused by then.
+    /// Nobody waits longer for a place: served by then, or given up.
     pub max_wait: Micros,
     /// What steps take, before any was measured.
     pub cost: CostModel,
@@ -48,6 +52,12 @@ const SPARE: f64 = 1.25;
 const MIN_CHUNK: u32 = 64;
 /// Prompts share the device with decodes; they are not expected to be slowed down more than this.
 const MAX_SLOWDOWN: f64 = 8.0;
+/// Prompts are expected to take so many times what the model says: those that are computed meanwhile decode afterwards,
+/// and slow the others down.
+const CAUTION: f64 = 1.6;
+/// Steps without decodes end after this time, in microseconds, so that whoever comes meanwhile gets a place, or hears
+/// that there is none.
+const PROMPT_STEP: f64 = 90_000.0;
 
 /// Short prompts must leave a part of the time of a usual long one in the queue, lest they fill it to the brim and only
 /// long ones be refused: the quantile that is a usual long one, the part, and how fast the quantile is learned.
@@ -58,11 +68,15 @@ const QUANTILE_RATE: f64 = 0.02;
 /// When a request is due.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Due {
-    /// The first token.
-    pub(crate) first_token: Micros,
+    /// Among whom, and when the first token.
+    pub(crate) place: Place,
     /// The latest start, with something to spare.
     pub(crate) start_by: Micros,
+    /// What its prompt takes alone, in microseconds: all of it, and what is not cached.
     prefill_us: f64,
+    work_us: f64,
+    /// It was put off.
+    is_late: bool,
 }
 
 /// The state behind [`LatencyTargets`].
@@ -70,9 +84,9 @@ pub(crate) struct Due {
 pub(crate) struct Pacing {
     targets: LatencyTargets,
     model: OnlineCostModel,
-    /// What the prompts that were not scheduled yet take alone, in microseconds, in their order.
-    queued: BTreeMap<(Micros, RequestId), f64>,
-    /// The same requests by latest start.
+    /// The prompts that are not computed yet, those in the batch included.
+    backlog: Backlog,
+    /// Requests that have not started, by latest start.
     by_start: BTreeSet<(Micros, RequestId)>,
     /// Nine in ten prompts take less than this, alone; no more than what may be late for its own length.
     usual_prefill_us: f64,
@@ -86,7 +100,7 @@ impl Pacing {
         Self {
             targets,
             model,
-            queued: BTreeMap::new(),
+            backlog: Backlog::default(),
             by_start: BTreeSet::new(),
             usual_prefill_us: 0.0,
             last_collected: Micros(0),
@@ -97,18 +111,39 @@ impl Pacing {
         &self.model
     }
 
-    /// When `request` is due, as far as can be known before its prompt is looked up.
-    pub(crate) fn due(&self, request: &Request) -> Due {
-        let shape = StepShape::default().with_row(0, request.prompt.len() as u32);
-        let prefill_us = self.model.predict(&shape);
+    /// What tokens `start..end` of a prompt take alone, in microseconds.
+    fn work(&self, start: u32, end: u32) -> f64 {
+        self.model.predict(&StepShape::default().with_row(start, end - start))
+    }
+
+    /// When `request` is due, `tenant` as registered. Of its prompt, `num_cached` tokens need not be computed.
+    pub(crate) fn due(&self, request: &Request, tenant: TenantId, num_cached: u32) -> Due {
+        let prompt_len = request.prompt.len() as u32;
+        let prefill_us = self.work(0, prompt_len);
         let after = |us: f64| Micros(request.arrival.0.saturating_add(us as u64));
         let mut first_token = after((self.targets.ttft.0 as f64).max(self.targets.ttft_stretch * prefill_us));
         if let Some(deadline) = request.deadline {
             first_token = first_token.min(deadline);
         }
-        let start_by = Micros(first_token.0.saturating_sub((SPARE * prefill_us) as u64 + self.targets.itl.0));
-        let start_by = start_by.min(after(self.targets.max_wait.0 as f64));
-        Due { first_token, start_by, prefill_us }
+        let place = Place { priority: Reverse(request.priority), tenant, due: first_token };
+        let start_by = self.start_by(first_token, prefill_us).min(after(self.targets.max_wait.0 as f64));
+        let work_us = self.work(num_cached.min(prompt_len - 1), prompt_len);
+        Due { place, start_by, prefill_us, work_us, is_late: false }
+    }
+
+    fn start_by(&self, first_token: Micros, prefill_us: f64) -> Micros {
+        Micros(first_token.0.saturating_sub((SPARE * prefill_us) as u64 + self.targets.itl.0))
+    }
+
+    /// When a request is due whose latest start has passed: as late as it may wait. `None`: that has passed, too, or its
+    /// deadline comes before.
+    pub(crate) fn put_off(&self, due: &Due, request: &Request, now: Micros) -> Option<Due> {
+        let first_token = Micros(request.arrival.0.saturating_add(self.targets.max_wait.0));
+        let start_by = self.start_by(first_token, due.prefill_us);
+        let is_too_late =
+            due.is_late || start_by < now || request.deadline.is_some_and(|deadline| deadline < first_token);
+        let place = Place { due: first_token, ..due.place };
+        (!is_too_late).then_some(Due { place, start_by, is_late: true, ..*due })
     }
 
     /// By how much decodes slow a prompt down.
@@ -116,9 +151,9 @@ impl Pacing {
         if decodes.num_rows == 0 {
             return 1.0;
         }
-        let itl = self.targets.itl.0 as f64;
-        let left = itl - self.model.predict(decodes);
-        (itl / left.max(1.0)).clamp(1.0, MAX_SLOWDOWN)
+        let limit = self.limit_us(decodes);
+        let left = limit - self.model.predict(decodes);
+        (limit / left.max(1.0)).clamp(1.0, MAX_SLOWDOWN)
     }
 
     /// Learns how long prompts are (a quantile by stochastic approximation; Robbins & Monro, 1951).
@@ -130,23 +165,44 @@ impl Pacing {
         self.usual_prefill_us = self.usual_prefill_us.clamp(0.0, own_target);
     }
 
-    /// How late the first token would be if the request queued up now, in microseconds; not positive: in time.
-    pub(crate) fn lateness(&self, due: &Due, now: Micros, decodes: &StepShape) -> f64 {
-        let before = self.queued.range(..(due.first_token, RequestId(u64::MAX)));
-        let ahead: f64 = before.map(|(_, prefill_us)| prefill_us).sum();
-        let slowdown = self.slowdown(decodes);
-        now.0 as f64 + slowdown * (ahead + due.prefill_us.max(HEADROOM * self.usual_prefill_us))
-            - due.first_token.0 as f64
+    /// By how much a first token would be late if the request queued up now, its own or one that was promised before, in
+    /// microseconds; not positive: all are in time. `relative_share`: of other tenants, in units of this one's.
+    pub(crate) fn lateness(
+        &self,
+        due: &Due,
+        now: Micros,
+        decodes: &StepShape,
+        relative_share: &dyn Fn(TenantId) -> f64,
+    ) -> f64 {
+        self.backlog.lateness(&Newcomer {
+            place: due.place,
+            now,
+            work: due.work_us,
+            headroom: HEADROOM * self.usual_prefill_us,
+            slowdown: CAUTION * self.slowdown(decodes),
+            relative_share,
+        })
     }
 
     pub(crate) fn enqueue(&mut self, id: RequestId, due: &Due) {
-        self.queued.insert((due.first_token, id), due.prefill_us);
+        self.backlog.insert(id, &due.place, due.work_us, due.is_late);
         self.by_start.insert((due.start_by, id));
     }
 
-    /// The request was scheduled, or ended.
+    /// The request has a place.
+    pub(crate) fn started(&mut self, id: RequestId, due: &Due) {
+        self.by_start.remove(&(due.start_by, id));
+    }
+
+    /// Of its prompt, tokens `rest` are yet to be computed.
+    pub(crate) fn advanced(&mut self, id: RequestId, due: &Due, rest: Range<u32>) {
+        let work = if rest.is_empty() { 0.0 } else { self.work(rest.start, rest.end) };
+        self.backlog.set(id, &due.place, work);
+    }
+
+    /// The request ended.
     pub(crate) fn dequeue(&mut self, id: RequestId, due: &Due) {
-        self.queued.remove(&(due.first_token, id));
+        self.backlog.set(id, &due.place, 0.0);
         self.by_start.remove(&(due.start_by, id));
     }
 
@@ -158,7 +214,8 @@ impl Pacing {
 
     /// What the prompts of a step may take it to, in microseconds.
     pub(crate) fn limit_us(&self, decodes: &StepShape) -> f64 {
-        if decodes.num_rows == 0 { f64::INFINITY } else { ITL_MARGIN * self.targets.itl.0 as f64 }
+        let itl = ITL_MARGIN * self.targets.itl.0 as f64;
+        if decodes.num_rows == 0 { itl.max(PROMPT_STEP) } else { itl }
     }
 
     /// The longest chunk, `<= max_tokens`, of a prompt at `start` beside `shape`. 0: wait for the next step. `first`: it
@@ -171,9 +228,6 @@ impl Pacing {
         max_tokens: u32,
         first: bool,
     ) -> u32 {
-        if limit_us == f64::INFINITY {
-            return max_tokens;
-        }
         let least = MIN_CHUNK.min(max_tokens);
         let chunk = self.model.largest_row(shape, start, max_tokens, limit_us);
         match (chunk >= least, first) {
@@ -190,8 +244,14 @@ impl Pacing {
         self.last_collected = now;
     }
 
+    /// Requests that have not started.
     pub(crate) fn num_queued(&self) -> usize {
-        self.queued.len()
+        self.by_start.len()
+    }
+
+    /// Prompts that are not computed yet.
+    pub(crate) fn backlog_len(&self) -> usize {
+        self.backlog.len()
     }
 }
 
@@ -231,12 +291,16 @@ mod tests {
         }
     }
 
+    fn due(pacing: &Pacing, prompt_len: usize, deadline: Option<u64>) -> Due {
+        pacing.due(&request(prompt_len, deadline), TenantId(0), 0)
+    }
+
     #[test]
     fn a_first_token_is_due_by_target_by_length_or_by_deadline() {
         let pacing = pacing();
         let due = |prompt_len, deadline| {
-            let Due { first_token, start_by, .. } = pacing.due(&request(prompt_len, deadline));
-            (first_token.0, start_by.0)
+            let Due { place, start_by, .. } = due(&pacing, prompt_len, deadline);
+            (place.due.0, start_by.0)
         };
         assert_eq!(due(1000, None), (3_000_000, 3_000_000 - 12_500 - 50_000));
         assert_eq!(
@@ -249,22 +313,20 @@ mod tests {
     }
 
     #[test]
-    fn lateness_counts_what_is_due_earlier_and_the_decodes() {
-        let mut pacing = pacing();
-        let now = Micros(1_000_000);
-        let due = pacing.due(&request(1000, None));
-        let idle = StepShape::default();
-        assert_eq!(pacing.lateness(&due, now, &idle), 10_000.0 - 2_000_000.0);
-        // Due later, so it does not count; then 1.995 s that are due earlier.
-        pacing.enqueue(RequestId(7), &Due { first_token: Micros(9_000_000), prefill_us: 1e6, ..due });
-        assert!(pacing.lateness(&due, now, &idle) < 0.0);
-        let earlier = Due { first_token: Micros(2_000_000), prefill_us: 1_995_000.0, ..due };
-        pacing.enqueue(RequestId(8), &earlier);
-        assert_eq!(pacing.lateness(&due, now, &idle), 5000.0);
-        pacing.dequeue(RequestId(8), &earlier);
-        // Decodes that take half of every step make prompts take twice as long.
-        let decodes = StepShape { num_rows: 2500, num_tokens: 2500, ..idle };
-        assert_eq!(pacing.lateness(&due, now, &decodes), 20_000.0 - 2_000_000.0);
+    fn who_is_late_is_put_off_once_and_not_beyond_a_deadline() {
+        let pacing = pacing();
+        let first = due(&pacing, 1000, None);
+        let later = pacing.put_off(&first, &request(1000, None), Micros(3_000_000)).unwrap();
+        assert_eq!((later.place.due.0, later.start_by.0), (31_000_000, 31_000_000 - 12_500 - 50_000));
+        assert_eq!(pacing.put_off(&later, &request(1000, None), Micros(31_000_000)), None);
+        assert_eq!(pacing.put_off(&first, &request(1000, Some(9_000_000)), Micros(3_000_000)), None);
+    }
+
+    #[test]
+    fn what_is_cached_need_not_be_computed_but_does_not_change_what_was_promised() {
+        let pacing = pacing();
+        let cached = pacing.due(&request(100_000, None), TenantId(0), 90_000);
+        assert_eq!((cached.place, cached.work_us), (due(&pacing, 100_000, None).place, 100_000.0));
     }
 
     #[test]
@@ -272,6 +334,11 @@ mod tests {
         let pacing = pacing();
         let idle = StepShape::default();
         assert_eq!(pacing.chunk(&idle, pacing.limit_us(&idle), 0, 8192, true), 8192);
+        assert_eq!(
+            pacing.chunk(&idle, pacing.limit_us(&idle), 0, 65536, true),
+            9000,
+            "but not for longer than 90 ms"
+        );
         let decodes = StepShape { num_rows: 1000, num_tokens: 1000, ..idle };
         let limit = pacing.limit_us(&decodes);
         assert_eq!(pacing.chunk(&decodes, limit, 0, 8192, true), 3750, "47.5 ms less 10 ms");

@@ -47,6 +47,11 @@ impl OrderKey {
         }
     }
 
+    /// The same sequence, put off.
+    pub(crate) fn due_at(self, due: Micros) -> Self {
+        Self { due, ..self }
+    }
+
     pub(crate) fn priority(&self) -> i8 {
         self.priority.0
     }

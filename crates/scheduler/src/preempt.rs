@@ -1,6 +1,7 @@
 //! Who loses its blocks: to whom the pool is too small, to whom its tenant's share is, or to a tenant that was served far
 //! less.
 
+use crate::note::{NoteKind, WaitCause};
 use crate::schedule::Pass;
 use crate::scheduler::Scheduler;
 use crate::sequence::{SeqIndex, SeqState};
@@ -15,7 +16,7 @@ impl Scheduler {
         self.release_parked();
         while self.kv.pool().num_available() + self.kv.pool().num_quarantined() < needed {
             match self.victim(pass) {
-                Some(at) => self.preempt(at, pass),
+                Some(at) => self.preempt(at, WaitCause::KvPressure, pass),
                 None => break,
             }
         }
@@ -47,7 +48,7 @@ impl Scheduler {
             let own =
                 |&at: &usize| self.seqs.hot(self.running[at]).tenant == tenant && self.may_lose(at, pass);
             match (pass.next..self.running.len()).rfind(own) {
-                Some(at) => self.preempt(at, pass),
+                Some(at) => self.preempt(at, self.fair.cause_of_share(tenant), pass),
                 None => return false,
             }
         }
@@ -88,7 +89,7 @@ impl Scheduler {
                 break;
             }
             let Some(at) = self.unfair(waiting) else { break };
-            self.preempt(at, pass);
+            self.preempt(at, WaitCause::Fairness, pass);
         }
         // These made room for somebody else; the others did not suffer from pressure.
         pass.preempted = false;
@@ -96,7 +97,7 @@ impl Scheduler {
 
     /// Sends a sequence of the batch, at a place not visited yet, back to the queue. Its tokens stay; their KV is kept in
     /// the host tier as far as it makes room, if that is cheaper ([`Scheduler::prepare_swap`]), or else computed anew.
-    fn preempt(&mut self, at: usize, pass: &mut Pass) {
+    fn preempt(&mut self, at: usize, cause: WaitCause, pass: &mut Pass) {
         debug_assert!(at >= pass.next, "it may have a row in this step");
         let victim = self.running.remove(at);
         if !self.seqs.hot(victim).prefilling && !pass.prompts {
@@ -111,9 +112,11 @@ impl Scheduler {
         hot.num_computed_tokens = 0;
         hot.epoch = hot.epoch.wrapping_add(1);
         data.usage.num_preemptions += 1;
+        data.wait_cause = cause;
         if data.is_shared() {
             data.extend_hashes(data.salt, &self.config.hasher, &mut self.block_tokens);
         }
+        self.note(victim, NoteKind::Preempted(cause));
         self.enqueue(victim);
         self.stats.num_preemptions += 1;
         pass.preempted = true;

@@ -4,6 +4,7 @@ use quire_core::{GrownTable, LogitRows, Micros, Scheduled, SchedulerOutput, Slot
 
 use crate::cost::StepShape;
 use crate::event::SeqEvent;
+use crate::note::{NoteKind, WaitCause};
 use crate::scheduler::{InFlightRow, InFlightStep, Scheduler};
 use crate::sequence::{SeqIndex, SeqState};
 
@@ -24,6 +25,8 @@ pub(crate) struct Pass {
     pub(crate) starved: Option<SeqIndex>,
     /// Somebody lost its blocks in this step: nobody is admitted.
     pub(crate) preempted: bool,
+    /// What keeps out the first that waits.
+    pub(crate) blocked: Option<WaitCause>,
     pub(crate) prefill_tokens: u32,
     decode_tokens: u32,
     /// All decodes, and the prompts that have their rows.
@@ -44,6 +47,7 @@ impl Scheduler {
         out.clear();
         step.rows.clear();
         self.now = now;
+        self.begin_notes();
         self.kv.advance(now);
         if self.kv.host().is_some() {
             self.update_block_costs();
@@ -62,6 +66,7 @@ impl Scheduler {
             prompts: false,
             starved: None,
             preempted: false,
+            blocked: None,
             prefill_tokens: 0,
             decode_tokens: 0,
             shape: StepShape::default(),
@@ -78,6 +83,7 @@ impl Scheduler {
         self.schedule_running(&mut pass, out);
         self.schedule_prompts(&mut pass, out, events);
         self.admit_waiting(None, &mut pass, out, events);
+        self.explain_waiting(pass.blocked);
         self.waiting.end_step();
         self.close_step(pass, out);
     }
@@ -241,13 +247,22 @@ impl Scheduler {
         let sample = end == hot.num_existing_tokens();
         let mut logits = if sample { LogitRows::Last } else { LogitRows::None };
         if hot.prefilling {
+            self.note(seq, NoteKind::Chunk { num_tokens: num_new_tokens });
+            let hot = self.seqs.hot_mut(seq);
             pass.shape.add_row(start, num_new_tokens);
             if sample {
                 hot.prefilling = false;
                 self.num_prefilling -= 1;
                 self.decode_context += u64::from(start);
             }
-            let (index, tenant) = (hot.index, hot.tenant);
+            let (index, tenant, rest) = (hot.index, hot.tenant, end..hot.num_tokens);
+            if let Some(pacing) = &mut self.pacing {
+                let entry = self.requests[self.seqs.data(seq).request as usize].as_ref();
+                let entry = entry.expect("a live sequence has a request");
+                if let Some(due) = &entry.due {
+                    pacing.advanced(entry.request.id, due, rest);
+                }
+            }
             let data = self.seqs.data_mut(seq);
             // Not what was cached, nor what is computed again.
             let fresh = data.num_charged_tokens.max(start)..end.min(data.prompt_len());

@@ -12,9 +12,11 @@ use quire_core::{
 use crate::cost::{OnlineCostModel, StepShape};
 use crate::event::SeqEvent;
 use crate::eviction::EvictionPolicy;
+use crate::explain::Notes;
 use crate::fair::{FairShare, FairnessConfig};
 use crate::host_tier::{HostTierConfig, PromptCosts};
 use crate::kv_cache::{BlockTable, KvCacheManager};
+use crate::note::WaitCause;
 use crate::pacing::{Due, Pacing};
 use crate::policy::{OrderKey, Policy};
 use crate::sequence::{SeqIndex, SeqState, SequenceData};
@@ -147,6 +149,7 @@ pub struct Scheduler {
     pub(crate) ended: Vec<SeqEvent>,
     pub(crate) now: Micros,
     pub(crate) stats: SchedulerStats,
+    pub(crate) notes: Notes,
     /// Full blocks whose addresses are known and not yet in the prefix cache.
     pub(crate) to_publish: Vec<(BlockHash, BlockId)>,
     /// Tokens of one block, for hashing.
@@ -216,6 +219,7 @@ impl Scheduler {
             ended: Vec::new(),
             now: Micros(0),
             stats: SchedulerStats::default(),
+            notes: Notes::default(),
             to_publish: Vec::with_capacity(slots),
             block_tokens: Vec::with_capacity(limits.block_size as usize),
             config,
@@ -247,7 +251,7 @@ impl Scheduler {
             }
         };
         let seqs: Vec<SeqIndex> = {
-            let due = due.map_or(request.arrival, |due| due.first_token);
+            let due = due.map_or(request.arrival, |due| due.place.due);
             (0..n).map(|index| self.insert_sequence(&request, entry, index, due)).collect()
         };
         self.enqueue(seqs[0]);
@@ -275,6 +279,7 @@ impl Scheduler {
         let key = self.seqs.data(seq).key;
         let fresh = self.seqs.data(seq).usage.num_preemptions == 0;
         self.waiting.insert(key, seq, fresh, &mut self.fair);
+        self.ask_why(seq);
     }
 
     /// Whether any request lives, any step is in flight, or any event waits for delivery.
@@ -353,14 +358,18 @@ impl Scheduler {
     fn check_latency(&mut self, request: &Request) -> Result<Option<Due>, RequestError> {
         let decodes = self.decode_shape();
         let Some(pacing) = &mut self.pacing else { return Ok(None) };
-        let due = pacing.due(request);
+        let tenant = self.fair.register(request.tenant);
+        let hashes = request.block_hashes.iter().copied();
+        let hit = self.kv.lookup(hashes, request.prompt.len() as u32 - 1);
+        let due = pacing.due(request, tenant, hit.num_blocks * self.config.limits.block_size);
         pacing.arrived(&due);
         // The clock of the latest step; a request may have come in since.
         let now = self.now.max(request.arrival);
         if due.start_by < now {
             return Err(RequestError::DeadlineExceeded);
         }
-        let late = pacing.lateness(&due, now, &decodes);
+        let fair = &self.fair;
+        let late = pacing.lateness(&due, now, &decodes, &|other| fair.relative_share(other, tenant));
         if late > 0.0 {
             let retry_after = Duration::from_secs_f64((late / 1e6).clamp(1.0, 60.0));
             return Err(RequestError::Late { retry_after });
@@ -403,6 +412,7 @@ impl Scheduler {
             num_charged_tokens: 0,
             usage: Usage { prompt_tokens: prompt_len, arrival: request.arrival, ..Usage::default() },
             started: false,
+            wait_cause: WaitCause::Step,
         });
         let hot = self.seqs.hot_mut(seq);
         hot.request = request.id;

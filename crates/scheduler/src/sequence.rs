@@ -12,6 +12,7 @@ use quire_core::{
 };
 
 use crate::kv_cache::BlockTable;
+use crate::note::WaitCause;
 use crate::policy::OrderKey;
 
 /// Index of a sequence in the slabs; reused after its end.
@@ -184,6 +185,8 @@ pub(crate) struct SequenceData {
     pub(crate) usage: Usage,
     /// Whether it was ever in the batch.
     pub(crate) started: bool,
+    /// The reason for waiting that was noted last.
+    pub(crate) wait_cause: WaitCause,
 }
 
 impl SequenceData {

@@ -3,6 +3,7 @@
 use quire_core::{FinishReason, Micros, ModelRunnerOutput};
 
 use crate::event::{SeqEvent, SeqEventKind};
+use crate::note::NoteKind;
 use crate::scheduler::{InFlightRow, InFlightStep, Scheduler};
 use crate::sequence::SeqIndex;
 
@@ -154,6 +155,7 @@ impl Scheduler {
         events.push(SeqEvent { request: hot.request, index: hot.index, kind });
         if first {
             self.seqs.data_mut(row.seq).usage.first_token = self.now;
+            self.note(row.seq, NoteKind::FirstToken);
         }
         if stop || full {
             self.publish_pending();

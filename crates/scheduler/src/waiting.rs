@@ -195,6 +195,22 @@ impl WaitingQueue {
         self.remove(key);
     }
 
+    /// The first of the queue in which this one waits, or waited.
+    pub(crate) fn head_of(&self, key: &OrderKey) -> Option<SeqIndex> {
+        let (priority, tenant) = key.queue();
+        self.classes.get(&priority)?.first_of(tenant)
+    }
+
+    /// Whether somebody of a higher priority waits.
+    pub(crate) fn is_behind_priority(&self, key: &OrderKey) -> bool {
+        self.is_held_back(key.queue().0)
+    }
+
+    /// Whether its tenant is left out of this step.
+    pub(crate) fn is_skipped(&self, key: &OrderKey) -> bool {
+        self.skipped.contains(&key.queue().1)
+    }
+
     /// Leaves a tenant out until [`Self::end_step`].
     pub(crate) fn skip(&mut self, tenant: TenantId) {
         self.skipped.insert(tenant);

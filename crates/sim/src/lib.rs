@@ -17,7 +17,7 @@
 //! [`capacity`] to find out how much of one a device takes, and for [`mod@plan`] how many devices it needs.
 //!
 //! Reading order: [`oracle`], [`shadow_kv`], `executor`, `workload`, `checker`, [`run`], then [`mock`],
-//! [`bench_scheduler`], [`trace`], [`replay`], [`serve_trace`].
+//! [`bench_scheduler`], [`trace`], [`replay`], [`serve_trace`], [`service`].
 #![forbid(unsafe_code)]
 
 pub mod bench_scheduler;
@@ -33,6 +33,7 @@ mod rng;
 pub mod run;
 pub mod serve_report;
 pub mod serve_trace;
+pub mod service;
 pub mod shadow_kv;
 pub mod trace;
 mod workload;
@@ -43,6 +44,7 @@ pub use mock::{MockExecutor, MockTiming};
 pub use plan::{Goal, Latency, plan};
 pub use replay::{HitRate, Sharing, replay_cache, replay_optimum, replay_tiers};
 pub use run::{Failure, Report, run_seed, run_seed_without_host_tier};
-pub use serve_report::{KvReport, ServeReport};
+pub use serve_report::{Bucket, KvReport, ServeReport, Waits};
 pub use serve_trace::{ServeConfig, serve_fleet, serve_trace};
+pub use service::{Fairness, MAX_TENANTS};
 pub use trace::{TRACE_BLOCK_SIZE, TraceError, TraceRequest, read_trace};

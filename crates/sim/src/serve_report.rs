@@ -3,7 +3,9 @@
 use std::fmt;
 
 use quire_core::{Micros, Usage};
-use quire_scheduler::SchedulerStats;
+use quire_scheduler::{SchedulerStats, WaitCause};
+
+use crate::service::Fairness;
 
 /// Part of a request's gaps between tokens that may be over the target.
 const MAX_LATE_GAPS: f64 = 0.05;
@@ -11,6 +13,14 @@ const MAX_LATE_GAPS: f64 = 0.05;
 /// One request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Served {
+    pub(crate) tenant: u32,
+    /// It once had a place.
+    pub(crate) started: bool,
+    /// What it waits for, since when.
+    pub(crate) waits: Option<(WaitCause, Micros)>,
+    /// Prompt tokens that are there, and the most that ever were.
+    num_computed: u32,
+    num_charged: u32,
     input_tokens: u32,
     arrival: Micros,
     /// When the first token is due.
@@ -26,8 +36,13 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    pub(crate) fn new(input_tokens: u32, arrival: Micros, due: Micros) -> Self {
+    pub(crate) fn new(tenant: u32, input_tokens: u32, arrival: Micros, due: Micros) -> Self {
         Self {
+            tenant,
+            started: false,
+            waits: None,
+            num_computed: 0,
+            num_charged: 0,
             input_tokens,
             arrival,
             due,
@@ -53,6 +68,20 @@ impl Served {
         self.num_gaps += 1;
         self.num_late_gaps += u32::from(gap > target.0);
         Some(gap)
+    }
+
+    /// It enters the batch, and so many of its tokens are there; nobody is charged for these.
+    pub(crate) fn found(&mut self, num_tokens: u32) -> u32 {
+        self.num_computed = num_tokens;
+        self.num_charged = self.num_charged.max(num_tokens.min(self.input_tokens));
+        0
+    }
+
+    /// More tokens are computed: how many prompt tokens are so for the first time.
+    pub(crate) fn computed(&mut self, num_tokens: u32) -> u32 {
+        self.num_computed += num_tokens;
+        let charged = self.num_charged.max(self.num_computed.min(self.input_tokens));
+        charged - std::mem::replace(&mut self.num_charged, charged)
     }
 
     pub(crate) fn finish(&mut self, usage: &Usage) {
@@ -98,6 +127,16 @@ impl Gaps {
         self.total += other.total;
     }
 
+    /// `(milliseconds, part of the durations within them)`, ascending.
+    pub fn distribution(&self) -> impl Iterator<Item = (f64, f64)> + '_ {
+        let mut seen = 0;
+        let filled = self.counts.iter().zip(1_u64..).filter(|(count, _)| **count > 0);
+        filled.map(move |(count, at)| {
+            seen += count;
+            ((at * Self::WIDTH) as f64 / 1000.0, seen as f64 / self.total as f64)
+        })
+    }
+
     /// Milliseconds that `percent` of the durations stay within.
     pub fn percentile_ms(&self, percent: f64) -> f64 {
         let rank = (percent / 100.0 * self.total as f64).ceil() as u64;
@@ -141,6 +180,12 @@ pub struct ServeReport {
     pub num_preemptions: u64,
     /// What that cost, and what the host tier did.
     pub kv: KvReport,
+    /// What requests waited for.
+    pub waits: Waits,
+    /// How service was shared between tenants.
+    pub fairness: Fairness,
+    /// What became of the requests by the time at which they came.
+    pub over_time: Vec<Bucket>,
 }
 
 /// What became of KV that had to make room.
@@ -187,6 +232,52 @@ impl fmt::Display for KvReport {
     }
 }
 
+/// Time that requests waited, all together, by what they waited for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Waits([u64; WaitCause::ALL.len()]);
+
+impl Waits {
+    /// `state` is what a request waits for from now on.
+    pub(crate) fn change(
+        &mut self,
+        state: &mut Option<(WaitCause, Micros)>,
+        now: Micros,
+        cause: Option<WaitCause>,
+    ) {
+        let after = cause.map(|cause| (cause, now));
+        if let Some((before, since)) = std::mem::replace(state, after) {
+            self.0[before as usize] += now.since(since).0;
+        }
+    }
+
+    pub(crate) fn merge(&mut self, other: &Self) {
+        self.0.iter_mut().zip(other.0).for_each(|(sum, more)| *sum += more);
+    }
+
+    /// `(cause, seconds)` of those that anybody waited for.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, f64)> + '_ {
+        let all =
+            WaitCause::ALL.into_iter().map(|cause| (cause.name(), self.0[cause as usize] as f64 * 1e-6));
+        all.filter(|(_, seconds)| *seconds > 0.0)
+    }
+}
+
+/// The requests that came in a while.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Bucket {
+    /// Seconds from the first arrival to the end of this while.
+    pub until: f64,
+    /// Requests per second.
+    pub sent: f64,
+    /// Those of them, per second, that got all in time.
+    pub good: f64,
+    /// Their prompt tokens, of those that were served, that were found in the prefix cache, in percent.
+    pub hit_percent: f64,
+}
+
+/// Buckets of a report.
+const NUM_BUCKETS: usize = 60;
+
 impl ServeReport {
     /// In percent.
     pub fn good_percent(&self) -> f64 {
@@ -223,6 +314,27 @@ impl ServeReport {
         });
         self.hit_percent = 100.0 * hits as f64 / (tokens as f64).max(1.0);
         self.fill_deciles(served);
+        self.fill_buckets(served, last_arrival);
+    }
+
+    fn fill_buckets(&mut self, served: &[Served], last_arrival: u64) {
+        let width = (last_arrival / NUM_BUCKETS as u64 + 1) as f64 * 1e-6;
+        let mut tokens = [(0.0, 0.0); NUM_BUCKETS];
+        self.over_time = vec![Bucket::default(); NUM_BUCKETS];
+        for served in served {
+            let at = ((served.arrival.as_secs_f64() / width) as usize).min(NUM_BUCKETS - 1);
+            let bucket = &mut self.over_time[at];
+            bucket.sent += 1.0 / width;
+            bucket.good += f64::from(u8::from(served.is_good())) / width;
+            if served.finished {
+                tokens[at].0 += f64::from(served.cached_tokens);
+                tokens[at].1 += f64::from(served.input_tokens);
+            }
+        }
+        for (at, (bucket, (cached, all))) in self.over_time.iter_mut().zip(tokens).enumerate() {
+            bucket.until = (at + 1) as f64 * width;
+            bucket.hit_percent = 100.0 * cached / all.max(1.0);
+        }
     }
 
     fn fill_deciles(&mut self, served: &[Served]) {
@@ -256,6 +368,23 @@ impl fmt::Display for ServeReport {
         writeln!(f, "hit rate    {:.1} % of the prompt tokens", self.hit_percent)?;
         writeln!(f, "{}", self.kv)?;
         writeln!(f, "waits       {:.1} s at most, refusals {:.1} s", self.max_wait, self.max_refusal_wait)?;
+        let all: f64 = self.waits.iter().map(|(_, seconds)| seconds).sum();
+        write!(f, "waits for  ")?;
+        self.waits
+            .iter()
+            .try_for_each(|(cause, seconds)| write!(f, " {cause} {:.0} %", 100.0 * seconds / all))?;
+        writeln!(f)?;
+        let Fairness { gap, dearest, .. } = &self.fairness;
+        if self.fairness.service.len() > 1 {
+            let ratio = self.fairness.ratio();
+            writeln!(
+                f,
+                "fairness    gap {gap:.0} weighted tokens between tenants that both wait, {ratio:.2} times the dearest \
+                 request ({dearest:.0})"
+            )?;
+        } else {
+            writeln!(f, "fairness    gap 0, one tenant")?;
+        }
         write!(f, "by length  ")?;
         for percent in self.good_percent_by_length {
             write!(f, " {percent:.0}")?;

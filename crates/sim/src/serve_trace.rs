@@ -14,12 +14,14 @@ use quire_core::{
 };
 use quire_engine::EngineCore;
 use quire_scheduler::{
-    Calibration, CostModel, EvictionPolicy, HostTierConfig, LatencyTargets, Policy, SchedulerConfig,
-    SchedulerStats, SeqEvent, SeqEventKind, StepShape,
+    Calibration, CostModel, EvictionPolicy, FairnessConfig, HostTierConfig, LatencyTargets, NoteKind, Policy,
+    SchedulerConfig, SchedulerStats, SeqEvent, SeqEventKind, SeqNote, StepShape, WaitCause,
 };
 
 use crate::replay::address;
-use crate::serve_report::{Gaps, ServeReport, Served};
+use crate::rng::mix;
+use crate::serve_report::{Gaps, ServeReport, Served, Waits};
+use crate::service::{Accounts, Fairness, MAX_TENANTS};
 use crate::trace::{TRACE_BLOCK_SIZE, TraceRequest};
 
 /// What every client asks for; the trace decides how much it gets.
@@ -29,6 +31,8 @@ const STOP: TokenId = 1;
 pub const BLOCK_SIZE: u32 = 16;
 /// How far time moves on when the engine has work and can do none of it.
 const IDLE: u64 = 1000;
+/// Times at which the tenants' service is noted, until the last arrival.
+const NUM_SAMPLES: u64 = 200;
 
 /// What serves the trace.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +53,11 @@ pub struct ServeConfig {
     pub rate_scale: f64,
     /// What clients expect; counted, whatever the policy knows.
     pub targets: LatencyTargets,
+    /// Tenants to whom the requests are dealt out: the k-th gets one for every k of the first one's. At most
+    /// [`MAX_TENANTS`].
+    pub num_tenants: u32,
+    /// How service is shared between them.
+    pub fairness: FairnessConfig,
 }
 
 impl ServeConfig {
@@ -64,7 +73,22 @@ impl ServeConfig {
             max_num_seqs: 1024,
             rate_scale: 1.0,
             targets,
+            num_tenants: 1,
+            fairness: FairnessConfig::default(),
         }
+    }
+
+    /// Who sends request `at`.
+    pub fn tenant(&self, at: u64) -> TenantId {
+        let num_tenants = self.num_tenants.clamp(1, MAX_TENANTS);
+        let share = |tenant: u32| 1.0 / f64::from(tenant + 1);
+        let all: f64 = (0..num_tenants).map(share).sum();
+        let mut place = all * (mix(at) >> 11) as f64 / (1_u64 << 53) as f64;
+        let tenant = (0..num_tenants).find(|&tenant| {
+            place -= share(tenant);
+            place < 0.0
+        });
+        TenantId(tenant.unwrap_or(0))
     }
 
     fn limits(&self) -> ExecutorLimits {
@@ -99,16 +123,18 @@ pub fn serve_fleet(
     num_devices: usize,
 ) -> Result<ServeReport, ExecError> {
     let (mut report, mut all, mut end) = (ServeReport::default(), Vec::new(), Micros(0));
+    let last_arrival = trace.last().map_or(0, |last| scaled(last, config.rate_scale));
     for device in 0..num_devices {
         let part: Vec<TraceRequest> = trace.iter().skip(device).step_by(num_devices).cloned().collect();
-        let served = serve(&part, config)?;
+        let served = serve(&part, config, last_arrival)?;
         report.gaps.merge(&served.gaps);
         report.num_preemptions += served.stats.num_preemptions;
         report.kv.add(&served.stats, served.num_computed_tokens);
         end = end.max(served.end);
+        report.fairness.merge(served.fairness);
+        report.waits.merge(&served.waits);
         all.extend(served.requests);
     }
-    let last_arrival = trace.last().map_or(0, |last| scaled(last, config.rate_scale));
     report.fill(&all, last_arrival, end);
     Ok(report)
 }
@@ -119,16 +145,19 @@ struct Outcome {
     gaps: Gaps,
     stats: SchedulerStats,
     num_computed_tokens: u64,
+    fairness: Fairness,
+    waits: Waits,
     end: Micros,
 }
 
-fn serve(trace: &[TraceRequest], config: &ServeConfig) -> Result<Outcome, ExecError> {
+fn serve(trace: &[TraceRequest], config: &ServeConfig, last_arrival: u64) -> Result<Outcome, ExecError> {
     let clock = Arc::new(AtomicU64::new(0));
     let limits = config.limits();
     let mut scheduler = SchedulerConfig::new(limits.clone(), BlockHasher::new((0, 0), BLOCK_SIZE));
     scheduler.policy = config.policy;
     scheduler.eviction = config.eviction;
     scheduler.host_tier = config.host_tier;
+    scheduler.fairness = config.fairness;
     scheduler.max_queued_requests = trace.len() as u32 + 1;
     let executor = VirtualExecutor {
         limits,
@@ -140,7 +169,7 @@ fn serve(trace: &[TraceRequest], config: &ServeConfig) -> Result<Outcome, ExecEr
         spare: Vec::new(),
     };
     let mut core = EngineCore::new(scheduler, Box::new(executor));
-    let mut clients = Clients::new(trace, config);
+    let mut clients = Clients::new(trace, config, last_arrival);
     let mut num_computed_tokens = 0;
     let now = || Micros(clock.load(Ordering::Relaxed));
     loop {
@@ -148,6 +177,7 @@ fn serve(trace: &[TraceRequest], config: &ServeConfig) -> Result<Outcome, ExecEr
         if core.has_work() {
             let outcome = core.step_with(now)?;
             clients.take(now(), core.events());
+            clients.account(now(), core.notes());
             let stats = &core.step_stats().scheduler;
             num_computed_tokens += u64::from(stats.prefill_tokens + stats.decode_tokens);
             if outcome.submitted.is_some() || outcome.collected.is_some() {
@@ -163,7 +193,16 @@ fn serve(trace: &[TraceRequest], config: &ServeConfig) -> Result<Outcome, ExecEr
         }
     }
     let (stats, end) = (core.stats(), now());
-    Ok(Outcome { requests: clients.served, gaps: clients.gaps, stats, num_computed_tokens, end })
+    let Clients { served, gaps, accounts, waits, .. } = clients;
+    Ok(Outcome {
+        requests: served,
+        gaps,
+        stats,
+        num_computed_tokens,
+        fairness: accounts.finish(),
+        waits,
+        end,
+    })
 }
 
 /// When a request arrives, in microseconds.
@@ -174,30 +213,32 @@ fn scaled(request: &TraceRequest, rate_scale: f64) -> u64 {
 /// Sends what the trace says and notes what comes back.
 struct Clients<'a> {
     trace: &'a [TraceRequest],
-    rate_scale: f64,
-    targets: LatencyTargets,
+    config: &'a ServeConfig,
     num_sent: usize,
     served: Vec<Served>,
     params: Arc<SamplingParams>,
     gaps: Gaps,
+    accounts: Accounts,
+    waits: Waits,
 }
 
 impl<'a> Clients<'a> {
-    fn new(trace: &'a [TraceRequest], config: &ServeConfig) -> Self {
+    fn new(trace: &'a [TraceRequest], config: &'a ServeConfig, last_arrival: u64) -> Self {
         let params = SamplingParams { stop_token_ids: vec![STOP], ..SamplingParams::greedy(MAX_TOKENS) };
         Self {
             trace,
-            rate_scale: config.rate_scale,
-            targets: config.targets,
+            config,
             num_sent: 0,
             served: Vec::with_capacity(trace.len()),
             params: Arc::new(params),
             gaps: Gaps::default(),
+            accounts: Accounts::new(config.num_tenants.clamp(1, MAX_TENANTS), last_arrival / NUM_SAMPLES),
+            waits: Waits::default(),
         }
     }
 
     fn next_arrival(&self) -> Option<u64> {
-        self.trace.get(self.num_sent).map(|request| scaled(request, self.rate_scale))
+        self.trace.get(self.num_sent).map(|request| scaled(request, self.config.rate_scale))
     }
 
     fn send(&mut self, now: Micros, core: &mut EngineCore) {
@@ -210,16 +251,21 @@ impl<'a> Clients<'a> {
                 block_hashes: addresses(recorded),
                 salt: CacheSalt(0),
                 params: Arc::clone(&self.params),
-                tenant: TenantId(0),
+                tenant: self.config.tenant(at as u64),
                 priority: 0,
                 arrival: Micros(arrival),
                 deadline: None,
             };
             let alone = StepShape::default().with_row(0, recorded.input_tokens);
-            let due = self.targets.cost.predict(&alone) * self.targets.ttft_stretch;
-            let due = Micros(arrival + self.targets.ttft.0.max(due as u64));
-            self.served.push(Served::new(recorded.input_tokens, Micros(arrival), due));
-            if core.add(request).is_err() {
+            let targets = &self.config.targets;
+            let due = targets.cost.predict(&alone) * targets.ttft_stretch;
+            let due = Micros(arrival + targets.ttft.0.max(due as u64));
+            let tenant = request.tenant.0;
+            self.served.push(Served::new(tenant, recorded.input_tokens, Micros(arrival), due));
+            if core.add(request).is_ok() {
+                self.accounts.sent(tenant);
+                self.served[at].waits = Some((WaitCause::Step, Micros(arrival)));
+            } else {
                 self.served[at].refuse(now);
             }
             self.num_sent += 1;
@@ -229,21 +275,58 @@ impl<'a> Clients<'a> {
     fn take(&mut self, now: Micros, events: &[SeqEvent]) {
         for event in events {
             let served = &mut self.served[event.request.0 as usize];
+            if matches!(event.kind, SeqEventKind::Finished { .. }) {
+                self.waits.change(&mut served.waits, now, None);
+            }
             match &event.kind {
+                SeqEventKind::Started { .. } => {
+                    served.started = true;
+                    self.accounts.waits_no_more(served.tenant);
+                }
                 SeqEventKind::Tokens { .. } => {
-                    if let Some(gap) = served.token(now, self.targets.itl) {
+                    self.accounts.token(served.tenant);
+                    if let Some(gap) = served.token(now, self.config.targets.itl) {
                         self.gaps.add(gap);
                     }
                 }
                 SeqEventKind::Finished {
                     reason: FinishReason::Stop | FinishReason::Length, usage, ..
                 } => {
+                    let computed = usage.prompt_tokens - usage.cached_tokens;
+                    self.accounts.ended(computed, usage.generated_tokens);
                     served.finish(usage);
                 }
-                SeqEventKind::Finished { .. } => served.refuse(now),
-                _ => {}
+                SeqEventKind::Finished { .. } => {
+                    if !served.started {
+                        self.accounts.waits_no_more(served.tenant);
+                    }
+                    served.refuse(now);
+                }
+                SeqEventKind::PromptLogprobs { .. } => {}
             }
         }
+    }
+
+    /// Counts the prompt tokens that the step computed, those of a second time left out.
+    fn account(&mut self, now: Micros, notes: &[SeqNote]) {
+        for note in notes {
+            let served = &mut self.served[note.request.0 as usize];
+            let waits = match note.kind {
+                NoteKind::Waits(cause) | NoteKind::Preempted(cause) => Some(Some(cause)),
+                NoteKind::Entered { .. } => Some(None),
+                _ => None,
+            };
+            if let Some(cause) = waits {
+                self.waits.change(&mut served.waits, note.at, cause);
+            }
+            let fresh = match note.kind {
+                NoteKind::Chunk { num_tokens } => served.computed(num_tokens),
+                NoteKind::Entered { cached_tokens } => served.found(cached_tokens),
+                _ => continue,
+            };
+            self.accounts.computed(served.tenant, fresh);
+        }
+        self.accounts.step(now.0);
     }
 }
 

@@ -67,3 +67,16 @@ fn a_host_tier_finds_more_and_keeps_the_targets() {
     assert!(with_tier.good_percent() > 99.0);
     assert!(with_tier.gaps.percentile_ms(99.0) <= 50.0);
 }
+
+#[test]
+fn refusals_come_at_once_and_promises_are_kept() {
+    for (workload, rate_scale) in [(GeneratedWorkload::Chat, 2.4), (GeneratedWorkload::Documents, 0.25)] {
+        let trace = generate(workload, 9, 800);
+        let report = serve_trace(&trace, &ServeConfig { rate_scale, ..config() }).unwrap();
+        assert!(report.num_refused > 20, "too little load to tell: {report}");
+        assert!(report.max_refusal_wait <= 0.1, "{report}");
+        assert!(report.max_wait <= 30.0, "{report}");
+        let late = report.num_requests - report.num_good - report.num_refused;
+        assert!(late <= 8, "let in and late: {late}\n{report}");
+    }
+}

@@ -4,11 +4,11 @@
 //! While Redis is away, each replica's own limits apply (`docs/adr`). Concurrency is kept as a number for each replica
 //! that only it writes; the numbers of a replica that fell silent expire.
 
-use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use dashmap::DashMap;
 use parking_lot::Mutex;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, ConnectionAddr, Script};
@@ -57,7 +57,7 @@ pub struct SharedStore {
     connection: Mutex<Option<MultiplexedConnection>>,
     settlements: mpsc::Sender<Settlement>,
     /// Answers in flight here, by tenant, with the version of the number.
-    in_flight: Mutex<HashMap<Arc<str>, (u32, u64)>>,
+    in_flight: DashMap<Arc<str>, (u32, u64)>,
     charge: Script,
     settle: Script,
 }
@@ -96,7 +96,7 @@ impl SharedStore {
             replica: format!("{:016x}", RandomState::new().hash_one(std::process::id())),
             connection: Mutex::new(None),
             settlements,
-            in_flight: Mutex::default(),
+            in_flight: DashMap::new(),
             charge: script(include_str!("charge.lua")),
             settle: script(include_str!("settle.lua")),
             client,
@@ -211,8 +211,7 @@ impl SharedStore {
 
     /// Remembers the newest number.
     fn note(&self, tenant: &Arc<str>, in_flight: (u32, u64)) {
-        let mut known = self.in_flight.lock();
-        let entry = known.entry(Arc::clone(tenant)).or_default();
+        let mut entry = self.in_flight.entry(Arc::clone(tenant)).or_default();
         if entry.1 < in_flight.1 {
             *entry = in_flight;
         }
@@ -237,11 +236,10 @@ impl SharedStore {
 
     /// Says what is in flight here, so that the leases do not end before the requests.
     async fn renew(&self) {
-        let running: Vec<_> = {
-            let mut known = self.in_flight.lock();
-            known.retain(|_, (count, _)| *count > 0);
-            known.iter().map(|(tenant, &in_flight)| (Arc::clone(tenant), in_flight)).collect()
-        };
+        self.in_flight.retain(|_, (count, _)| *count > 0);
+        // Not held across the sends.
+        let running: Vec<_> =
+            self.in_flight.iter().map(|entry| (Arc::clone(entry.key()), *entry.value())).collect();
         for (tenant, in_flight) in running {
             self.send(&Settlement { tenant, unused: [0; 3], in_flight }).await;
         }

@@ -1,5 +1,6 @@
 //! What a request's headers say: who asks, under which id, until when.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::FromRequestParts;
@@ -57,6 +58,7 @@ impl Caller {
         let tenant = self.access.tenant();
         let choices =
             request.sampling.n.unwrap_or(1).saturating_mul(u32::try_from(prompts).unwrap_or(u32::MAX));
+        request.request_id = Some(Arc::clone(&self.request_id.0));
         request.tenant = tenant.id();
         request.priority = tenant.priority(request.priority);
         request.cache_namespace = self.access.cache_namespace();

@@ -6,11 +6,8 @@ use super::args::Metric;
 use super::run::{Measured, Sample};
 use super::summary::values;
 use crate::bench::report::Report;
+use crate::svg::{Axes, HEIGHT, MARGIN, escaped};
 
-const WIDTH: f64 = 560.0;
-const HEIGHT: f64 = 220.0;
-/// Room for the labels: left, right, top, bottom.
-const MARGIN: (f64, f64, f64, f64) = (58.0, 14.0, 10.0, 34.0);
 const BINS: usize = 48;
 /// Points of a line at most.
 const POINTS: usize = 240;
@@ -53,10 +50,6 @@ pub(crate) fn page(what: &str, report: &Report, measured: &Measured) -> String {
     page
 }
 
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
 /// Events per second between samples, as `(seconds, rate)`.
 fn rates(samples: &[Sample]) -> Vec<(f64, f64)> {
     let counts = thinned(samples, |sample| (sample.at, sample.num_events as f64));
@@ -69,55 +62,6 @@ fn thinned(samples: &[Sample], point: impl Fn(&Sample) -> (f64, f64)) -> Vec<(f6
     let step = samples.len().div_ceil(POINTS).max(1);
     let last = samples.last().filter(|_| !(samples.len().max(1) - 1).is_multiple_of(step));
     samples.iter().step_by(step).chain(last).map(point).collect()
-}
-
-/// Maps values to places in the picture.
-struct Axes {
-    x: (f64, f64),
-    y_max: f64,
-}
-
-impl Axes {
-    fn x(&self, value: f64) -> f64 {
-        let share = (value - self.x.0) / (self.x.1 - self.x.0).max(1e-12);
-        MARGIN.0 + share * (WIDTH - MARGIN.0 - MARGIN.1)
-    }
-
-    fn y(&self, value: f64) -> f64 {
-        let share = value / self.y_max.max(1e-12);
-        HEIGHT - MARGIN.3 - share * (HEIGHT - MARGIN.2 - MARGIN.3)
-    }
-
-    /// The picture with its scales around `content`.
-    fn frame(&self, content: &str) -> String {
-        let mut svg = format!("<svg width=\"{WIDTH}\" height=\"{HEIGHT}\" viewBox=\"0 0 {WIDTH} {HEIGHT}\">");
-        let right = WIDTH - MARGIN.1;
-        for tick in 0..=4 {
-            let value = self.y_max * f64::from(tick) / 4.0;
-            let (y, left) = (self.y(value), MARGIN.0);
-            // Writing to a string cannot fail.
-            let _ = write!(svg, "<path d=\"M{left:.0} {y:.1}H{right:.0}\" stroke=\"#ddd\"/>");
-            let (x, y) = (left - 6.0, y + 4.0);
-            let _ =
-                write!(svg, "<text x=\"{x:.0}\" y=\"{y:.1}\" text-anchor=\"end\">{}</text>", short(value));
-            let value = self.x.0 + (self.x.1 - self.x.0) * f64::from(tick) / 4.0;
-            let (x, y) = (self.x(value), HEIGHT - MARGIN.3 + 18.0);
-            let _ =
-                write!(svg, "<text x=\"{x:.1}\" y=\"{y:.0}\" text-anchor=\"middle\">{}</text>", short(value));
-        }
-        svg + content + "</svg>"
-    }
-}
-
-/// Three digits.
-fn short(value: f64) -> String {
-    match value {
-        0.0 => "0".into(),
-        value if value >= 1e6 => format!("{:.3}M", value / 1e6).replace(".000", ""),
-        value if value >= 100.0 => format!("{value:.0}"),
-        value if value >= 10.0 => format!("{value:.1}"),
-        value => format!("{value:.2}"),
-    }
 }
 
 /// A histogram of weighted values in seconds, drawn in milliseconds.
@@ -167,13 +111,7 @@ fn line(points: &[(f64, f64)]) -> String {
     }
     let y_max = points.iter().map(|point| point.1).fold(1.0, f64::max);
     let axes = Axes { x: (0.0, points[points.len() - 1].0), y_max };
-    let place = |&(x, y): &(f64, f64)| format!("{:.1},{:.1}", axes.x(x), axes.y(y));
-    let places: Vec<String> = points.iter().map(place).collect();
-    let polyline = format!(
-        "<polyline points=\"{}\" fill=\"none\" stroke=\"#3b6ea8\" stroke-width=\"1.5\"/>",
-        places.join(" ")
-    );
-    axes.frame(&polyline)
+    axes.frame(&axes.line(0, points))
 }
 
 #[cfg(test)]
