@@ -2,9 +2,10 @@
 # Compiles the kernels for every architecture and checks what the compiler made of them, without a GPU:
 #   kernels/check.sh            compares registers, shared memory, stack and spills with resources.txt
 #   kernels/check.sh --update   writes resources.txt anew
-# Fails too if a kernel spills where it must not, if an attention kernel lacks its matrix instructions,
-# asynchronous copies or matrix loads, if a kernel that streams lacks 16-byte loads, or if the images outgrow their budget. nvcc: QUIRE_NVCC, CUDA_HOME or PATH, as for build.rs;
-# cuobjdump and nvdisasm (13.2) beside it or on PATH. JOBS: compilers at a time (2).
+# Fails too if a kernel spills where it must not, if an attention kernel lacks its matrix instructions, asynchronous
+# copies or matrix loads, if a kernel that streams lacks 16-byte loads, or if the images outgrow their budget.
+# nvcc: QUIRE_NVCC, CUDA_HOME or PATH, as for build.rs; cuobjdump and nvdisasm (13.2) beside it or on PATH. JOBS:
+# compilers at a time (2).
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 budget=$((24 * 1024 * 1024))
