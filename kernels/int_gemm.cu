@@ -1,4 +1,4 @@
-// quire_quantize_<type> and quire_int{8,4}_gemm_{m8,m32,wide}_<type of out>: see int_gemm.cuh.
+// quire_quantize_<type>, quire_embed_int{8,4} and quire_int{8,4}_gemm_{m8,m32,wide}_<type of out>: see int_gemm.cuh.
 #include "int_gemm.cuh"
 
 QUIRE_KERNEL_BOUNDS(quire_quantize_bf16, QuireQuantizeParams, QUIRE_INT_THREADS, 4) {
@@ -7,6 +7,9 @@ QUIRE_KERNEL_BOUNDS(quire_quantize_bf16, QuireQuantizeParams, QUIRE_INT_THREADS,
 QUIRE_KERNEL_BOUNDS(quire_quantize_f16, QuireQuantizeParams, QUIRE_INT_THREADS, 4) {
     quire::quantize_activations<quire::f16>(p);
 }
+
+QUIRE_KERNEL_BOUNDS(quire_embed_int8, QuireIntEmbedParams, QUIRE_INT_THREADS, 4) { quire::int_embed<8>(p); }
+QUIRE_KERNEL_BOUNDS(quire_embed_int4, QuireIntEmbedParams, QUIRE_INT_THREADS, 4) { quire::int_embed<4>(p); }
 
 #define QUIRE_INT_STREAM(name, bits, panels, row_groups, Output, blocks)                     \
     QUIRE_KERNEL_BOUNDS(quire_##name, QuireIntGemmParams, QUIRE_INT_THREADS, blocks) {       \

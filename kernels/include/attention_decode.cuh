@@ -32,6 +32,8 @@ struct DecodeBlock {
     static constexpr int kTokenGroups = kTokens / 8 / kWarps;
     static constexpr int kOutChunks = Tile::kChunks / kWarps;
     static constexpr int kGroups = Values::kColumns;
+    /// Where the query fragments are: in registers, or, from 128 dimensions on, one copy for all warps.
+    static constexpr bool kSharedQuery = Dim > 64;
 
     // Dynamic shared memory: keys, values, weights, maxima, scales.
     static constexpr int kWeightBytes = 16 * kTokens * 2;
@@ -52,7 +54,7 @@ struct DecodeBlock {
     int stage = 0;
 
     // The item's rows lane / 4 and lane / 4 + 8, and this warp's share of their sums.
-    uint32_t query[Dim / 16][4];
+    uint4 own_query[kSharedQuery ? 1 : Dim / 16];
     float max[2];
     float sum[4];
     float value_scale[kTokenGroups][2];
@@ -108,19 +110,23 @@ struct DecodeBlock {
     /// The scores of this warp's tokens, in units of the rule's factor; fp8: also the factors of their values.
     QUIRE_DEVICE void score(float (&s)[kTokenGroups][4], int token, const Sight& low, const Sight& high) {
         QUIRE_UNROLL
+        for (int i = 0; i < kTokenGroups * 4; ++i) s[i / 4][i % 4] = 0.0f;
+        QUIRE_UNROLL
+        for (int step = 0; step < Keys::kSteps; ++step) {
+            uint32_t a[Keys::kPerStep][4];
+            QUIRE_UNROLL
+            for (int i = 0; i < Keys::kPerStep; ++i) query(step * Keys::kPerStep + i, a[i]);
+            QUIRE_UNROLL
+            for (int g = 0; g < kTokenGroups; ++g) {
+                Keys k;
+                k.load(keys(stage), (warp * kTokenGroups + g) * 8, step);
+                QUIRE_UNROLL
+                for (int i = 0; i < Keys::kPerStep; ++i) mma_m16n8k16<Number>(s[g], a[i], k.b[i][0], k.b[i][1]);
+            }
+        }
+        QUIRE_UNROLL
         for (int g = 0; g < kTokenGroups; ++g) {
             const int first = (warp * kTokenGroups + g) * 8;
-            QUIRE_UNROLL
-            for (int i = 0; i < 4; ++i) s[g][i] = 0.0f;
-            QUIRE_UNROLL
-            for (int step = 0; step < Keys::kSteps; ++step) {
-                Keys k;
-                k.load(keys(stage), first, step);
-                QUIRE_UNROLL
-                for (int i = 0; i < Keys::kPerStep; ++i) {
-                    mma_m16n8k16<Number>(s[g], query[step * Keys::kPerStep + i], k.b[i][0], k.b[i][1]);
-                }
-            }
             QUIRE_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const int at = first + 2 * (lane % 4) + i % 2;
@@ -254,14 +260,32 @@ struct DecodeBlock {
         clear();
     }
 
+    static QUIRE_DEVICE uint4* shared_query() {
+        QUIRE_SHARED(fragments, uint4[kSharedQuery ? Dim * 2 : 1]);
+        return fragments;
+    }
+    QUIRE_DEVICE void query(int chunk, uint32_t (&a)[4]) const {
+        const uint4 v = kSharedQuery ? shared_query()[chunk * 32 + lane] : own_query[kSharedQuery ? 0 : chunk];
+        a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
+    }
+    /// The last item's have been read by all warps: they met since.
     QUIRE_DEVICE void load_queries(const QuireAttentionItem& item, int head) {
         const Row low(p, item, head, lane / 4), high(p, item, head, lane / 4 + 8);
-        QUIRE_UNROLL
-        for (int chunk = 0; chunk < Dim / 16; ++chunk) load_query<Number, Fp8>(p, low, high, chunk, query[chunk]);
+        if constexpr (kSharedQuery) {
+            QUIRE_UNROLL
+            for (int i = 0; i < Dim / 16 / kWarps; ++i) {
+                const int chunk = i * kWarps + warp;
+                shared_query()[chunk * 32 + lane] = load_query<Number, Fp8>(p, low, high, chunk);
+            }
+            __syncthreads();
+        } else {
+            QUIRE_UNROLL
+            for (int chunk = 0; chunk < Dim / 16; ++chunk) own_query[chunk] = load_query<Number, Fp8>(p, low, high, chunk);
+        }
     }
 
     QUIRE_DEVICE void run_item(const QuireAttentionItem& item, int head) {
-        const Sight low(p, item, lane / 4), high(p, item, lane / 4 + 8);
+        const Sight low = Sight::of(p, item, lane / 4), high = Sight::of(p, item, lane / 4 + 8);
         load_queries(item, head);
         clear();
         total[0] = total[1] = RowSum{negative_infinity(), 0.0f};

@@ -46,25 +46,27 @@ struct PrefillBlock {
     KvLoader<Fp8, Tile, false> loader;
     int stage = 0;
 
-    // Rows lane / 4 and lane / 4 + 8 of the warp.
-    float max[2];
-    float sum[4];
+    // Of rows lane / 4 and lane / 4 + 8 of the warp: sums of values in this split, and the rest. At 256 dimensions no
+    // registers are left for the latter between its uses.
     float out[kOuts][4];
-    /// Of the splits that are over. At 256 dimensions there is no register left for what is needed once in a split.
-    struct Totals {
-        RowSum row[2];
+    struct RowState {
+        Sight sight[2];
+        /// Of this split; the sum as a fragment, all columns alike.
+        float max[2], sum[4];
+        /// Of the splits that are over.
+        RowSum total[2];
     };
-    static constexpr bool kSharedTotals = Dim > 128;
-    Totals own_totals;
-    QUIRE_DEVICE Totals load_totals() const { return kSharedTotals ? shared_totals()[threadIdx.x] : own_totals; }
-    QUIRE_DEVICE void keep_totals(const Totals& totals) {
-        if (kSharedTotals) shared_totals()[threadIdx.x] = totals;
-        else own_totals = totals;
+    static constexpr bool kSharedState = Dim > 128 && !Fp8;
+    RowState own_state;
+    QUIRE_DEVICE RowState state() const { return kSharedState ? shared_states()[threadIdx.x] : own_state; }
+    QUIRE_DEVICE void keep_state(const RowState& state) {
+        if (kSharedState) shared_states()[threadIdx.x] = state;
+        else own_state = state;
     }
-    static QUIRE_DEVICE Totals* shared_totals() {
-        if constexpr (kSharedTotals) {
-            QUIRE_SHARED(totals, Totals[QUIRE_PREFILL_THREADS]);
-            return totals;
+    static QUIRE_DEVICE RowState* shared_states() {
+        if constexpr (kSharedState) {
+            QUIRE_SHARED(states, RowState[QUIRE_PREFILL_THREADS]);
+            return states;
         } else {
             return nullptr;
         }
@@ -99,16 +101,16 @@ struct PrefillBlock {
         const Row low(p, item, head, warp * 16 + lane / 4), high(p, item, head, warp * 16 + lane / 4 + 8);
         QUIRE_UNROLL
         for (int chunk = 0; chunk < Dim / 16; ++chunk) {
-            uint32_t a[4];
-            load_query<Number, Fp8>(p, low, high, chunk, a);
-            *query(chunk) = make_uint4(a[0], a[1], a[2], a[3]);
+            *query(chunk) = load_query<Number, Fp8>(p, low, high, chunk);
         }
     }
 
-    QUIRE_DEVICE void clear() {
-        max[0] = max[1] = negative_infinity();
+    /// Begins a split.
+    QUIRE_DEVICE void clear(RowState& rows) {
+        rows.max[0] = rows.max[1] = negative_infinity();
         QUIRE_UNROLL
-        for (int i = 0; i < 4; ++i) sum[i] = 0.0f;
+        for (int i = 0; i < 4; ++i) rows.sum[i] = 0.0f;
+        keep_state(rows);
         QUIRE_UNROLL
         for (int j = 0; j < kOuts; ++j) {
             QUIRE_UNROLL
@@ -141,7 +143,8 @@ struct PrefillBlock {
     }
 
     /// From products to scores.
-    QUIRE_DEVICE void finish_scores(float (&s)[kTokenGroups][4], int token, const Sight& low, const Sight& high) const {
+    QUIRE_DEVICE void finish_scores(float (&s)[kTokenGroups][4], int token, const RowState& rows) const {
+        const Sight &low = rows.sight[0], &high = rows.sight[1];
         if constexpr (Fp8) {
             const float* factor = reinterpret_cast<const float*>(memory + scales(stage)) + 2 * (lane % 4);
             QUIRE_UNROLL
@@ -170,7 +173,7 @@ struct PrefillBlock {
     }
 
     /// New row maxima; the old sums shrink accordingly.
-    QUIRE_DEVICE void raise_max(const float (&s)[kTokenGroups][4], float (&base)[2]) {
+    QUIRE_DEVICE void raise_max(const float (&s)[kTokenGroups][4], float (&base)[2], RowState& rows) {
         float shrink[2];
         QUIRE_UNROLL
         for (int i = 0; i < 2; ++i) {
@@ -179,14 +182,14 @@ struct PrefillBlock {
             for (int g = 0; g < kTokenGroups; ++g) m = fmaxf(m, fmaxf(s[g][2 * i], s[g][2 * i + 1]));
             m = fmaxf(m, __shfl_xor_sync(kFullMask, m, 1));
             m = fmaxf(m, __shfl_xor_sync(kFullMask, m, 2));
-            const float now = fmaxf(max[i], __fmul_rn(m, rule.factor));
+            const float now = fmaxf(rows.max[i], __fmul_rn(m, rule.factor));
             base[i] = finite_max(now);
-            shrink[i] = exp2_approx(__fsub_rn(max[i], base[i]));
-            max[i] = now;
+            shrink[i] = exp2_approx(__fsub_rn(rows.max[i], base[i]));
+            rows.max[i] = now;
         }
         if (!__any_sync(kFullMask, shrink[0] != 1.0f || shrink[1] != 1.0f)) return;
         QUIRE_UNROLL
-        for (int i = 0; i < 4; ++i) sum[i] = __fmul_rn(sum[i], shrink[i / 2]);
+        for (int i = 0; i < 4; ++i) rows.sum[i] = __fmul_rn(rows.sum[i], shrink[i / 2]);
         QUIRE_UNROLL
         for (int j = 0; j < kOuts; ++j) {
             QUIRE_UNROLL
@@ -216,16 +219,17 @@ struct PrefillBlock {
         }
     }
 
-    QUIRE_DEVICE void add_values(float (&s)[kTokenGroups][4], const float (&base)[2]) {
+    QUIRE_DEVICE void add_values(float (&s)[kTokenGroups][4], const float (&base)[2], RowState& rows) {
         QUIRE_UNROLL
         for (int half = 0; half < kTokens / 32; ++half) {
             uint32_t weights[2][4];
             QUIRE_UNROLL
             for (int t = 0; t < 2; ++t) {
                 weigh(s, base, 2 * half + t, weights[t]);
-                mma_m16n8k16<Number>(sum, weights[t], ones<Number>(), ones<Number>());
+                mma_m16n8k16<Number>(rows.sum, weights[t], ones<Number>(), ones<Number>());
                 if constexpr (Fp8) scale_weights(s, 2 * half + t, weights[t]);
             }
+            keep_state(rows);
             QUIRE_UNROLL
             for (int c = 0; c < Tile::kChunks; ++c) {
                 // Keeps the compiler from loading more fragments ahead than there are registers.
@@ -243,86 +247,90 @@ struct PrefillBlock {
         }
     }
 
-    QUIRE_DEVICE void tile(int token, const Sight& low, const Sight& high) {
-        // A tile that no row of the warp sees changes nothing.
-        const bool some = token < high.end || token < low.end;
-        const bool passed = token + kTokens <= low.begin && (token + kTokens <= high.begin || high.end == 0);
-        if (!__any_sync(kFullMask, some && !passed)) return;
+    QUIRE_DEVICE void tile(int token) {
+        {
+            // A tile that no row of the warp sees changes nothing.
+            const RowState rows = state();
+            const Sight &low = rows.sight[0], &high = rows.sight[1];
+            const bool some = token < high.end || token < low.end;
+            const bool passed = token + kTokens <= low.begin && (token + kTokens <= high.begin || high.end == 0);
+            if (!__any_sync(kFullMask, some && !passed)) return;
+        }
         float s[kTokenGroups][4], base[2];
         multiply_keys(s);
-        finish_scores(s, token, low, high);
-        raise_max(s, base);
-        add_values(s, base);
+        RowState rows = state();
+        finish_scores(s, token, rows);
+        raise_max(s, base, rows);
+        add_values(s, base, rows);
     }
 
     /// A split is over. Its sums go to memory for the block that adds up, or join those of the item's earlier splits.
-    QUIRE_DEVICE void end_split(const QuireAttentionItem& item, int head, int split, bool first, bool last) {
+    QUIRE_DEVICE void end_split(const QuireAttentionItem& item, int head, int token, bool last) {
+        const int after_first = token / QUIRE_KV_SPLIT - item.kv_begin / QUIRE_KV_SPLIT;
+        RowState rows = state();
         if (item.partial >= 0) {
             QUIRE_UNROLL
             for (int i = 0; i < 2; ++i) {
                 const Row row(p, item, head, warp * 16 + lane / 4 + 8 * i);
-                const size_t index = partial_index(p, item, head, split, warp * 16 + lane / 4 + 8 * i);
+                const size_t index = partial_index(p, item, head, item.split_offset + after_first, warp * 16 + lane / 4 + 8 * i);
                 QUIRE_UNROLL
                 for (int c = 0; c < Tile::kChunks; ++c) {
                     Out::write_partial(p, row, index, c, out + c * kGroups, i == 1);
                 }
                 if (lane % 4 == 0 && row.exists) {
-                    reinterpret_cast<float2*>(p.partial_max_sum)[index] = make_float2(max[i], sum[2 * i]);
+                    reinterpret_cast<float2*>(p.partial_max_sum)[index] = make_float2(rows.max[i], rows.sum[2 * i]);
                 }
             }
-            clear();
+            clear(rows);
             return;
         }
-        Totals totals = load_totals();
-        const MergeFactors f[2] = {merge(totals.row[0], RowSum{max[0], sum[0]}),
-                                   merge(totals.row[1], RowSum{max[1], sum[2]})};
-        keep_totals(totals);
+        const MergeFactors f[2] = {merge(rows.total[0], RowSum{rows.max[0], rows.sum[0]}),
+                                   merge(rows.total[1], RowSum{rows.max[1], rows.sum[2]})};
+        keep_state(rows);
         auto* carry = reinterpret_cast<float4*>(p.carry) + size_t(blockIdx.x) * (kRows * Dim / 4) + threadIdx.x;
         QUIRE_UNROLL
         for (int j = 0; j < kOuts; ++j) {
-            // Four loads at a time: all at once would need as many registers as the sums themselves.
-            if (j % 4 == 0) compiler_fence();
+            // Keeps the compiler from loading all at once, for which there are no registers.
+            if (j % 2 == 0) __syncwarp();
             float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (!first) sums = carry[j * QUIRE_PREFILL_THREADS];
+            if (after_first > 0) sums = carry[j * QUIRE_PREFILL_THREADS];
             out[j][0] = merge(f[0], sums.x, out[j][0]);
             out[j][1] = merge(f[0], sums.y, out[j][1]);
             out[j][2] = merge(f[1], sums.z, out[j][2]);
             out[j][3] = merge(f[1], sums.w, out[j][3]);
             if (!last) carry[j * QUIRE_PREFILL_THREADS] = make_float4(out[j][0], out[j][1], out[j][2], out[j][3]);
         }
-        if (!last) clear();
+        if (!last) clear(rows);
     }
 
     QUIRE_DEVICE void run_item(const QuireAttentionItem& item, int head) {
-        const Sight low(p, item, warp * 16 + lane / 4), high(p, item, warp * 16 + lane / 4 + 8);
         keep_query(item, head);
         __syncwarp();
-        clear();
-        const RowSum nothing{negative_infinity(), 0.0f};
-        keep_totals(Totals{{nothing, nothing}});
-        int split = item.split_offset;
+        const int first = warp * 16 + lane / 4;
+        RowState rows;
+        rows.sight[0] = Sight::of(p, item, first);
+        rows.sight[1] = Sight::of(p, item, first + 8);
+        rows.total[0] = rows.total[1] = RowSum{negative_infinity(), 0.0f};
+        clear(rows);
         for (int token = item.kv_begin / kTokens * kTokens; token < item.kv_end; token += kTokens) {
             cp_async_wait<0>();
             __syncthreads();
             fetch(stage ^ 1);
-            tile(token, low, high);
+            tile(token);
             stage ^= 1;
             const int after = token + kTokens;
             const bool last = after >= item.kv_end;
-            if (last || after % QUIRE_KV_SPLIT == 0) {
-                end_split(item, head, split, split == item.split_offset, last);
-                ++split;
-            }
+            if (last || after % QUIRE_KV_SPLIT == 0) end_split(item, head, token, last);
         }
         if (item.partial >= 0) {
             arrive_and_merge<Number>(p, item, head);
             return;
         }
-        const Totals totals = load_totals();
+        rows = state();
         QUIRE_UNROLL
         for (int i = 0; i < 2; ++i) {
-            const Row row(p, item, head, warp * 16 + lane / 4 + 8 * i);
-            const float f = finish(p, totals.row[i], row.head);
+            const Row row(p, item, head, first + 8 * i);
+            const float f = finish(p, rows.total[i], row.head);
             QUIRE_UNROLL
             for (int c = 0; c < Tile::kChunks; ++c) {
                 Out::template write<Number>(p, row, c, out + c * kGroups, i == 1, f);

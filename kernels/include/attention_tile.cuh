@@ -33,8 +33,6 @@ QUIRE_DEVICE float reciprocal_approx(float x) {
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
 #endif
-/// No memory access moves across it.
-QUIRE_DEVICE void compiler_fence() { asm volatile("" ::: "memory"); }
 /// The lane, as a value that the compiler does not know to be the same each time: what is derived from it is computed
 /// anew where it is needed, and takes no registers in between.
 QUIRE_DEVICE int fresh_lane() {
@@ -110,9 +108,9 @@ struct Sight {
     int begin, end;
 
     /// Of row `index` of the item.
-    QUIRE_DEVICE Sight(const QuireAttentionParams& p, const QuireAttentionItem& item, int index) {
-        end = index < item.num_rows ? item.first_position + (item.row_begin + index) / p.group + 1 : 0;
-        begin = p.window > 0 ? max(0, end - p.window) : 0;
+    static QUIRE_DEVICE Sight of(const QuireAttentionParams& p, const QuireAttentionItem& item, int index) {
+        const int end = index < item.num_rows ? item.first_position + (item.row_begin + index) / p.group + 1 : 0;
+        return {p.window > 0 ? max(0, end - p.window) : 0, end};
     }
     QUIRE_DEVICE float masked(float score, int position) const {
         return position >= begin && position < end ? score : negative_infinity();
@@ -225,11 +223,11 @@ struct ValueFragments {
     }
 };
 
-/// The four A registers of elements 16 * chunk .. + 16 of two query rows. With fp8 keys the order within 16 is that of
+/// The A fragment of elements 16 * chunk .. + 16 of two query rows. With fp8 keys the order within 16 is that of
 /// the widened bytes, which is the same as long as both factors have it.
 template <typename Number, bool Fp8>
-QUIRE_DEVICE void load_query(const QuireAttentionParams& p, const Row& low, const Row& high, int chunk,
-                             uint32_t (&a)[4]) {
+QUIRE_DEVICE uint4 load_query(const QuireAttentionParams& p, const Row& low, const Row& high, int chunk) {
+    uint32_t a[4];
     const int q = threadIdx.x % 4;
     QUIRE_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -251,6 +249,7 @@ QUIRE_DEVICE void load_query(const QuireAttentionParams& p, const Row& low, cons
         a[i] = first;
         a[2 + i] = second;
     }
+    return make_uint4(a[0], a[1], a[2], a[3]);
 }
 
 // ---- From pages ----------------------------------------------------------------------------------------------------

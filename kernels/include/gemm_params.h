@@ -78,4 +78,24 @@ typedef struct QuireIntGemmParams {
     int32_t reserved;
 } QuireIntGemmParams;
 
+/// quire_embed_int{8,4}: out[t] = scale * value of row id of a packed matrix, to the bit as the reference. Grid (rows, 1, 1),
+/// block QUIRE_INT_THREADS.
+typedef struct QuireIntEmbedParams {
+    /// As in QuireIntGemmParams.
+    const void* weight;
+    const uint8_t* steps;
+    const float* w_scales;
+    /// [T]. `id >= 0`: that row. Otherwise what slot `-1 - id` sampled last: last_tokens[-1 - id].
+    const int32_t* token_ids;
+    const int32_t* last_tokens;
+    /// f32 [T, hidden].
+    float* out;
+    const int32_t* num_rows;
+    int32_t hidden;
+    int32_t groups;
+    /// Ids outside 0..vocab give rows of NaN.
+    int32_t vocab;
+    int32_t reserved;
+} QuireIntEmbedParams;
+
 #endif

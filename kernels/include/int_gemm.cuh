@@ -240,4 +240,43 @@ QUIRE_DEVICE void quantize_activations(const QuireQuantizeParams& p) {
     if (int(blockIdx.x) < *p.num_rows && group < p.groups) quantize_group<Number>(p, blockIdx.x, group);
 }
 
+/// A row of a packed matrix, back in f32. A thread takes the 16 inputs of one lane.
+template <int Bits>
+QUIRE_DEVICE void int_embed(const QuireIntEmbedParams& p) {
+    griddep_wait();
+    griddep_launch();
+    const int row = int(blockIdx.x);
+    if (row >= *p.num_rows) return;
+    int id = p.token_ids[row];
+    if (id < 0) id = p.last_tokens[-1 - id];
+    const bool known = id >= 0 && id < p.vocab;
+    const int r = known ? id % 8 : 0, half = known ? id / 8 % 2 : 0, panel = known ? id / QUIRE_INT_PANEL : 0;
+    const float scale = known ? p.w_scales[id] : __uint_as_float(0x7fffffffu);
+    for (int column = 16 * int(threadIdx.x); column < p.hidden; column += 16 * int(blockDim.x)) {
+        const size_t unit = size_t(panel) * p.groups + column / QUIRE_INT_UNIT;
+        const int tile = column % QUIRE_INT_UNIT / 64, lane = 4 * r + column % 64 / 16;
+        uint32_t words[4];
+        if constexpr (Bits == 8) {
+            const auto* from = static_cast<const char*>(p.weight) + unit * IntWeights<8>::kBytes;
+            const uint4 v = *reinterpret_cast<const uint4*>(from + (2 * tile + half) * 512 + lane * 16);
+            words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+        } else {
+            const auto* from = static_cast<const char*>(p.weight) + unit * IntWeights<4>::kBytes;
+            const uint2 v = *reinterpret_cast<const uint2*>(from + tile * 512 + lane * 16 + half * 8);
+            const uint32_t byte = p.steps[unit * 128 + lane / 2 * 8 + half * 4 + tile];
+            const uint32_t step = byte & 15, offset = step * (byte >> 4) * 0x01010101u;
+            QUIRE_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                words[i] = IntWeights<4>::widen((i < 2 ? v.x : v.y) >> (4 * (i % 2)) & 0x0f0f0f0fu, step, offset);
+            }
+        }
+        float* out = p.out + size_t(row) * p.hidden + column;
+        QUIRE_UNROLL
+        for (int i = 0; i < 16; ++i) {
+            const float value = float(int8_t(words[i / 4] >> (8 * (i % 4))));
+            if (column + i < p.hidden) out[i] = __fmul_rn(scale, value);
+        }
+    }
+}
+
 }  // namespace quire

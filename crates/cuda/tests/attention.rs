@@ -152,6 +152,14 @@ fn thread_order_does_not_matter() {
 }
 
 #[test]
+fn addresses_stay_within_what_exists() {
+    let Some(kernels) = HostKernels::load() else { return };
+    let chunks: &[Chunk] = &[(0, 74, 75), (1, 3, 30)];
+    check(kernels, Shape { window: 20, num_kv_heads: 2, head_dim: 40, ..BASE }, &[75, 30], chunks);
+    check(kernels, Shape { fp8: true, tile_dim: 128, head_dim: 112, sinks: true, ..BASE }, &[75, 30], chunks);
+}
+
+#[test]
 fn sanitizers_find_nothing() {
-    under_sanitizers("windows_caps_and_sinks");
+    under_sanitizers("addresses");
 }

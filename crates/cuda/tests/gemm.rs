@@ -4,6 +4,7 @@
 mod common;
 
 use half::{bf16, f16};
+use quire_backend::quant;
 use quire_backend::reference::RefBackend;
 use quire_backend::{Backend, BufRole, Linear, LinearPart, LinearSource, StepInput};
 use quire_core::{DType, QuantFormat, Shard, Slot, StepId, TensorView};
@@ -137,6 +138,22 @@ struct IntGemmParams {
     reserved: i32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct IntEmbedParams {
+    weight: *const u8,
+    steps: *const u8,
+    w_scales: *const f32,
+    token_ids: *const i32,
+    last_tokens: *const i32,
+    out: *mut f32,
+    num_rows: *const i32,
+    hidden: i32,
+    groups: i32,
+    vocab: i32,
+    reserved: i32,
+}
+
 /// A quantized layer, and what the reference makes of `x`.
 struct Layer {
     k: usize,
@@ -265,6 +282,65 @@ fn quantized_products_equal_the_reference() {
                     );
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn quantized_products_and_rows_agree_on_the_values() {
+    let Some(kernels) = HostKernels::load() else { return };
+    for bits in [Bits::Eight, Bits::Four] {
+        for (vocab, hidden) in [(19, 300), (33, 64), (16, 257)] {
+            let mut rng = Rng(hidden as u32);
+            let table: Vec<f32> = (0..vocab * hidden).map(|_| rng.signed()).collect();
+            let mut packed = IntWeights::new(bits, vocab, hidden);
+            table.chunks(hidden).enumerate().for_each(|(i, row)| packed.set_row(i, row));
+            // By number, by slot, and one that does not exist; a row more than there are.
+            let (last_tokens, token_ids) =
+                ([7, 18 % vocab as i32], [0, -2, vocab as i32 - 1, -1, vocab as i32, 3]);
+            let (ids, num_rows) = ([0, last_tokens[1], vocab as i32 - 1, 7, vocab as i32], 5i32);
+            let mut out = vec![f32::INFINITY; 6 * hidden];
+            let params = IntEmbedParams {
+                weight: packed.weights.as_ptr(),
+                steps: packed.steps.as_ptr(),
+                w_scales: packed.scales.as_ptr(),
+                token_ids: token_ids.as_ptr(),
+                last_tokens: last_tokens.as_ptr(),
+                out: out.as_mut_ptr(),
+                num_rows: &raw const num_rows,
+                hidden: hidden as i32,
+                groups: packed.groups() as i32,
+                vocab: vocab as i32,
+                reserved: 0,
+            };
+            let name = if bits == Bits::Eight { "quire_embed_int8" } else { "quire_embed_int4" };
+            kernels.launch(name, [6, 1, 1], [256, 1, 1], 0, &params, 1);
+            for (id, out) in ids.iter().zip(out.chunks(hidden)) {
+                let Some(row) = table.chunks(hidden).nth(*id as usize) else {
+                    assert!(out.iter().all(|x| x.is_nan()), "{bits:?}: id {id}");
+                    continue;
+                };
+                assert_eq!(out, dequantized(bits, row), "{bits:?} [{vocab}, {hidden}], row {id}");
+            }
+            assert!(out[5 * hidden..].iter().all(|&x| x == f32::INFINITY), "{bits:?}: rows beyond the last");
+        }
+    }
+}
+
+/// A row as the codec defines it.
+fn dequantized(bits: Bits, row: &[f32]) -> Vec<f32> {
+    match bits {
+        Bits::Eight => {
+            let mut codes = vec![0; row.len()];
+            let scale = quant::quantize_int8(row, &mut codes);
+            codes.iter().map(|&q| scale * f32::from(q)).collect()
+        }
+        Bits::Four => {
+            let (mut codes, mut groups) =
+                (vec![0; row.len()], vec![0; row.len().div_ceil(quant::INT4_GROUP)]);
+            let scale = quant::quantize_int4(row, &mut codes, &mut groups);
+            let value = |(i, &q): (usize, &u8)| quant::int4_value(groups[i / quant::INT4_GROUP], q) as f32;
+            codes.iter().enumerate().map(value).map(|value| scale * value).collect()
         }
     }
 }

@@ -73,13 +73,71 @@ struct PlanParams {
     reserved: i32,
 }
 
-const PREFILL_ROWS: i32 = 128;
-const MAX_ITEMS: usize = 256;
+pub const PREFILL_ROWS: i32 = 128;
 const MAX_PARTIALS: usize = 2048;
 const MAX_COUNTERS: usize = 64;
+const LIMITS: Limits = Limits { items: 256, partials: MAX_PARTIALS, counters: MAX_COUNTERS };
 const PREFILL_BLOCKS: u32 = 3;
 /// A page that does not exist: reading it would leave the cache.
 const NO_PAGE: i32 = 1 << 20;
+
+/// What the lists may hold.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub items: usize,
+    pub partials: usize,
+    pub counters: usize,
+}
+
+/// The sequences of a step, as the planner sees them.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequences<'a> {
+    pub cu_seqlens_q: &'a [i32],
+    pub seq_lens: &'a [i32],
+    pub seq_slots: &'a [i32],
+    pub group: usize,
+    pub window: usize,
+}
+
+impl Sequences<'_> {
+    /// The decode list and the prefill list.
+    pub fn plan(
+        &self,
+        kernels: &HostKernels,
+        num_kv_heads: usize,
+        spread: Spread,
+        limits: Limits,
+        seed: u64,
+    ) -> (Vec<Item>, Vec<Item>) {
+        let poison = Item { seq: -1, num_rows: -1, ..Item::default() };
+        let (mut decode, mut prefill) = (vec![poison; limits.items], vec![poison; limits.items]);
+        let (mut num_decode, mut num_prefill, num_seqs) = (-1, -1, self.seq_lens.len() as i32);
+        let plan = PlanParams {
+            cu_seqlens_q: self.cu_seqlens_q.as_ptr(),
+            seq_lens: self.seq_lens.as_ptr(),
+            seq_slots: self.seq_slots.as_ptr(),
+            num_seqs: &raw const num_seqs,
+            decode_items: decode.as_mut_ptr(),
+            num_decode_items: &raw mut num_decode,
+            prefill_items: prefill.as_mut_ptr(),
+            num_prefill_items: &raw mut num_prefill,
+            num_kv_heads: num_kv_heads as i32,
+            group: self.group as i32,
+            window: self.window as i32,
+            prefill_rows: PREFILL_ROWS,
+            decode_blocks: spread.0,
+            prefill_blocks: spread.0,
+            max_items: limits.items as i32,
+            max_partials: limits.partials as i32,
+            max_counters: limits.counters as i32,
+            reserved: 0,
+        };
+        kernels.launch("quire_attention_plan", [1, 1, 1], [256, 1, 1], 0, &plan, seed);
+        decode.truncate(num_decode as usize);
+        prefill.truncate(num_prefill as usize);
+        (decode, prefill)
+    }
+}
 
 /// Type of queries and outputs.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -360,39 +418,25 @@ impl<'a> Step<'a> {
         step
     }
 
+    fn sequences(&self) -> Sequences<'_> {
+        Sequences {
+            cu_seqlens_q: &self.cu_seqlens_q,
+            seq_lens: &self.seq_lens,
+            seq_slots: &self.seq_slots,
+            group: self.problem.shape.group,
+            window: self.problem.shape.window,
+        }
+    }
+
     fn run(&self, kernels: &HostKernels, route: Route, spread: Spread, seed: u64) -> Vec<u16> {
         let shape = &self.problem.shape;
-        let (mut decode, mut prefill) = (vec![Item::default(); MAX_ITEMS], vec![Item::default(); MAX_ITEMS]);
-        let (mut num_decode, mut num_prefill) = (-1, -1);
-        let num_seqs = self.seq_lens.len() as i32;
-        let plan = PlanParams {
-            cu_seqlens_q: self.cu_seqlens_q.as_ptr(),
-            seq_lens: self.seq_lens.as_ptr(),
-            seq_slots: self.seq_slots.as_ptr(),
-            num_seqs: &raw const num_seqs,
-            decode_items: decode.as_mut_ptr(),
-            num_decode_items: &raw mut num_decode,
-            prefill_items: prefill.as_mut_ptr(),
-            num_prefill_items: &raw mut num_prefill,
-            num_kv_heads: shape.num_kv_heads as i32,
-            group: shape.group as i32,
-            window: shape.window as i32,
-            prefill_rows: PREFILL_ROWS,
-            decode_blocks: spread.0,
-            prefill_blocks: spread.0,
-            max_items: MAX_ITEMS as i32,
-            max_partials: MAX_PARTIALS as i32,
-            max_counters: MAX_COUNTERS as i32,
-            reserved: 0,
-        };
-        kernels.launch("quire_attention_plan", [1, 1, 1], [256, 1, 1], 0, &plan, seed);
-
+        let (decode, prefill) = self.sequences().plan(kernels, shape.num_kv_heads, spread, LIMITS, seed);
         let fp8 = if shape.fp8 { "_fp8" } else { "" };
         let suffix = format!("{}{fp8}_{}", shape.number.name(), shape.tile_dim);
         let mut out = vec![0xffff; self.rows * shape.q_size()];
         let mut counters = vec![0; MAX_COUNTERS * shape.num_kv_heads];
-        let mut launch = |kernel: &str, items: &[Item], num_items: i32, threads, blocks, smem: usize| {
-            let heads = shape.num_kv_heads;
+        let mut launch = |kernel: &str, items: &[Item], threads, blocks, smem: usize| {
+            let (heads, num_items) = (shape.num_kv_heads, items.len() as i32);
             let mut partial_out = vec![f32::NAN; MAX_PARTIALS * heads * shape.head_dim];
             let mut partial_max_sum = vec![f32::NAN; MAX_PARTIALS * heads * 2];
             let mut carry = vec![f32::NAN; PREFILL_BLOCKS as usize * PREFILL_ROWS as usize * shape.tile_dim];
@@ -425,11 +469,11 @@ impl<'a> Step<'a> {
             assert!(counters.iter().all(|&c| c == 0), "{name} leaves counters for the next launch");
         };
         if route == Route::Planned {
-            launch("decode", &decode, num_decode, 128, 5, shape.decode_smem());
+            launch("decode", &decode, 128, 5, shape.decode_smem());
         } else {
-            launch("prefill", &decode, num_decode, 256, PREFILL_BLOCKS, shape.prefill_smem());
+            launch("prefill", &decode, 256, PREFILL_BLOCKS, shape.prefill_smem());
         }
-        launch("prefill", &prefill, num_prefill, 256, PREFILL_BLOCKS, shape.prefill_smem());
+        launch("prefill", &prefill, 256, PREFILL_BLOCKS, shape.prefill_smem());
         out
     }
 }
