@@ -61,7 +61,10 @@ fn check(list: &[Item], is_decode: bool, seqs: &BTreeMap<i32, Seq>, group: i32, 
             let position = seq.kv_len - seq.q_len + row / group;
             let begin = if window > 0 { (position + 1 - window).max(0) } else { 0 };
             for split in begin / SPLIT..=position / SPLIT {
-                assert!(covered.contains_key(&(*slot, row, split)), "slot {slot}: row {row}, split {split} is nobody's");
+                assert!(
+                    covered.contains_key(&(*slot, row, split)),
+                    "slot {slot}: row {row}, split {split} is nobody's"
+                );
             }
         }
     }
@@ -127,8 +130,13 @@ fn few_long_sequences_are_cut_and_many_are_not() {
     let items = |num_seqs: i32, len: i32| {
         let cu_seqlens_q: Vec<i32> = (0..=num_seqs).collect();
         let (lens, slots) = (vec![len; num_seqs as usize], (0..num_seqs).collect::<Vec<_>>());
-        let sequences =
-            Sequences { cu_seqlens_q: &cu_seqlens_q, seq_lens: &lens, seq_slots: &slots, group: 4, window: 0 };
+        let sequences = Sequences {
+            cu_seqlens_q: &cu_seqlens_q,
+            seq_lens: &lens,
+            seq_slots: &slots,
+            group: 4,
+            window: 0,
+        };
         sequences.plan(kernels, 8, Spread(396), limits, 0).0.len()
     };
     assert_eq!(items(1, 4096), 8, "one sequence: all its splits apart");

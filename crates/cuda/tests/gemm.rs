@@ -296,7 +296,8 @@ fn quantized_products_and_rows_agree_on_the_values() {
             let mut packed = IntWeights::new(bits, vocab, hidden);
             table.chunks(hidden).enumerate().for_each(|(i, row)| packed.set_row(i, row));
             // By number, by slot, and one that does not exist; a row more than there are.
-            let (last_tokens, token_ids) = ([7, 18 % vocab as i32], [0, -2, vocab as i32 - 1, -1, vocab as i32, 3]);
+            let (last_tokens, token_ids) =
+                ([7, 18 % vocab as i32], [0, -2, vocab as i32 - 1, -1, vocab as i32, 3]);
             let (ids, num_rows) = ([0, last_tokens[1], vocab as i32 - 1, 7, vocab as i32], 5i32);
             let mut out = vec![f32::INFINITY; 6 * hidden];
             let params = IntEmbedParams {
@@ -335,7 +336,8 @@ fn dequantized(bits: Bits, row: &[f32]) -> Vec<f32> {
             codes.iter().map(|&q| scale * f32::from(q)).collect()
         }
         Bits::Four => {
-            let (mut codes, mut groups) = (vec![0; row.len()], vec![0; row.len().div_ceil(quant::INT4_GROUP)]);
+            let (mut codes, mut groups) =
+                (vec![0; row.len()], vec![0; row.len().div_ceil(quant::INT4_GROUP)]);
             let scale = quant::quantize_int4(row, &mut codes, &mut groups);
             let value = |(i, &q): (usize, &u8)| quant::int4_value(groups[i / quant::INT4_GROUP], q) as f32;
             codes.iter().enumerate().map(value).map(|value| scale * value).collect()

@@ -1,4 +1,5 @@
 //! Attention over random caches: the definition in f64, and the same by the kernels on the host.
+#![allow(dead_code, reason = "each test binary uses a part")]
 
 use half::{bf16, f16};
 
