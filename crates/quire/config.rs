@@ -8,6 +8,7 @@ use quire_runner::{MemoryPlan, RunnerConfig, WeightPlan};
 use quire_scheduler::{LatencyTargets, Policy};
 
 use crate::args::{Device, EngineArgs, Quantize, ServerArgs, Switch};
+use crate::gpu;
 use crate::machine;
 use crate::units::{Bytes, grouped};
 
@@ -16,6 +17,12 @@ const CPU_MAX_NUM_SEQS: u32 = 64;
 /// Default of `--max-num-batched-tokens` on CPU: a step of some tens of milliseconds for a model of a few hundred
 /// million parameters, so that decoding sequences do not stall behind a prompt.
 const CPU_MAX_NUM_BATCHED_TOKENS: u32 = 512;
+/// The same on a GPU, where a step of one sequence costs nearly what one of hundreds does.
+const GPU_MAX_NUM_SEQS: u32 = 512;
+/// Tokens of a step there: enough that prefill is bound by arithmetic.
+const GPU_MAX_NUM_BATCHED_TOKENS: u32 = 8192;
+/// Device memory left alone: recorded graphs, work lists, the sampler's copies of logits.
+const GPU_RESERVE: u64 = 2 << 30;
 /// Default bound of `--kv-cache-memory`.
 const MAX_DEFAULT_KV: u64 = 4 << 30;
 /// Default share of free memory for keys and values.
@@ -38,13 +45,15 @@ pub struct Machine {
     pub cores: u32,
     /// Memory that can be used now.
     pub available_memory: Bytes,
+    /// Free memory of the GPU that the model goes to; `None`: it stays on the processor.
+    pub gpu_memory: Option<Bytes>,
 }
 
 impl Machine {
     /// This machine. Where the system does not say how much memory is free, 4 GiB are assumed.
     pub fn detect() -> Self {
         let available_memory = machine::available_memory().unwrap_or(Bytes(4 << 30));
-        Self { cores: machine::usable_cores(), available_memory }
+        Self { cores: machine::usable_cores(), available_memory, gpu_memory: None }
     }
 }
 
@@ -75,10 +84,13 @@ impl Config {
     /// # Errors
     /// A setting names a feature that this build does not have, contradicts another, or does not fit the model or memory.
     pub fn resolve(args: &EngineArgs, spec: &ModelSpec, machine: &Machine) -> Result<Self, ConfigError> {
-        check_supported(args, spec)?;
-        let max_num_seqs = args.max_num_seqs.unwrap_or(CPU_MAX_NUM_SEQS);
-        let max_num_batched_tokens =
-            args.max_num_batched_tokens.unwrap_or_else(|| CPU_MAX_NUM_BATCHED_TOKENS.max(max_num_seqs));
+        check_supported(args, spec, machine)?;
+        let (seqs, tokens) = match machine.gpu_memory {
+            Some(_) => (GPU_MAX_NUM_SEQS, GPU_MAX_NUM_BATCHED_TOKENS),
+            None => (CPU_MAX_NUM_SEQS, CPU_MAX_NUM_BATCHED_TOKENS),
+        };
+        let max_num_seqs = args.max_num_seqs.unwrap_or(seqs);
+        let max_num_batched_tokens = args.max_num_batched_tokens.unwrap_or_else(|| tokens.max(max_num_seqs));
         if max_num_batched_tokens < max_num_seqs {
             let message = format!(
                 "{max_num_batched_tokens} is less than one token for each of {max_num_seqs} sequences; raise it or lower \
@@ -94,7 +106,10 @@ impl Config {
             max_model_len: wanted_len,
             block_size: args.block_size,
             num_blocks: 1,
-            kv_dtype: args.kv_cache_dtype.dtype().unwrap_or_else(|| default_kv_dtype(spec.dtype)),
+            kv_dtype: match machine.gpu_memory {
+                Some(_) => gpu::kv_dtype(spec.dtype),
+                None => args.kv_cache_dtype.dtype().unwrap_or_else(|| default_kv_dtype(spec.dtype)),
+            },
             quant: args.quantize.format(),
         };
         runner.num_blocks = num_blocks(args, spec, &runner, machine)?;
@@ -160,10 +175,14 @@ pub fn check_server(args: &ServerArgs) -> Result<(), ConfigError> {
     }
 }
 
-fn check_supported(args: &EngineArgs, spec: &ModelSpec) -> Result<(), ConfigError> {
+fn check_supported(args: &EngineArgs, spec: &ModelSpec, machine: &Machine) -> Result<(), ConfigError> {
     let fail = |flag, message: &str| Err(error(flag, message.into()));
-    if args.device == Device::Cuda {
-        return fail("device", "CUDA is not supported yet; use cpu");
+    let is_on_gpu = machine.gpu_memory.is_some();
+    if args.device == Device::Cuda && !is_on_gpu {
+        return fail(
+            "device",
+            "no GPU can be used here; use cpu, or a build with --features cuda on a machine with one",
+        );
     }
     if args.tensor_parallel_size != 1 {
         return fail(
@@ -174,7 +193,7 @@ fn check_supported(args: &EngineArgs, spec: &ModelSpec) -> Result<(), ConfigErro
     if args.quantize == Quantize::Fp8 {
         return fail("quantize", "fp8 weights are not supported on cpu; use int8 or int4");
     }
-    if args.batch_invariant == Switch::Off {
+    if args.batch_invariant == Switch::Off && !is_on_gpu {
         return fail("batch-invariant", "the CPU backend is always batch invariant; use auto or on");
     }
     if !(args.gpu_memory_utilization > 0.0 && args.gpu_memory_utilization <= 1.0) {
@@ -226,9 +245,12 @@ fn num_blocks(
     let blocks = match args.kv_cache_memory {
         Some(budget) => plan.num_blocks_in(budget.0),
         None => {
-            let share = (machine.available_memory.0 as f64 * DEFAULT_KV_SHARE) as u64;
+            let share = match machine.gpu_memory {
+                Some(free) => gpu_share(args, &plan, free),
+                None => ((machine.available_memory.0 as f64 * DEFAULT_KV_SHARE) as u64).min(MAX_DEFAULT_KV),
+            };
             let useful = u64::from(runner.max_num_seqs) * u64::from(runner.max_blocks_per_seq());
-            plan.num_blocks_in(share.min(MAX_DEFAULT_KV)).min(u32::try_from(useful).unwrap_or(u32::MAX))
+            plan.num_blocks_in(share).min(u32::try_from(useful).unwrap_or(u32::MAX))
         }
     };
     // With one block, a sequence of one block could never be copied or preempted; two are the least that can work.
@@ -240,6 +262,12 @@ fn num_blocks(
         ));
     }
     Ok(blocks)
+}
+
+/// What is left of a GPU's memory for keys and values, with something for work lists and the sampler.
+fn gpu_share(args: &EngineArgs, plan: &MemoryPlan, free: Bytes) -> u64 {
+    let usable = (free.0 as f64 * args.gpu_memory_utilization) as u64;
+    usable.saturating_sub(plan.weight_bytes + 2 * plan.workspace_bytes + GPU_RESERVE)
 }
 
 /// The longest sequence the pool can hold, unless the user insists on a longer one.
@@ -328,7 +356,7 @@ mod tests {
         .unwrap()
     }
 
-    const ROOMY: Machine = Machine { cores: 6, available_memory: Bytes(1 << 40) };
+    const ROOMY: Machine = Machine { cores: 6, available_memory: Bytes(1 << 40), gpu_memory: None };
 
     fn resolve(flags: &str, machine: &Machine) -> Result<Config, ConfigError> {
         Config::resolve(&args(flags).engine, &spec(), machine)
@@ -349,14 +377,14 @@ mod tests {
 
     #[test]
     fn little_memory_shortens_sequences() {
-        let small = Machine { cores: 1, available_memory: Bytes(100 << 10) };
+        let small = Machine { cores: 1, available_memory: Bytes(100 << 10), ..ROOMY };
         let config = resolve("", &small).unwrap();
         assert_eq!(config.runner.num_blocks, 10, "40 % of 100 KiB in blocks of 4 KiB");
         assert_eq!(config.limits.max_model_len, 160);
         assert!(config.to_string().contains("(of the model's 256)"), "{config}");
         let error = resolve("--max-model-len 256", &small).unwrap_err();
         assert!(error.flag == "max-model-len" && error.message.contains("holds 160"), "{error}");
-        let none = Machine { cores: 1, available_memory: Bytes(4096) };
+        let none = Machine { cores: 1, available_memory: Bytes(4096), ..ROOMY };
         assert_eq!(resolve("", &none).unwrap_err().flag, "kv-cache-memory");
     }
 

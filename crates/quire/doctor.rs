@@ -113,7 +113,15 @@ fn gpu() -> String {
         }
         _ => "nvidia-smi cannot list the devices".into(),
     };
-    format!("{devices} (driver {driver}, {library}); this build computes on the processor only")
+    format!("{devices} (driver {driver}, {library}); {}", use_of_gpus())
+}
+
+const fn use_of_gpus() -> &'static str {
+    if crate::gpu::Gpu::IS_BUILT_IN {
+        "this build computes on the first one"
+    } else {
+        "this build computes on the processor only"
+    }
 }
 
 /// The version in a line like `NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  …`.

@@ -11,6 +11,7 @@ pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod doctor;
+mod gpu;
 pub mod hub;
 mod inspect;
 pub mod layers;

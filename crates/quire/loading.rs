@@ -19,6 +19,7 @@ use tokio::runtime::Handle;
 
 use crate::args::{EngineArgs, ExecutorArg};
 use crate::config::{Config, Machine};
+use crate::gpu::{self, Gpu};
 use crate::inspect::headline;
 use crate::model::{LocalModel, ModelSource};
 use crate::prepack::PackCache;
@@ -65,16 +66,21 @@ pub(crate) fn load(
     for tensor in checkpoint.ignored_tensors() {
         tracing::warn!(tensor, "the checkpoint holds a tensor that this architecture does not use");
     }
-    let mut config = Config::resolve(args, checkpoint.spec(), &Machine::detect())?;
+    let gpu = gpu::choose(args, checkpoint.spec().dtype)?;
+    let machine = Machine { gpu_memory: gpu.as_ref().map(Gpu::free_memory), ..Machine::detect() };
+    let mut config = Config::resolve(args, checkpoint.spec(), &machine)?;
     if let Some(targets) = targets {
         config.policy = targets.policy(&config, checkpoint.spec());
     }
     // Early, so that mapped pages are there when the tokenizer is.
-    let cache = PackCache::open(args, &local, &checkpoint, config.runner.quant);
+    let cache = match gpu {
+        Some(_) => None,
+        None => PackCache::open(args, &local, &checkpoint, config.runner.quant),
+    };
     stages.done("open");
     let text = load_text(&local, args)?;
     stages.done("tokenizer");
-    let (executor, device, pack_writer) = executor(args, &checkpoint, &config, cache)?;
+    let (executor, device, pack_writer) = executor(args, &checkpoint, &config, gpu, cache)?;
     stages.done("weights");
     let loaded = assemble(name, &checkpoint, config, text, executor, device, runtime)?;
     stages.done("engine");
@@ -175,6 +181,7 @@ fn executor(
     args: &EngineArgs,
     checkpoint: &Checkpoint,
     config: &Config,
+    gpu: Option<Gpu>,
     cache: Option<PackCache>,
 ) -> Result<Built> {
     if args.executor == ExecutorArg::Mock {
@@ -183,11 +190,16 @@ fn executor(
         return Ok((Box::new(executor), "mock: made-up tokens".to_owned(), None));
     }
     let fail = |error: &dyn std::fmt::Display| Failure(format!("cannot load the model: {error}"));
+    let mut progress = Progress::start();
+    if let Some(gpu) = gpu {
+        let device = gpu.describe();
+        let executor = gpu.load(checkpoint, &config.runner, |now| progress.report(now));
+        return Ok((executor.map_err(|error| fail(&error))?, device, None));
+    }
     let (mut backend, device) = cpu_backend(checkpoint.spec().dtype, config.threads)?;
     if let Some(cache) = &cache {
         backend = backend.with_prepacked(cache.prepacked());
     }
-    let mut progress = Progress::start();
     let runner = ModelRunner::load(backend, checkpoint, &config.runner, |now| progress.report(now))
         .map_err(|error| fail(&error))?;
     Ok((Box::new(runner), device, cache.and_then(PackCache::finish)))

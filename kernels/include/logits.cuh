@@ -2,7 +2,7 @@
 // with its roundings; and the largest logit of each part of a row, which is the answer for greedy rows.
 //
 // Floor: one read of the logits, f32: R = 256, vocabulary 128k: 131 MB, 30 us at 4.3 TB/s; rows that are adjusted are
-// written once too. A block takes 8192 ids, eight 16-byte loads a thread, two in flight: with eight blocks 64 KB on a
+// written once too. A block takes 8192 ids, eight 16-byte loads a thread, four in flight: with six blocks 96 KB on a
 // multiprocessor. One row fills 16 blocks, so that a batch of one is not left to a single multiprocessor.
 #pragma once
 
@@ -70,8 +70,65 @@ QUIRE_DEVICE Ranked adjust_special(const QuireLogitsParams& p, const QuireSlotSa
     return best;
 }
 
-QUIRE_DEVICE void logits_process(const QuireLogitsParams& p) {
+/// The largest of ids begin..end as they are: four 16-byte loads a thread at a time.
+QUIRE_DEVICE Ranked best_of_part(const float* raw, int begin, int end) {
+    constexpr int kLoads = 4, kTile = QUIRE_LOGITS_THREADS * 4;
+    float best = minus_infinity();
+    int best_id = begin;
+    for (int first = begin + int(threadIdx.x) * 4; first < end; first += kLoads * kTile) {
+        Vec<float, 4> in[kLoads];
+        QUIRE_UNROLL
+        for (int j = 0; j < kLoads; ++j) {
+            if (first + j * kTile < end) in[j] = load<Vec<float, 4>>(raw + first + j * kTile);
+        }
+        QUIRE_UNROLL
+        for (int j = 0; j < kLoads; ++j) {
+            QUIRE_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int id = first + j * kTile + i;
+                if (id >= end) continue;
+                // Ids ascend, so the lowest of equals is met first; NaN is never larger.
+                const float l = in[j].v[i] > kLargest ? kLargest : in[j].v[i];
+                if (l > best) best = l, best_id = id;
+            }
+        }
+    }
+    return ranked(best, best_id);
+}
+
+/// Ids begin..end with all that changes them, from `raw` to `out`; their largest.
+QUIRE_DEVICE Ranked adjust_part(const QuireLogitsParams& p, const QuireSlotSampling& slot, const Adjustment& a,
+                                bool holds, const float* raw, float* out, int begin, int end) {
     QUIRE_SHARED(special, SpecialIds);
+    const bool has_special = holds || slot.bias_count > 0;
+    if (has_special) {
+        for (int i = int(threadIdx.x); i < QUIRE_LOGITS_PART / 32; i += QUIRE_LOGITS_THREADS) special.words[i] = 0;
+        __syncthreads();
+        mark_special(special, p.bias_ids + slot.bias_begin, slot.bias_count, begin, end);
+        if (holds) mark_special(special, p.stop_ids + slot.stop_begin, slot.stop_count, begin, end);
+        __syncthreads();
+    }
+    Ranked best = 0;
+    for (int id = begin + int(threadIdx.x) * 4; id < end; id += QUIRE_LOGITS_THREADS * 4) {
+        const auto in = load<Vec<float, 4>>(raw + id);
+        Vec<float, 4> adjusted;
+        QUIRE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            adjusted.v[i] = minus_infinity();
+            if (id + i >= end) continue;
+            adjusted.v[i] = adjust(a, id + i, sanitize(in.v[i]), 0.0f);
+            const int bit = id + i - begin;
+            if (has_special && (special.words[bit / 32] >> (bit % 32) & 1)) continue;
+            best = max(best, ranked(adjusted.v[i], id + i));
+        }
+        store(out + id, adjusted);
+    }
+    if (!has_special) return best;
+    __syncthreads();
+    return max(best, adjust_special(p, slot, a, holds, raw, out, begin, end));
+}
+
+QUIRE_DEVICE void logits_process(const QuireLogitsParams& p) {
     griddep_launch();
     griddep_wait();
     const int row = int(blockIdx.x), begin = int(blockIdx.y) * QUIRE_LOGITS_PART;
@@ -80,53 +137,25 @@ QUIRE_DEVICE void logits_process(const QuireLogitsParams& p) {
     const QuireLogitRow at = p.rows[row];
     const QuireSlotSampling slot = p.slots[at.slot];
     const uint32_t* const mask = mask_of(p.masks, p.mask_rows, p.mask_words, row);
-    const bool holds = holds_stops(slot, at.position);
-    const bool adjusts = at.target < 0 && is_adjusted(slot, at.position, mask != nullptr);
-    const bool has_special = adjusts && (holds || slot.bias_count > 0);
-    const Adjustment a = {mask,
-                          p.mask_words,
-                          slot.counts >= 0 ? p.counts + int64_t(slot.counts) * p.vocab : nullptr,
-                          slot.repetition_penalty,
-                          slot.presence_penalty,
-                          slot.frequency_penalty};
     const float* const raw = p.logits + int64_t(row) * p.stride;
-    float* const out = p.adjusted + int64_t(row) * p.stride;
 
-    if (has_special) {
-        for (int i = int(threadIdx.x); i < QUIRE_LOGITS_PART / 32; i += QUIRE_LOGITS_THREADS) special.words[i] = 0;
-        __syncthreads();
-        mark_special(special, p.bias_ids + slot.bias_begin, slot.bias_count, begin, end);
-        if (holds) mark_special(special, p.stop_ids + slot.stop_begin, slot.stop_count, begin, end);
-        __syncthreads();
+    const bool adjusts = at.target < 0 && is_adjusted(slot, at.position, mask != nullptr);
+    // The raw maximum serves log-probabilities, and rows that nothing changes.
+    Ranked best_raw = 0, best = 0;
+    if (!adjusts || at.num_logprobs >= 0) best_raw = block_best(best_of_part(raw, begin, end));
+    if (adjusts) {
+        const Adjustment a = {mask,
+                              p.mask_words,
+                              slot.counts >= 0 ? p.counts + int64_t(slot.counts) * p.vocab : nullptr,
+                              slot.repetition_penalty,
+                              slot.presence_penalty,
+                              slot.frequency_penalty};
+        float* const out = p.adjusted + int64_t(row) * p.stride;
+        best = block_best(adjust_part(p, slot, a, holds_stops(slot, at.position), raw, out, begin, end));
     }
-    Ranked best = 0, best_raw = 0;
-    QUIRE_UNROLL
-    for (int id = begin + int(threadIdx.x) * 4; id < end; id += QUIRE_LOGITS_THREADS * 4) {
-        const auto in = load<Vec<float, 4>>(raw + id);
-        Vec<float, 4> adjusted;
-        QUIRE_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            adjusted.v[i] = minus_infinity();
-            if (id + i >= end) continue;
-            const float l = sanitize(in.v[i]);
-            best_raw = max(best_raw, ranked(l, id + i));
-            if (!adjusts) continue;
-            adjusted.v[i] = adjust(a, id + i, l, 0.0f);
-            const int bit = id + i - begin;
-            if (has_special && (special.words[bit / 32] >> (bit % 32) & 1)) continue;
-            best = max(best, ranked(adjusted.v[i], id + i));
-        }
-        if (adjusts) store(out + id, adjusted);
-    }
-    if (has_special) {
-        __syncthreads();
-        best = max(best, adjust_special(p, slot, a, holds, raw, out, begin, end));
-    }
-    best_raw = block_best(best_raw);
-    best = adjusts ? block_best(best) : best_raw;
     if (threadIdx.x == 0) {
         uint64_t* const to = p.best + (int64_t(row) * gridDim.y + blockIdx.y) * 2;
-        to[0] = best;
+        to[0] = adjusts ? best : best_raw;
         to[1] = best_raw;
     }
 }

@@ -49,10 +49,11 @@ QUIRE_DEVICE void logprobs(const QuireLogprobsParams& p) {
     __syncthreads();
     Mass mass = 0, more_likely = 0, total_mass, total_more;
     for_each_logit(row, [&](int id, float l) {
-        const uint32_t d = row.distance_of(l);
-        mass += mass_of(d);
+        const uint32_t bin = row.bin_of(l);
         more_likely += ranked(l, id) > own;
-        if (num_top > 0 && d != kFar) m.histogram.add(d >> kDistanceShift, 1);
+        if (bin == kFar) return;
+        mass += mass_of(row.distance_of(l));
+        if (num_top > 0) m.histogram.add(bin, 1);
     });
     block_scan(m, mass, total_mass);
     block_scan(m, more_likely, total_more);

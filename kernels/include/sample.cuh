@@ -189,8 +189,8 @@ QUIRE_DEVICE int draw(SelectMemory& m, Mass* sums, const LogitsRow& row, const Q
     m.histogram.clear();
     __syncthreads();
     for_each_logit(row, [&](int, float l) {
-        const uint32_t d = row.distance_of(l);
-        if (d != kFar) m.histogram.add(d >> kDistanceShift, by_count ? Mass(1) : mass_of(d));
+        const uint32_t bin = row.bin_of(l);
+        if (bin != kFar) m.histogram.add(bin, by_count ? Mass(1) : mass_of(row.distance_of(l)));
     });
     Mass row_total = 0;
     find_bin(m, [&](Mass total) {

@@ -12,12 +12,14 @@ namespace quire {
 
 using Mass = unsigned long long;
 
+/// The largest finite number.
+constexpr float kLargest = 3.4028234663852886e38f;
 constexpr uint32_t kMinusInfinityKey = 0x007fffffu;
 
 QUIRE_DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 
 /// NaN becomes -inf, +inf the largest finite number.
-QUIRE_DEVICE float sanitize(float l) { return l != l ? minus_infinity() : fminf(l, 3.4028234663852886e38f); }
+QUIRE_DEVICE float sanitize(float l) { return l != l ? minus_infinity() : fminf(l, kLargest); }
 
 /// Orders floats as unsigned integers; -0 equals +0.
 QUIRE_DEVICE uint32_t key_of(float l) {
@@ -44,9 +46,10 @@ QUIRE_DEVICE long long fixed_point(float l) {
 
 /// max - l in units of 2^-27, or kFar for 32 and more, where a mass is zero.
 constexpr uint32_t kFar = 0xffffffffu;
+constexpr float kMaxDistance = 31.9999f;
 QUIRE_DEVICE uint32_t distance(float max, long long max_fixed, float l) {
     const float rounded = max - l;
-    if (!(rounded < 31.9999f)) return kFar;
+    if (!(rounded < kMaxDistance)) return kFar;
     if (rounded == 0.0f) return 0;
     return uint32_t((unsigned long long)(max_fixed - fixed_point(l)) >> 5);
 }

@@ -10,9 +10,6 @@ namespace quire {
 constexpr int kBins = QUIRE_SAMPLE_THREADS;
 /// Candidates that are sorted in shared memory; a power of two, two a thread.
 constexpr int kCandidates = 2 * QUIRE_SAMPLE_THREADS;
-/// Bins of equal width in distance from the largest logit: 1/32 each, so that kBins of them cover every mass but zero.
-constexpr int kDistanceShift = 22;
-
 /// A row of logits as it is sampled from.
 struct LogitsRow {
     const float* logits;
@@ -27,6 +24,12 @@ struct LogitsRow {
         return temperature == 1.0f ? l : sanitize(__fdiv_rn(l, temperature));
     }
     QUIRE_DEVICE uint32_t distance_of(float l) const { return distance(max, max_fixed, l); }
+    /// Bins of equal width in distance from the largest logit, 1/32 each, so that kBins of them cover every mass but
+    /// zero; kFar where it is zero. Rounding may move a token into the next bin, but never past a more likely one.
+    QUIRE_DEVICE uint32_t bin_of(float l) const {
+        const float rounded = max - l;
+        return rounded < kMaxDistance ? uint32_t(rounded * 32.0f) : kFar;
+    }
 };
 
 QUIRE_DEVICE LogitsRow logits_row(const float* logits, int vocab, float temperature, Ranked best) {
@@ -154,8 +157,7 @@ QUIRE_DEVICE int gather_candidates(SelectMemory& m, const LogitsRow& row, uint32
     if (threadIdx.x == 0) m.count = 0;
     __syncthreads();
     for_each_logit(row, [&](int id, float l) {
-        const uint32_t d = row.distance_of(l);
-        if (d == kFar || d >> kDistanceShift > last) return;
+        if (row.bin_of(l) > last) return;
         const uint32_t at = atomicAdd(&m.count, 1u);
         if (at < uint32_t(kCandidates)) m.candidates[at] = ranked(l, id);
     });

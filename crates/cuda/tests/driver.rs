@@ -85,7 +85,7 @@ fn bad_images_and_unknown_kernels_are_named() {
     assert!(broken.to_string().contains("norm"), "{broken}");
     let empty = Modules::load(&context, &[("rope", b"")]).unwrap_err();
     assert!(empty.to_string().contains("rope is empty"), "{empty}");
-    let modules = Modules::load(&context, mock::IMAGES).unwrap();
+    let modules = Modules::load(&context, mock::images()).unwrap();
     let unknown = modules.function::<u64>("quire_nothing", 0).unwrap_err();
     assert!(unknown.to_string().contains("quire_nothing"), "{unknown}");
 }

@@ -83,7 +83,7 @@ fn add_norm(
         eps: 1e-5,
     };
     let (suffix, threads) = match hidden {
-        _ if hidden % 8 != 0 => ("_any", 256),
+        _ if !hidden.is_multiple_of(8) => ("_any", 256),
         0..=8192 => ("", (hidden / 8).next_multiple_of(32)),
         _ => ("_wide", (hidden / 8).div_ceil(4).next_multiple_of(32)),
     };
@@ -153,10 +153,8 @@ fn add_norm_equals_the_reference() {
                 assert_eq!(got.0, reference.read(&r, rows).unwrap(), "{what}: residual");
                 assert_close(&what, &act.unpack(&got.1), &want, 1.01 * act.epsilon() + 1e-5, 1e-4);
                 for seed in SEEDS {
-                    assert!(
-                        add_norm(kernels, act, (&residual, delta, &weight), seed) == got,
-                        "{what} {seed}"
-                    );
+                    let again = add_norm(kernels, act, (&residual, delta, &weight), seed);
+                    assert!(again == got, "{what} {seed}");
                 }
                 let last = (rows - 1) * hidden..;
                 let alone = (&residual[last.clone()], delta.map(|d| &d[last.clone()]), &weight[..]);
@@ -436,7 +434,7 @@ impl Rope {
             write_back: i32::from(write_back),
             reserved: 0,
         };
-        let is_any = self.head_dim % 16 != 0 || self.rotary_dim % 16 != 0;
+        let is_any = !(self.head_dim.is_multiple_of(16) && self.rotary_dim.is_multiple_of(16));
         let heads = self.heads + 2 * self.kv_heads;
         let lanes = if is_any { 32 } else { (self.head_dim / 16).next_power_of_two() };
         let (any, kv8) = (if is_any { "_any" } else { "" }, if self.kv8 { "_kv8" } else { "" });
@@ -455,19 +453,20 @@ impl Rope {
         let mut norm = |weight: &[f32]| {
             let bytes = as_bytes(weight);
             let view = TensorView { dtype: DType::F32, shape: &[weight.len()], data: &bytes };
-            reference.load_norm("norm", view).unwrap()
+            reference.load_norm("norm", view).expect("the reference computes it")
         };
         let norms = (norm(&input.q_norm), norm(&input.k_norm));
         let layer = KvLayerShape { num_kv_heads: self.kv_heads as u32, head_dim: self.head_dim as u32 };
         let layout = KvLayout { num_blocks: 4, block_size: 16, layers: vec![layer], dtype: DType::F32 };
-        let mut kv = reference.alloc_kv(&layout).unwrap();
-        let mut qkv = reference.alloc(BufRole::Hidden, rows, self.columns()).unwrap();
+        let mut kv = reference.alloc_kv(&layout).expect("the reference computes it");
+        let mut qkv =
+            reference.alloc(BufRole::Hidden, rows, self.columns()).expect("the reference computes it");
         let values = self.act.unpack(&input.qkv).into_iter().enumerate();
         let values: Vec<f32> =
             values.map(|(i, x)| if self.bias { x + input.bias[i % self.columns()] } else { x }).collect();
-        reference.write(&mut qkv, &values).unwrap();
+        reference.write(&mut qkv, &values).expect("the reference computes it");
         let slots = SLOTS.map(|slot| slot.max(0) as u32);
-        reference.prepare(&step(&[0; 5], &POSITIONS, &slots)).unwrap();
+        reference.prepare(&step(&[0; 5], &POSITIONS, &slots)).expect("the reference computes it");
         let shape = quire_backend::AttnShape {
             num_heads: self.heads as u32,
             num_kv_heads: self.kv_heads as u32,
@@ -482,8 +481,8 @@ impl Rope {
             kv: &mut kv,
             layer: 0,
         };
-        reference.rope_and_cache(op).unwrap();
-        reference.read(&qkv, rows).unwrap()
+        reference.rope_and_cache(op).expect("the reference computes it");
+        reference.read(&qkv, rows).expect("the reference computes it")
     }
 
     /// Where the key (0) or value (1) of a KV head in a slot begins in the pages.
@@ -652,6 +651,56 @@ fn roundings_are_those_of_ieee() {
             for (i, &bits) in got.qkv.iter().enumerate() {
                 let x = input.bias[i % rope.columns()];
                 assert_eq!(bits, act.bits(x + 0.0), "{act:?} of {x:e}");
+            }
+        }
+    }
+}
+
+/// The byte nearest to `x`, the even one of two; beyond 448 the largest.
+fn nearest_e4m3(x: f32) -> u8 {
+    let sign = if x.is_sign_negative() { 0x80 } else { 0 };
+    let distance = |bits: u8| (f64::from(e4m3(bits)) - f64::from(x.abs())).abs();
+    let best = (0..0x7F).min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1))));
+    best.expect("there are bytes") | sign
+}
+
+#[test]
+fn bytes_of_the_cache_are_rounded_to_nearest_even() {
+    let Some(kernels) = HostKernels::load() else { return };
+    let mut rng = Rng::new(9);
+    let rope = Rope { rotary_dim: 0, bias: true, kv8: true, ..ropes()[0] };
+    let mut input = rope.input(&mut rng);
+    input.qkv.fill(0);
+    for round in 0..10 {
+        for (i, bias) in input.bias.iter_mut().enumerate() {
+            let code = rng.below(0x7E) as u8;
+            *bias = match (i % rope.head_dim, rng.below(3)) {
+                // The largest number of each head makes its scale 1.
+                (5, _) => 448.0,
+                // Exactly between two bytes.
+                (_, 0) => (e4m3(code) + e4m3(code + 1)) / 2.0,
+                (_, 1) => e4m3(code),
+                _ => rng.signed(448.0) * 2f32.powi(-(rng.below(18) as i32)),
+            };
+            if rng.below(2) == 0 {
+                *bias = -*bias;
+            }
+        }
+        let got = rope.launch(kernels, &input, false, round);
+        for (row, slot) in SLOTS.into_iter().enumerate().filter(|(_, slot)| *slot >= 0) {
+            for (which, head) in (0..2).flat_map(|w| (0..rope.kv_heads).map(move |h| (w, h))) {
+                let index = rope.index(slot, which, head);
+                assert_eq!(got.scales[index], 1.0);
+                let column = (rope.heads + which * rope.kv_heads + head) * rope.head_dim;
+                for i in 0..rope.head_dim {
+                    let (x, have) = (input.bias[column + i], got.kv[index * rope.head_dim + i]);
+                    // Zero may lose its sign.
+                    let want = nearest_e4m3(x);
+                    assert!(
+                        have == want || (have | want) & 0x7F == 0,
+                        "row {row}: {x:e} is {have:02x}, not {want:02x}"
+                    );
+                }
             }
         }
     }

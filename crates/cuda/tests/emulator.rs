@@ -54,12 +54,12 @@ impl Emulator {
         out: &mut [u32],
         seed: u64,
     ) -> Result<(), String> {
-        let name = CString::new(name).unwrap();
+        let name = CString::new(name).expect("names are C identifiers");
         let params = Params { out: out.as_mut_ptr(), input: input.as_ptr() };
         // SAFETY: the symbols have these types (kernels/emulate/engine.h); the kernels stay within `input` and `out`.
         unsafe {
-            let emulate = self.0.get::<Emulate>(b"quire_emulate\0").unwrap();
-            let error = self.0.get::<Error>(b"quire_emulate_error\0").unwrap();
+            let emulate = self.0.get::<Emulate>(b"quire_emulate\0").expect("engine.cpp defines it");
+            let error = self.0.get::<Error>(b"quire_emulate_error\0").expect("engine.cpp defines it");
             let params = std::ptr::from_ref(&params).cast();
             match emulate(name.as_ptr(), Uint3(grid), Uint3(block), smem, params, seed) {
                 0 => Ok(()),

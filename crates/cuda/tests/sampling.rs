@@ -51,9 +51,11 @@ struct Answer {
 
 fn reference(cases: &[Case]) -> Vec<Answer> {
     let mut backend = RefBackend::new();
-    let mut logits = backend.alloc(BufRole::Logits, cases.len(), cases[0].logits.len()).unwrap();
+    let mut logits = backend
+        .alloc(BufRole::Logits, cases.len(), cases[0].logits.len())
+        .expect("the reference computes it");
     let values: Vec<f32> = cases.iter().flat_map(|c| c.logits.iter().copied()).collect();
-    backend.write(&mut logits, &values).unwrap();
+    backend.write(&mut logits, &values).expect("the reference computes it");
     let seqs: Vec<_> = cases.iter().map(|c| Some(c.seq.clone())).collect();
     let rows: Vec<_> = cases
         .iter()
@@ -80,19 +82,21 @@ fn reference(cases: &[Case]) -> Vec<Answer> {
         block_copies: &[],
         seqs: &seqs,
     };
-    backend.prepare(&input).unwrap();
+    backend.prepare(&input).expect("the reference computes it");
     let masks = cases.iter().enumerate();
     let masks = masks.filter_map(|(i, c)| Some((Slot(i as u32), c.mask.clone()?))).collect();
-    backend.sample(&mut logits, &seqs, &LateInputs { masks }).unwrap();
+    backend.sample(&mut logits, &seqs, &LateInputs { masks }).expect("the reference computes it");
     let mut out = ModelRunnerOutput::default();
-    backend.fetch(StepId(1), &mut out).unwrap();
+    backend.fetch(StepId(1), &mut out).expect("the reference computes it");
     let (mut sampled, mut scored) = (out.tokens.iter().zip(&out.logprobs), out.prompt_logprobs.iter());
     cases
         .iter()
         .map(|case| match case.target {
-            Some(token) => Answer { token, logprobs: Some(scored.next().unwrap().2.clone()) },
+            Some(token) => {
+                Answer { token, logprobs: Some(scored.next().expect("the reference computes it").2.clone()) }
+            }
             None => {
-                let (&token, logprobs) = sampled.next().unwrap();
+                let (&token, logprobs) = sampled.next().expect("the reference computes it");
                 Answer { token, logprobs: logprobs.clone() }
             }
         })

@@ -166,6 +166,8 @@ fn split_k(algorithm: &sys::cublasLtMatmulAlgo_t) -> i32 {
 /// Rows to try an algorithm on, and room for what it makes of them.
 struct Sample {
     x: DeviceSlice,
+    /// One row of it, at an address as aligned as a layer's input has.
+    single: DeviceSlice,
     out: DeviceSlice,
     host: std::cell::RefCell<Pinned>,
     /// Frees the two slices.
@@ -178,7 +180,8 @@ impl Sample {
         let x_bytes = COMPARED_ROWS * shape.x_stride * shape.input.size();
         let out_bytes = COMPARED_ROWS * shape.out_stride * shape.output.size();
         let mut arena = Arena::new(lt.context.clone(), 0);
-        let (x, out) = (arena.alloc(x_bytes)?, arena.alloc(out_bytes)?);
+        let (x, single) = (arena.alloc(x_bytes)?, arena.alloc(x_bytes / COMPARED_ROWS)?);
+        let out = arena.alloc(out_bytes)?;
         let mut host = Pinned::new(&lt.context, x_bytes.max(out_bytes))?;
         for (i, bytes) in host.as_mut_slice().chunks_exact_mut(2).enumerate() {
             // Numbers between -2 and 2 in bf16 as well as in f16, in no particular order.
@@ -188,7 +191,7 @@ impl Sample {
         }
         host.upload(x_bytes, x, stream)?;
         stream.synchronize()?;
-        Ok(Self { x, out, host: host.into(), _arena: arena })
+        Ok(Self { x, single, out, host: host.into(), _arena: arena })
     }
 
     /// Whether each of some rows comes out of a product of one row as of one of many.
@@ -208,8 +211,8 @@ impl Sample {
         stream.synchronize()?;
         let many = host.as_slice()[..COMPARED_ROWS * out_row].to_vec();
         for row in [0, 9, COMPARED_ROWS - 1] {
-            let x = self.x.part(row * x_row, x_row);
-            lt.enqueue(gemm, algorithm, x, self.out, 1, stream)?;
+            stream.copy(self.x.part(row * x_row, x_row), self.single)?;
+            lt.enqueue(gemm, algorithm, self.single, self.out, 1, stream)?;
             host.download(self.out.part(0, out_bytes), stream)?;
             stream.synchronize()?;
             if host.as_slice()[..out_bytes] != many[row * out_row..][..out_bytes] {

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::ffi::{CStr, c_char};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::sys;
 
@@ -11,13 +12,17 @@ use super::{CudaError, check};
 
 thread_local! {
     /// The context bound last by this thread, so that binding it again costs nothing. Only this layer binds.
-    static BOUND: Cell<sys::CUcontext> = const { Cell::new(std::ptr::null_mut()) };
+    static BOUND: Cell<u64> = const { Cell::new(0) };
 }
+
+/// Contexts made so far. A number, unlike an address, is never used twice.
+static MADE: AtomicU64 = AtomicU64::new(0);
 
 /// The primary context of a GPU, retained.
 #[derive(Debug)]
 pub struct Context {
     raw: sys::CUcontext,
+    id: u64,
     device: sys::CUdevice,
     ordinal: u32,
     name: String,
@@ -52,8 +57,9 @@ impl Context {
             check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&raw mut raw, device))?;
         }
         use sys::CUdevice_attribute_enum as Attribute;
-        let mut context =
-            Self { raw, device, ordinal, name: String::new(), sm_count: 0, compute_capability: (0, 0) };
+        let id = 1 + MADE.fetch_add(1, Ordering::Relaxed);
+        let name = String::new();
+        let mut context = Self { raw, id, device, ordinal, name, sm_count: 0, compute_capability: (0, 0) };
         context.name = context.query_name()?;
         context.sm_count = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         context.compute_capability = (
@@ -86,12 +92,12 @@ impl Context {
     /// # Errors
     /// The driver failed.
     pub fn bind(&self) -> Result<(), CudaError> {
-        if BOUND.get() == self.raw {
+        if BOUND.get() == self.id {
             return Ok(());
         }
         // SAFETY: the context is retained until `self` is dropped.
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.raw) })?;
-        BOUND.set(self.raw);
+        BOUND.set(self.id);
         Ok(())
     }
 
@@ -130,7 +136,6 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        BOUND.set(std::ptr::null_mut());
         // SAFETY: retained in `open`, and everything made in it holds an `Arc` of `self`. A failure leaves nothing to do.
         let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
     }

@@ -1,12 +1,15 @@
 //! Launches recorded once and replayed: one call for a whole step.
 
+use std::sync::Arc;
+
 use cudarc::driver::sys;
 
-use super::{CudaError, Stream, check};
+use super::{Context, CudaError, Stream, check};
 
 /// An executable graph. It holds addresses: what they point to must outlive it.
 #[derive(Debug)]
 pub struct Graph {
+    context: Arc<Context>,
     raw: sys::CUgraphExec,
 }
 
@@ -48,7 +51,7 @@ impl Capture {
         // SAFETY: as above.
         let _ = unsafe { sys::cuGraphDestroy(graph) };
         check("cuGraphInstantiate", status)?;
-        Ok(Graph { raw })
+        Ok(Graph { context: stream.context().clone(), raw })
     }
 }
 
@@ -66,6 +69,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
+        let _ = self.context.bind();
         // SAFETY: instantiated once; the driver defers this until a launch under way is done.
         let _ = unsafe { sys::cuGraphExecDestroy(self.raw) };
     }

@@ -1,6 +1,9 @@
 //! The double of the driver and of cuBLASLt: built, loaded where cudarc will look for them, and controlled from here.
 //!
 //! Each [`MockGpu`] is a device of its own, so tests run side by side.
+//!
+//! Where `QUIRE_TEST_IMAGES` names a folder of fatbins, the real GPU 0 and the real libraries take the place of the
+//! double: see `tests/gpu/run`. Nothing is counted then, and faults cannot be injected.
 
 use std::ffi::{CString, c_char, c_int, c_long, c_void};
 use std::path::PathBuf;
@@ -12,8 +15,25 @@ use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use super::build::{CppLibrary, compiler, files, repository};
 use super::kernels::HostKernels;
 
-/// An image that the double accepts. It finds every kernel of the host library in it.
-pub const IMAGES: &[(&str, &[u8])] = &[("host", b"mock")];
+/// An image that the double accepts, and finds every kernel of the host library in; or the real ones.
+pub fn images() -> &'static [(&'static str, &'static [u8])] {
+    static REAL: OnceLock<Vec<(&str, &[u8])>> = OnceLock::new();
+    let Some(folder) = real_images() else { return &[("host", b"mock")] };
+    REAL.get_or_init(|| {
+        let read = |path: PathBuf| {
+            let name = path.file_stem().expect("it has an extension").to_string_lossy().into_owned();
+            let image = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            // Kept to the end of the process.
+            (&*name.leak(), &*image.leak())
+        };
+        files(&folder, &["fatbin"]).into_iter().map(read).collect()
+    })
+}
+
+/// The folder of images for a real GPU.
+fn real_images() -> Option<PathBuf> {
+    std::env::var_os("QUIRE_TEST_IMAGES").map(PathBuf::from)
+}
 
 /// `CUDA_ERROR_ILLEGAL_ADDRESS`.
 pub const ILLEGAL_ADDRESS: i32 = 700;
@@ -52,7 +72,8 @@ struct Mock {
 /// One device of the double, for one test.
 pub struct MockGpu {
     ordinal: u32,
-    mock: &'static Mock,
+    /// `None`: a real GPU.
+    mock: Option<&'static Mock>,
 }
 
 impl MockGpu {
@@ -61,10 +82,18 @@ impl MockGpu {
     /// # Panics
     /// The sources do not compile.
     pub fn new() -> Option<Self> {
+        if real_images().is_some() {
+            return Some(Self { ordinal: 0, mock: None });
+        }
         static MOCK: OnceLock<Option<Mock>> = OnceLock::new();
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let mock = MOCK.get_or_init(load).as_ref()?;
-        Some(Self { ordinal: NEXT.fetch_add(1, Ordering::Relaxed), mock })
+        Some(Self { ordinal: NEXT.fetch_add(1, Ordering::Relaxed), mock: Some(mock) })
+    }
+
+    /// Whether it is the double.
+    pub fn is_mock(&self) -> bool {
+        self.mock.is_some()
     }
 
     pub fn ordinal(&self) -> u32 {
@@ -75,8 +104,11 @@ impl MockGpu {
         let mut counters = MockCounters::default();
         // SAFETY: the function and the struct are those of mock.h.
         unsafe {
-            let read = self.control::<unsafe extern "C" fn(c_int, *mut MockCounters)>("mock_counters");
-            read(self.ordinal as c_int, &raw mut counters);
+            if let Some(read) =
+                self.control::<unsafe extern "C" fn(c_int, *mut MockCounters)>("mock_counters")
+            {
+                read(self.ordinal as c_int, &raw mut counters);
+            }
         }
         counters
     }
@@ -87,7 +119,7 @@ impl MockGpu {
         // SAFETY: the function is that of cuda.cpp, the name ends in a zero.
         unsafe {
             let read = self.control::<unsafe extern "C" fn(c_int, *const c_char) -> u64>("mock_launches_of");
-            read(self.ordinal as c_int, name.as_ptr())
+            read.map_or(0, |read| read(self.ordinal as c_int, name.as_ptr()))
         }
     }
 
@@ -96,7 +128,7 @@ impl MockGpu {
         self.switch("mock_delay", on);
     }
 
-    /// From now on kernels, products and copies do nothing.
+    /// From now on kernels and products do nothing.
     pub fn idle(&self, on: bool) {
         self.switch("mock_idle", on);
     }
@@ -106,7 +138,11 @@ impl MockGpu {
         // SAFETY: the function is that of cuda.cpp; plain numbers.
         unsafe {
             let set = self.control::<unsafe extern "C" fn(c_int, c_long, c_int)>("mock_fail");
-            set(self.ordinal as c_int, c_long::from(after), error);
+            set.expect("errors are injected into the double")(
+                self.ordinal as c_int,
+                c_long::from(after),
+                error,
+            );
         }
     }
 
@@ -122,19 +158,20 @@ impl MockGpu {
     fn switch(&self, name: &str, on: bool) {
         // SAFETY: the switches of cuda.cpp have one type; plain numbers.
         unsafe {
-            let set = self.control::<unsafe extern "C" fn(c_int, c_int)>(name);
-            set(self.ordinal as c_int, c_int::from(on));
+            if let Some(set) = self.control::<unsafe extern "C" fn(c_int, c_int)>(name) {
+                set(self.ordinal as c_int, c_int::from(on));
+            }
         }
     }
 
-    /// A function of the double.
+    /// A function of the double; `None` on a real GPU.
     ///
     /// # Safety
     /// `F` is its type.
-    unsafe fn control<F: Copy>(&self, name: &str) -> F {
+    unsafe fn control<F: Copy>(&self, name: &str) -> Option<F> {
         // SAFETY: the caller names the type.
-        let function = unsafe { self.mock.driver.get::<F>(name.as_bytes()) };
-        *function.unwrap_or_else(|error| panic!("{name}: {error}"))
+        let function = unsafe { self.mock?.driver.get::<F>(name.as_bytes()) };
+        Some(*function.unwrap_or_else(|error| panic!("{name}: {error}")))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Runs a fixed set of sequences through a runner: one step of prefill for all, then decoding.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use quire_backend::Backend;
 use quire_core::{
@@ -21,6 +22,8 @@ pub struct Steps<B: Backend> {
     next_block: u32,
     next_step: u64,
     block_size: usize,
+    /// CPU time that this thread spent in the runner.
+    pub busy: Duration,
     /// Sequences whose last token was replaced: they enter anew.
     forced: Vec<usize>,
 }
@@ -38,6 +41,7 @@ impl<B: Backend> Steps<B> {
             blocks: vec![0; n],
             next_block: 0,
             next_step: 0,
+            busy: Duration::ZERO,
             forced: Vec::new(),
             prompts,
         }
@@ -109,8 +113,10 @@ impl<B: Backend> Steps<B> {
         for s in 0..self.prompts.len() {
             self.plan(s, &mut plan);
         }
-        self.runner.submit(Arc::new(plan))?;
-        self.runner.sample(step, &LateInputs::default())?;
+        let (plan, late, start) = (Arc::new(plan), LateInputs::default(), thread_time());
+        self.runner.submit(plan)?;
+        self.runner.sample(step, &late)?;
+        self.busy += thread_time() - start;
         Ok(step)
     }
 
@@ -153,11 +159,21 @@ impl<B: Backend> Steps<B> {
 
     fn collect(&mut self, step: StepId) -> Result<(), ExecError> {
         let mut out = ModelRunnerOutput::default();
+        let start = thread_time();
         self.runner.collect(step, &mut out)?;
+        self.busy += thread_time() - start;
         assert_eq!(out.rows.len(), self.prompts.len());
         for row in &out.rows {
             self.outputs[row.slot.0 as usize].extend_from_slice(out.tokens_of(row));
         }
         Ok(())
     }
+}
+
+/// CPU time of this thread.
+fn thread_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a plain call with a valid pointer.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }

@@ -1,0 +1,159 @@
+//! Where a model runs: on a GPU, where this build and this machine have one, else on the processor; and why.
+
+use quire_core::{DType, QuantFormat};
+
+use crate::args::{Device, EngineArgs, ExecutorArg};
+use crate::{Failure, Result};
+
+/// The GPU that `--device` means, or `None` for the processor. With `auto`, a log line says why it is the processor.
+///
+/// # Errors
+/// `--device cuda`, and no GPU can be used.
+pub(crate) fn choose(args: &EngineArgs, dtype: DType) -> Result<Option<Gpu>> {
+    if args.device == Device::Cpu || args.executor == ExecutorArg::Mock {
+        return Ok(None);
+    }
+    match (unsuited(args).map_or_else(|| Gpu::open(args, dtype), Err), args.device) {
+        (Ok(gpu), _) => Ok(Some(gpu)),
+        (Err(reason), Device::Cuda) => Err(Failure(format!("--device cuda: {reason}"))),
+        (Err(reason), _) => {
+            if Gpu::IS_BUILT_IN {
+                tracing::info!(reason, "computing on the processor");
+            }
+            Ok(None)
+        }
+    }
+}
+
+/// What was asked for that only the processor can do.
+fn unsuited(args: &EngineArgs) -> Option<String> {
+    let quant = args.quantize.format();
+    let kv = args.kv_cache_dtype.dtype();
+    if quant != QuantFormat::None {
+        return Some(format!("--quantize {} is not supported on CUDA yet", quant.name()));
+    }
+    if let Some(kv) = kv.filter(|kv| !matches!(kv, DType::BF16 | DType::F16)) {
+        return Some(format!("--kv-cache-dtype {kv} is not supported on CUDA yet; use auto"));
+    }
+    if args.block_size < 16 {
+        return Some(format!("--block-size {} is not supported on CUDA; use 16, 32 or 64", args.block_size));
+    }
+    None
+}
+
+/// What activations and the cache are stored as, for a checkpoint of `dtype`.
+pub(crate) fn kv_dtype(dtype: DType) -> DType {
+    if dtype == DType::F16 { DType::F16 } else { DType::BF16 }
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) use built_in::Gpu;
+#[cfg(not(feature = "cuda"))]
+pub(crate) use left_out::Gpu;
+
+#[cfg(feature = "cuda")]
+mod built_in {
+    use quire_core::{DType, Executor};
+    use quire_cuda::blaslt::Element;
+    use quire_cuda::{Cuda, CudaOptions};
+    use quire_model::Checkpoint;
+    use quire_runner::{LoadProgress, ModelRunner, RunnerConfig, RunnerError};
+
+    use crate::args::{EngineArgs, Switch};
+    use crate::units::Bytes;
+
+    /// `(name, fatbin)` of each source in `kernels/`, compiled by build.rs.
+    const IMAGES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cuda_images.rs"));
+
+    /// A GPU that is ready to load.
+    pub(crate) struct Gpu {
+        backend: Cuda,
+        free: u64,
+    }
+
+    impl Gpu {
+        pub const IS_BUILT_IN: bool = true;
+
+        /// Opens the first GPU. The error is the reason, in words.
+        pub fn open(args: &EngineArgs, dtype: DType) -> Result<Self, String> {
+            let activations = if dtype == DType::F16 { Element::F16 } else { Element::Bf16 };
+            let options = CudaOptions {
+                activations,
+                batch_invariant: args.batch_invariant != Switch::Off,
+                algorithm_cache: cache_folder(),
+                ..CudaOptions::default()
+            };
+            let backend = Cuda::new(IMAGES, options).map_err(|error| error.to_string())?;
+            let (free, _) = backend.context().memory().map_err(|error| error.to_string())?;
+            Ok(Self { backend, free })
+        }
+
+        /// Device memory that nobody uses.
+        pub fn free_memory(&self) -> Bytes {
+            Bytes(self.free)
+        }
+
+        /// Where it computes, in one line.
+        pub fn describe(&self) -> String {
+            let context = self.backend.context();
+            let (major, minor) = context.compute_capability();
+            let (ordinal, name) = (context.ordinal(), context.name());
+            format!("cuda:{ordinal}, {name}, compute capability {major}.{minor}, {} free", Bytes(self.free))
+        }
+
+        /// Loads the model onto it.
+        pub fn load(
+            self,
+            checkpoint: &Checkpoint,
+            config: &RunnerConfig,
+            progress: impl FnMut(LoadProgress),
+        ) -> Result<Box<dyn Executor>, RunnerError> {
+            Ok(Box::new(ModelRunner::load(self.backend, checkpoint, config, progress)?))
+        }
+    }
+
+    /// `$XDG_CACHE_HOME/quire` or `~/.cache/quire`.
+    fn cache_folder() -> Option<std::path::PathBuf> {
+        let set =
+            |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(std::path::PathBuf::from);
+        set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache"))).map(|folder| folder.join("quire"))
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+mod left_out {
+    use quire_core::{DType, Executor};
+    use quire_model::Checkpoint;
+    use quire_runner::{LoadProgress, RunnerConfig, RunnerError};
+
+    use crate::args::EngineArgs;
+    use crate::units::Bytes;
+
+    /// There is none in a build without the feature `cuda`.
+    pub(crate) enum Gpu {}
+
+    impl Gpu {
+        pub const IS_BUILT_IN: bool = false;
+
+        pub fn open(_: &EngineArgs, _: DType) -> Result<Self, String> {
+            Err("this build computes on the processor only; build with --features cuda".into())
+        }
+
+        pub fn free_memory(&self) -> Bytes {
+            match *self {}
+        }
+
+        pub fn describe(&self) -> String {
+            match *self {}
+        }
+
+        pub fn load(
+            self,
+            _: &Checkpoint,
+            _: &RunnerConfig,
+            _: impl FnMut(LoadProgress),
+        ) -> Result<Box<dyn Executor>, RunnerError> {
+            match self {}
+        }
+    }
+}
