@@ -2,9 +2,10 @@
 # Compiles the kernels for every architecture and checks what the compiler made of them, without a GPU:
 #   kernels/check.sh            compares registers, shared memory, stack and spills with resources.txt
 #   kernels/check.sh --update   writes resources.txt anew
-# Fails too if a kernel spills where it must not, if an attention kernel lacks its matrix instructions,
-# asynchronous copies or matrix loads, if a kernel that streams lacks 16-byte loads, or if the images outgrow their budget. nvcc: QUIRE_NVCC, CUDA_HOME or PATH, as for build.rs;
-# cuobjdump and nvdisasm (13.2) beside it or on PATH. JOBS: compilers at a time (2).
+# Fails too if a kernel has a stack or spills, if an attention kernel lacks its matrix instructions, asynchronous
+# copies or matrix loads, if a kernel that streams lacks 16-byte loads, or if the images outgrow their budget.
+# nvcc: QUIRE_NVCC, CUDA_HOME or PATH, as for build.rs; cuobjdump and nvdisasm (13.2) beside it or on PATH. JOBS:
+# compilers at a time (2).
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 budget=$((24 * 1024 * 1024))
@@ -50,14 +51,11 @@ for source in "$here"/*.cu; do echo "$source"; done |
 failed=0
 say() { echo "$1" >&2; failed=1; }
 
-# None at all where the kernels are tuned (Hopper) and in whatever is not attention; a few registers' worth elsewhere.
-awk '!/^#/ && ($5 > 0 || $6 > 0) { print ($2 == "sm_90a" || $1 !~ /^quire_attention_/ || $6 > 64 ? "bad" : "few"), $0 }' \
-    "$work/resources.txt" >"$work/spills"
-[ ! -s "$work/spills" ] || {
-    echo "stack or spills (kernel architecture registers shared stack spills):"
-    sed 's/^[a-z]* /  /' "$work/spills"
-}
-if grep '^bad' "$work/spills" >&2; then say "the kernels above must not spill"; fi
+awk '!/^#/ && ($5 > 0 || $6 > 0) { print "  " $0 }' "$work/resources.txt" >"$work/spills"
+if [ -s "$work/spills" ]; then
+    say "kernels with a stack or spills (kernel architecture registers shared stack spills):"
+    cat "$work/spills" >&2
+fi
 
 # Machine code: function by function.
 for image in "$work"/*.fatbin; do

@@ -52,7 +52,7 @@ QUIRE_DEVICE void logprobs(const QuireLogprobsParams& p) {
         const uint32_t bin = row.bin_of(l);
         more_likely += ranked(l, id) > own;
         if (bin == kFar) return;
-        mass += mass_of(row.distance_of(l));
+        mass += row.mass(l);
         if (num_top > 0) m.histogram.add(bin, 1);
     });
     block_scan(m, mass, total_mass);

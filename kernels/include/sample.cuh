@@ -3,7 +3,8 @@
 // Floor: one read of the logits for rows without truncation (R = 256, vocabulary 128k: 131 MB, 30 us at 4.3 TB/s), two
 // with top-k or top-p (histogram, gather); greedy rows read nothing but the partial maxima. One block of 1024 threads a
 // row, two 16-byte loads a thread: 32 KB in flight on a multiprocessor. After its first pass a row (512 KB) mostly
-// lies in the second-level cache.
+// lies in the second-level cache. Arithmetic counts here: about 70 instructions a logit where masses are summed (70 us
+// for the example), 30 where they are not.
 //
 // Truncation keeps a prefix of the ranking. A histogram over the distance from the largest logit (counts for top-k,
 // masses for top-p) names the bin in which the prefix ends. As a rule the bins up to there hold at most kCandidates
@@ -37,8 +38,8 @@ struct MassPair {
 template <typename ValueOf>
 QUIRE_DEVICE MassPair masses_of_candidates(const SelectMemory& m, const LogitsRow& row, int count, ValueOf value_of) {
     const int i = int(threadIdx.x) * 2;
-    return {i < count ? mass_of(row.distance_of(value_of(m.candidates[i]))) : 0,
-            i + 1 < count ? mass_of(row.distance_of(value_of(m.candidates[i + 1]))) : 0};
+    return {i < count ? row.mass(value_of(m.candidates[i])) : 0,
+            i + 1 < count ? row.mass(value_of(m.candidates[i + 1])) : 0};
 }
 
 /// How many of the candidates 0..count, sorted by rank, top-p keeps: those before which there is less than `top_p` of
@@ -82,7 +83,7 @@ QUIRE_DEVICE int draw_from_many(SelectMemory& m, Mass* sums, const LogitsRow& ro
                                 double u) {
     const auto kept_mass = [&](int id, float raw) {
         const float l = row.value(raw);
-        return ranked(l, id) >= last && min_p.keeps(l) ? mass_of(row.distance_of(l)) : Mass(0);
+        return ranked(l, id) >= last && min_p.keeps(l) ? row.mass(l) : Mass(0);
     };
     const int lane = int(threadIdx.x) % 32, num_sums = (row.vocab + 127) / 128;
     __syncthreads();
@@ -163,7 +164,7 @@ QUIRE_DEVICE Ranked find_rank(SelectMemory& m, const LogitsRow& row, Ranked floo
             const Ranked r = ranked(l, id), c = compact(r);
             if (r < floor || c >> (shift + kDigit) != prefix) return;
             const uint32_t digit = (1u << kDigit) - 1 - (uint32_t(c >> shift) & ((1u << kDigit) - 1));
-            m.histogram.add(digit, kByMass ? mass_of(row.distance_of(l)) : Mass(1));
+            m.histogram.add(digit, kByMass ? row.mass(l) : Mass(1));
         });
         const bool is_first = shift == 5 * kDigit;
         find_bin(m, [&](Mass total) {
@@ -190,7 +191,7 @@ QUIRE_DEVICE int draw(SelectMemory& m, Mass* sums, const LogitsRow& row, const Q
     __syncthreads();
     for_each_logit(row, [&](int, float l) {
         const uint32_t bin = row.bin_of(l);
-        if (bin != kFar) m.histogram.add(bin, by_count ? Mass(1) : mass_of(row.distance_of(l)));
+        if (bin != kFar) m.histogram.add(bin, by_count ? Mass(1) : row.mass(l));
     });
     Mass row_total = 0;
     find_bin(m, [&](Mass total) {

@@ -1,8 +1,8 @@
-// The arithmetic of sampling, in integers wherever a sum is taken: the same ids on every GPU, in every batch, whatever
-// the order of additions, and in the host build too.
+// The arithmetic of sampling, in integers wherever a sum is taken and in IEEE operations elsewhere: the same ids on every
+// GPU, in every batch, whatever the order of additions, and in the host build too.
 //
-// A probability relative to the most likely token, exp(l - max), is a multiple of 2^-44 (`Mass`), computed from the exact
-// difference of the logits to about 2^-28 relative. Sums of up to 2^19 of them fit 64 bits, are exact, and need no order.
+// A probability relative to the most likely token, exp(l - max), is a multiple of 2^-44 (`Mass`), right to about 2^-23
+// relative. Sums of up to 2^19 of them fit 64 bits, are exact, and need no order.
 #pragma once
 
 #include "quire.cuh"
@@ -34,43 +34,30 @@ QUIRE_DEVICE Ranked ranked(float l, int id) { return Ranked(key_of(l)) << 32 | u
 QUIRE_DEVICE int id_of(Ranked r) { return int(~uint32_t(r)); }
 QUIRE_DEVICE float value_of(Ranked r) { return value_of_key(uint32_t(r >> 32)); }
 
-/// `l` in units of 2^-32, for |l| < 2^30; what is smaller is cut off. Beyond, numbers are 64 and more apart or equal,
-/// which `distance` sees by itself, and the result is of no use.
-QUIRE_DEVICE long long fixed_point(float l) {
-    const uint32_t bits = __float_as_uint(l);
-    const int shift = min(int(bits >> 23 & 0xff) - 118, 38);  // 2^(e - 150) * 2^32
-    const unsigned long long mantissa = (bits & 0x7fffffu) | 0x800000u;
-    const unsigned long long magnitude = shift >= 0 ? mantissa << shift : shift > -32 ? mantissa >> -shift : 0;
-    return bits >> 31 ? -(long long)magnitude : (long long)magnitude;
-}
+/// Where a mass is zero: 2^44 exp(-31) is less than one.
+constexpr float kMaxDistance = 31.0f;
 
-/// max - l in units of 2^-27, or kFar for 32 and more, where a mass is zero.
-constexpr uint32_t kFar = 0xffffffffu;
-constexpr float kMaxDistance = 31.9999f;
-QUIRE_DEVICE uint32_t distance(float max, long long max_fixed, float l) {
-    const float rounded = max - l;
-    if (!(rounded < kMaxDistance)) return kFar;
-    if (rounded == 0.0f) return 0;
-    return uint32_t((unsigned long long)(max_fixed - fixed_point(l)) >> 5);
-}
-
-/// 2^44 exp(-distance).
-QUIRE_DEVICE Mass mass_of(uint32_t distance) {
-    if (distance == kFar) return 0;
-    // The exponent to base 2, 6 bits before the point and 58 after it: log2(e) with 31 bits after the point.
-    const unsigned long long exponent = (unsigned long long)distance * 3098164009u;
-    const uint32_t f = uint32_t(exponent >> 26);
-    // 2^-f by a polynomial of degree 8 that is off by 2^-40; the signs of its coefficients alternate.
-    uint32_t t = 0xfbau;
-    t = 0xf487u - __umulhi(f, t);
-    t = 0xa0d21u - __umulhi(f, t);
-    t = 0x575b8au - __umulhi(f, t);
-    t = 0x2765338u - __umulhi(f, t);
-    t = 0xe3583feu - __umulhi(f, t);
-    t = 0x3d7f7bf4u - __umulhi(f, t);
-    t = 0xb17217f7u - __umulhi(f, t);
-    const uint32_t mantissa = 0x80000000u - (__umulhi(f, t) >> 1);
-    return (Mass(mantissa) << 13) >> uint32_t(exponent >> 58);
+/// 2^44 exp(-distance), cut off to an integer; 0 from kMaxDistance on, and for NaN.
+///
+/// Two to the power of a number in -1/2..1/2 by a polynomial in fused steps, each rounded as IEEE says: to 2^-23, and the
+/// same bits on every device. The result's mantissa is shifted into place.
+QUIRE_DEVICE Mass mass_of(float distance) {
+    if (!(distance < kMaxDistance)) return 0;
+    // Adding 1.5 * 2^23 rounds to an integer, which the lowest bits hold.
+    constexpr float kRound = 12582912.0f;
+    const float shifted = __fmaf_rn(distance, 1.442695022e+00f, kRound);
+    float r = __fmaf_rn(distance, 1.442695022e+00f, -__fsub_rn(shifted, kRound));
+    r = __fmaf_rn(distance, 1.925963034e-08f, r);
+    float power = 1.545326231e-04f;
+    power = __fmaf_rn(r, power, -1.339097857e-03f);
+    power = __fmaf_rn(r, power, 9.618082084e-03f);
+    power = __fmaf_rn(r, power, -5.550356954e-02f);
+    power = __fmaf_rn(r, power, 2.402265072e-01f);
+    power = __fmaf_rn(r, power, -6.931471825e-01f);
+    power = __fmaf_rn(r, power, 1.0f);
+    // The power is in 0.7..1.42, and at most 1 where the integer is 0: so the shift is never negative.
+    const uint32_t bits = __float_as_uint(power), integer = __float_as_uint(shifted) & 63u;
+    return (Mass((bits & 0x7fffffu) | 0x800000u) << 21) >> (integer + 127u - (bits >> 23));
 }
 
 /// The first word of Philox4x32-10 (Salmon et al., SC 2011) under (seed, position), as a number in (0, 1).

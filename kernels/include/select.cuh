@@ -10,6 +10,9 @@ namespace quire {
 constexpr int kBins = QUIRE_SAMPLE_THREADS;
 /// Candidates that are sorted in shared memory; a power of two, two a thread.
 constexpr int kCandidates = 2 * QUIRE_SAMPLE_THREADS;
+/// No bin.
+constexpr uint32_t kFar = 0xffffffffu;
+
 /// A row of logits as it is sampled from.
 struct LogitsRow {
     const float* logits;
@@ -17,25 +20,23 @@ struct LogitsRow {
     /// 1: as they are.
     float temperature;
     float max;
-    long long max_fixed;
 
     QUIRE_DEVICE float value(float raw) const {
         const float l = sanitize(raw);
         return temperature == 1.0f ? l : sanitize(__fdiv_rn(l, temperature));
     }
-    QUIRE_DEVICE uint32_t distance_of(float l) const { return distance(max, max_fixed, l); }
+    QUIRE_DEVICE Mass mass(float l) const { return mass_of(__fsub_rn(max, l)); }
     /// Bins of equal width in distance from the largest logit, 1/32 each, so that kBins of them cover every mass but
     /// zero; kFar where it is zero. Rounding may move a token into the next bin, but never past a more likely one.
     QUIRE_DEVICE uint32_t bin_of(float l) const {
-        const float rounded = max - l;
-        return rounded < kMaxDistance ? uint32_t(rounded * 32.0f) : kFar;
+        const float distance = __fsub_rn(max, l);
+        return distance < kMaxDistance ? uint32_t(distance * 32.0f) : kFar;
     }
 };
 
 QUIRE_DEVICE LogitsRow logits_row(const float* logits, int vocab, float temperature, Ranked best) {
-    LogitsRow row = {logits, vocab, temperature, 0.0f, 0};
+    LogitsRow row = {logits, vocab, temperature, 0.0f};
     row.max = row.value(value_of(best));
-    row.max_fixed = fixed_point(row.max);
     return row;
 }
 

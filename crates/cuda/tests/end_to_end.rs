@@ -253,7 +253,7 @@ fn timed_algorithms_agree_and_are_remembered() {
     assert!(!gpu.is_mock() || after_second - after_first < after_first / 2, "nothing is timed again");
 }
 
-/// Time of the host alone: kernels, products and copies do nothing. Targets: 50 us a step at 64 sequences, 200 at 512.
+/// Time of the host alone: kernels and products do nothing. Targets: 50 us a step at 64 sequences, 200 at 512.
 #[test]
 #[ignore = "a measurement: run it by name, in release mode"]
 fn host_budget() {

@@ -128,7 +128,7 @@ impl MockGpu {
         self.switch("mock_delay", on);
     }
 
-    /// From now on kernels, products and copies do nothing.
+    /// From now on kernels and products do nothing.
     pub fn idle(&self, on: bool) {
         self.switch("mock_idle", on);
     }
