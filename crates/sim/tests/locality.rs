@@ -34,10 +34,11 @@ fn serve(num_tenants: u32, prefix_blocks: u64, pool_tokens: u32, quantum: f64) -
         fairness: FairnessConfig { quantum, ..FairnessConfig::default() },
         ..ServeConfig::new(calibration)
     };
-    serve_trace(&backlog(&config, 1500, prefix_blocks), &config).unwrap()
+    serve_trace(&backlog(&config, 1500, prefix_blocks), &config).expect("the engine does not fail")
 }
 
 /// Percent of the throughput.
+#[allow(clippy::print_stdout, reason = "the figures are what this is for")]
 fn loss(num_tenants: u32, prefix_blocks: u64, pool_tokens: u32) -> f64 {
     let fair = serve(num_tenants, prefix_blocks, pool_tokens, FairnessConfig::default().quantum);
     let greedy = serve(num_tenants, prefix_blocks, pool_tokens, GREEDY);
