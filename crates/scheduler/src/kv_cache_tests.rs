@@ -1,6 +1,6 @@
 //! Random use of the block tables against a shadow that knows what each block holds.
 
-use quire_core::{BlockHash, BlockHasher, BlockId, ExecutorLimits, Micros, StepId};
+use quire_core::{BlockHash, BlockHasher, BlockId, ExecutorLimits, Micros, SchedulerOutput, StepId};
 
 use crate::eviction::EvictionPolicy;
 use crate::kv_cache::{BlockTable, KvCacheManager};
@@ -113,7 +113,7 @@ impl Shadow {
         self.kv.advance(Micros(self.now));
         if self.scheduled < self.collected + 2 && self.next(2) == 0 {
             self.scheduled += 1;
-            self.kv.step_scheduled(StepId(self.scheduled));
+            self.kv.step_scheduled(StepId(self.scheduled), &mut SchedulerOutput::default());
         } else if self.collected < self.scheduled {
             self.collected += 1;
             self.kv.step_collected(StepId(self.collected));
