@@ -262,7 +262,8 @@ QUIRE_DEVICE void int_embed(const QuireIntEmbedParams& p) {
             words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
         } else {
             const auto* from = static_cast<const char*>(p.weight) + unit * IntWeights<4>::kBytes;
-            const uint2 v = *reinterpret_cast<const uint2*>(from + tile * 512 + lane * 16 + half * 8);
+            const uint4 both = *reinterpret_cast<const uint4*>(from + tile * 512 + lane * 16);
+            const uint2 v = half == 0 ? make_uint2(both.x, both.y) : make_uint2(both.z, both.w);
             const uint32_t byte = p.steps[unit * 128 + lane / 2 * 8 + half * 4 + tile];
             const uint32_t step = byte & 15, offset = step * (byte >> 4) * 0x01010101u;
             QUIRE_UNROLL
