@@ -1,4 +1,5 @@
 //! Attention over random caches: the definition in f64, and the same by the kernels on the host.
+#![allow(dead_code, reason = "each test binary uses a part")]
 
 use half::{bf16, f16};
 
@@ -264,7 +265,7 @@ impl Problem {
         for &len in lens {
             q.push((0..len * shape.q_size()).map(|_| shape.number.bits(2.0 * rng.signed())).collect());
             let mut element = |_| match shape.fp8 {
-                true => (rng.next() >> 9 & 0xff) as u16 % 0x78 | (rng.next() >> 3 & 0x80) as u16,
+                true => ((rng.next() >> 9 & 0xff) as u16 % 0x78) | (rng.next() >> 3 & 0x80) as u16,
                 false => shape.number.bits(2.0 * rng.signed()),
             };
             kv.push([0, 1].map(|_| (0..len * kv_size).map(&mut element).collect()));
@@ -366,7 +367,7 @@ struct Step<'a> {
 impl<'a> Step<'a> {
     fn new(problem: &'a Problem, chunks: &[Chunk], seed: u64) -> Self {
         let Shape { page_tokens, num_kv_heads, head_dim, window, fp8, .. } = problem.shape;
-        let stride = problem.lens.iter().max().unwrap().div_ceil(page_tokens) + 1;
+        let stride = problem.lens.iter().max().expect("a problem has sequences").div_ceil(page_tokens) + 1;
         let num_pages = chunks.len() * stride;
         let element = if fp8 { 1 } else { 2 };
         let head_page = page_tokens * head_dim;
