@@ -21,23 +21,20 @@ QUIRE_DEVICE void embed(const QuireEmbedParams& p) {
     const bool known = id >= 0 && id < p.vocab;
     const T* from = static_cast<const T*>(p.table) + int64_t(known ? id : 0) * p.hidden;
     float* to = p.out + int64_t(row) * p.hidden;
-    const float nan = __uint_as_float(0x7fffffffu);
-    if (p.hidden % 8 == 0) {
+    if (!known) {
+        for (int col = int(threadIdx.x); col < p.hidden; col += int(blockDim.x)) to[col] = __uint_as_float(0x7fffffffu);
+    } else if (p.hidden % 8 == 0) {
         for (int col = int(threadIdx.x) * 8; col < p.hidden; col += int(blockDim.x) * 8) {
-            const auto in = load<Vec<T, 8>>(from + col);
-            Vec<float, 4> lo, hi;
+            // As words: of halves the compiler may load each by itself.
+            const auto in = load<Vec<uint32_t, 4>>(from + col);
             QUIRE_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                lo.v[i] = known ? to_f32(in.v[i]) : nan;
-                hi.v[i] = known ? to_f32(in.v[i + 4]) : nan;
+            for (int i = 0; i < 4; i += 2) {
+                const float2 lo = unpack2<T>(in.v[i]), hi = unpack2<T>(in.v[i + 1]);
+                store(to + col + 2 * i, Vec<float, 4>{{lo.x, lo.y, hi.x, hi.y}});
             }
-            store(to + col, lo);
-            store(to + col + 4, hi);
         }
     } else {
-        for (int col = int(threadIdx.x); col < p.hidden; col += int(blockDim.x)) {
-            to[col] = known ? to_f32(from[col]) : nan;
-        }
+        for (int col = int(threadIdx.x); col < p.hidden; col += int(blockDim.x)) to[col] = to_f32(from[col]);
     }
 }
 
