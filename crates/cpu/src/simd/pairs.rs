@@ -289,13 +289,6 @@ mod tests {
         }
     }
 
-    #[inline(always)]
-    unsafe fn apart<K: PairKernel>(kernel: K) -> K::Output {
-        // A function of its own would not have `S`'s instruction set.
-        // SAFETY: the caller's.
-        unsafe { kernel.run::<Self>() }
-    }
-
     struct Lanes<'a>(&'a [f32; PANEL]);
 
     impl PairKernel for Lanes<'_> {
