@@ -250,7 +250,8 @@ mod tests {
         assert!(text.starts_with("requests    50 at 2.04/s"), "{text}");
         assert!(text.contains("goodput     100.0 %"), "{text}");
         let dir = path.with_extension("plots");
-        let more = ["--rate-scale", "150", "--tenants", "3", "--policy", "fcfs", "--json", "--plot"];
+        let more = "--rate-scale 150 --max-num-seqs 4 --tenants 3 --policy fcfs --json --plot";
+        let more: Vec<&str> = more.split(' ').collect();
         let text = run(&[&more[..], &[dir.to_str().unwrap()]].concat(), &path).unwrap();
         let json: serde_json::Value = serde_json::from_str(&text).unwrap();
         let rows = json["rows"].as_array().unwrap();

@@ -117,7 +117,7 @@ pub struct DatasetArgs {
     pub num_prompts: Option<u32>,
     /// Replay a recorded trace (Azure LLM inference 2023 or Mooncake, perhaps gzipped): its times, its lengths, and
     /// random tokens that agree where the recorded prompts did
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["dataset_name", "dataset_path", "request_rate", "burstiness"], help_heading = "Prompts")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["dataset_name", "dataset_path"], help_heading = "Prompts")]
     pub trace: Option<PathBuf>,
     /// Makes prompts, lengths and arrivals repeatable
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Prompts")]
@@ -134,11 +134,11 @@ pub struct DatasetArgs {
 #[derive(Args, Clone, Debug)]
 pub struct LoadArgs {
     /// Requests per second; inf sends all at once
-    #[arg(long, value_name = "RATE", default_value_t = f64::INFINITY, value_parser = parse_positive, help_heading = "Load")]
+    #[arg(long, value_name = "RATE", default_value_t = f64::INFINITY, value_parser = parse_positive, conflicts_with = "trace", help_heading = "Load")]
     pub request_rate: f64,
     /// Shape of the gamma distribution of the gaps between requests: 1 is a Poisson process, less is burstier, more is
     /// more even, inf is a clock
-    #[arg(long, value_name = "B", default_value_t = 1.0, value_parser = parse_positive, help_heading = "Load")]
+    #[arg(long, value_name = "B", default_value_t = 1.0, value_parser = parse_positive, conflicts_with = "trace", help_heading = "Load")]
     pub burstiness: f64,
     /// Replay a trace so many times as fast
     #[arg(long, value_name = "X", default_value_t = 1.0, requires = "trace", value_parser = parse_finite, help_heading = "Load")]
