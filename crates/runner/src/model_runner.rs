@@ -267,8 +267,10 @@ impl<B: Backend> Executor for ModelRunner<B> {
         match self.in_flight.front() {
             Some(oldest) if oldest.plan.step == step && oldest.is_sampled => {}
             Some(oldest) if oldest.plan.step == step => return Err(self.bad_plan(&refuse(NOT_SAMPLED))),
-            Some(_) => return Err(self.bad_plan(&refuse("is not the oldest one submitted"))),
-            None => return Err(self.bad_plan(&refuse("was not submitted"))),
+            Some(_) if self.in_flight.iter().any(|in_flight| in_flight.plan.step == step) => {
+                return Err(self.bad_plan(&refuse("is not the oldest one submitted")));
+            }
+            _ => return Err(self.bad_plan(&refuse("was not submitted"))),
         }
         let mut in_flight = self.in_flight.pop_front().expect("it was found just now");
         out.clear();
