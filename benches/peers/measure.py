@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import ceiling
 import load
 import machine
 from cases import Case, Job, Skip
@@ -36,10 +37,16 @@ def prepare(peer: ModuleType, job: Job, work: Path) -> None:
 
 
 def visit(
-    peer: ModuleType, job: Job, chosen: list[Case], number: int, args: Namespace, skips: dict[str, str]
+    peer: ModuleType,
+    job: Job,
+    chosen: list[Case],
+    number: int,
+    args: Namespace,
+    skips: dict[str, str],
+    limits: ceiling.Limits | None = None,
 ) -> Iterator[list[Cell]]:
     """Everything asked of this engine in round `number`, as it comes. What failed in a round is not tried again."""
-    parts = {"load": _cases(peer, job, chosen, number, args.work, skips)} if chosen else {}
+    parts = {"load": _cases(peer, job, chosen, number, args.work, skips, limits)} if chosen else {}
     if args.server:
         parts["server"] = _server(peer, job, number, args.work)
     if args.ready:
@@ -78,7 +85,13 @@ class Watch:
 
 
 def _cases(
-    peer: ModuleType, job: Job, chosen: list[Case], number: int, work: Path, skips: dict[str, str]
+    peer: ModuleType,
+    job: Job,
+    chosen: list[Case],
+    number: int,
+    work: Path,
+    skips: dict[str, str],
+    limits: ceiling.Limits | None,
 ) -> Iterator[list[Cell]]:
     """The model is loaded once, and each case runs on it; one that fails does not stop the next."""
     chosen = [case for case in chosen if f"{_where(peer, job)} {case.name}" not in skips]
@@ -95,7 +108,14 @@ def _cases(
                     raise
                 skips[f"{_where(peer, job)} {case.name}"] = f"{skip} [round {number}]"
                 continue
-            yield watch.cells({case.name: (answer["value"], "tok/s")}, answer["cpu_seconds"], answer["peak_rss_mib"])
+            figures = {case.name: (answer["value"], "tok/s")}
+            found = watch.cells(figures, answer["cpu_seconds"], answer["peak_rss_mib"])
+            yield [dataclasses.replace(cell, ceiling=_ceiling(job, case, limits)) for cell in found]
+
+
+def _ceiling(job: Job, case: Case, limits: ceiling.Limits | None) -> float:
+    bits = 8 if job.setting.options.get("kv_cache_dtype") == "int8" else 16
+    return ceiling.rate(job.model, case, job.precision, bits, limits) if limits else 0.0
 
 
 def _server(peer: ModuleType, job: Job, number: int, work: Path) -> Iterator[list[Cell]]:

@@ -4,12 +4,14 @@
 import argparse
 import dataclasses
 import importlib
+import json
 import signal
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import cases
+import ceiling
 import machine
 import measure
 import models
@@ -18,6 +20,7 @@ import venvs
 from cases import Job, Skip
 
 PEERS = ("quire", "openvino", "vllm", "llama_cpp", "transformers")
+SHAPES = ("qwen3-0.6b", "llama-3.2-1b")
 ROOT = Path(__file__).resolve().parents[2]
 
 HELP = """\
@@ -37,6 +40,10 @@ find both. Engines take turns, one process at a time, all cases of an engine in 
 under every setting that its documentation suggests, and its best one in a row counts. Whatever cannot run is named at
 the end, with the reason. Nothing else should run meanwhile: watch the column "others".
 Add an engine: write peer_NAME.py beside this file (README.md says what goes in), and name it here in PEERS."""
+
+
+CLOSE_HELP = """from the second round on, leave out settings that no round brought within SHARE of the best peer of the row (of
+Quire: of its best setting), such as 0.9 [0: none]"""
 
 
 def words(known: tuple[str, ...]):
@@ -61,20 +68,20 @@ def positive(text: str) -> int:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    shapes = tuple(sorted(path.parent.name for path in models.SHAPES.glob("*/config.json")))[::-1]
     names = tuple(cases.BY_NAME)
     parser = argparse.ArgumentParser(
         prog="run.py", description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("what to measure").add_argument
     for flag, known, what in (
-        ("--shapes", shapes, "models"),
+        ("--shapes", SHAPES, "models"),
         ("--precisions", cases.PRECISIONS, "precisions"),
         ("--cases", names, "cases, or none"),
         ("--peers", PEERS, "engines"),
     ):
         add(flag, type=words(known), default=list(known), metavar="NAME,…", help=f"{what} [{','.join(known)}]")
     add("--rounds", type=positive, default=3, metavar="N", help="visits to each engine, in turn [3]")
+    add("--close", type=float, default=0.0, metavar="SHARE", help=CLOSE_HELP)
     add("--server", action="store_true", help="also the server rows: 64 requests, 32 clients, streamed over HTTP")
     add("--ready", action="store_true", help="also the time from start to ready, files in the page cache")
     add("--layers", type=positive, metavar="N", help="cut the models to N layers, to try things out")
@@ -87,7 +94,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--work", type=Path, default=work, metavar="DIR", help="environments, models, logs [target/peers]")
     add("--no-install", action="store_true", help="skip what is not installed instead of installing it")
     add("--json", type=Path, metavar="FILE", help="write every single figure there, too, after each of them")
-    return parser.parse_args(argv)
+    add("--append", action="store_true", help="go on with the rounds that --json holds already")
+    args = parser.parse_args(argv)
+    if args.append and not args.json:
+        parser.error("--append: --json FILE says which rounds to go on with")
+    return args
 
 
 def installed(args: argparse.Namespace, skips: dict[str, str]) -> dict[ModuleType, tuple[Path, dict]]:
@@ -144,6 +155,8 @@ class Results:
     def __init__(self, args: argparse.Namespace, engines: dict, skips: dict[str, str]) -> None:
         self.path, self.skips = args.json, skips
         self.cells: list[table.Cell] = []
+        if args.append and self.path.exists():
+            self.cells = [table.Cell.from_json(cell) for cell in json.loads(self.path.read_text())["cells"]]
         self.head = {
             "machine": machine.describe(args.threads),
             "versions": {peer.TITLE: found for peer, (_, found) in engines.items()},
@@ -159,6 +172,11 @@ class Results:
             value = f"{table.number(cell.value)} {cell.unit}"
             print(f"round {cell.round}  {where}  {cell.engine} ({cell.setting})  {value}  [{load}]", file=sys.stderr)
         self.save()
+
+    def next_round(self, model: str, precision: str) -> int:
+        """One more than there is of any row of `model` at `precision`."""
+        done = [cell.round for cell in self.cells if (cell.row[0], cell.row[2]) == (model, precision)]
+        return max(done, default=0) + 1
 
     def save(self) -> None:
         if self.path:
@@ -177,6 +195,18 @@ class Results:
             print(f"skipped: {where}: {reason}")
 
 
+def play(entrants: list, chosen: list[cases.Case], number: int, args, results: Results) -> None:
+    """One round of one model at one precision: each engine, under each setting that is in the running."""
+    limits = None
+    if chosen and args.quire.exists():
+        limits = ceiling.measure(args.quire, args.threads)
+        print(f"round {number}  limits  {limits}", file=sys.stderr)
+    for peer, job in entrants:
+        left = [case for case in chosen if table.is_close(results.cells, peer.TITLE, job, case.name, args.close)]
+        for cells in measure.visit(peer, job, left, number, args, results.skips, limits):
+            results.add(cells)
+
+
 def main() -> None:
     args = arguments()
     # Ended politely, everything started here ends, too.
@@ -191,10 +221,9 @@ def main() -> None:
             model = models.make(shape, args.layers, args.work / "models")
             for precision in args.precisions:
                 entrants = jobs(args, engines, model, precision, skips)
-                for number in range(1, args.rounds + 1):
-                    for peer, job in entrants:
-                        for cells in measure.visit(peer, job, chosen, number, args, skips):
-                            results.add(cells)
+                first = results.next_round(model.name, precision)
+                for number in range(first, first + args.rounds):
+                    play(entrants, chosen, number, args, results)
     except KeyboardInterrupt:
         print("stopped; this is what there is", file=sys.stderr)
     results.save()

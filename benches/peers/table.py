@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from cases import Job
+from ceiling import TARGETS
 from stats import median, spread
 
 QUIRE = "Quire"
@@ -25,10 +27,16 @@ class Cell:
     others: float = 0.0
     """Cores that other processes kept busy meanwhile."""
     peak_rss_mib: int = 0
+    ceiling: float = 0.0
+    """What the machine's limits, measured just before, would allow; 0 if not known."""
 
     @property
     def lower_is_better(self) -> bool:
         return self.unit == "s"
+
+    @staticmethod
+    def from_json(value: dict) -> "Cell":
+        return Cell(**value | {"row": tuple(value["row"])})
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Figure:
     engine: str
     setting: str
     rounds: dict[int, float]
+    ceilings: dict[int, float]
 
     @property
     def value(self) -> float:
@@ -46,6 +55,12 @@ class Figure:
     @property
     def spread(self) -> float:
         return spread(list(self.rounds.values()))
+
+    @property
+    def share(self) -> float | None:
+        """Of the ceiling, round by round; the median."""
+        shares = [self.rounds[number] / ceiling for number, ceiling in self.ceilings.items() if ceiling]
+        return median(shares) if shares else None
 
 
 def best(figures: Iterable[Figure], lower: bool) -> Figure | None:
@@ -56,13 +71,24 @@ def best(figures: Iterable[Figure], lower: bool) -> Figure | None:
 
 def figures(cells: Sequence[Cell]) -> dict[str, Figure]:
     """Of one row: each engine's best setting by the median over the rounds."""
-    rounds: dict[tuple[str, str], dict[int, float]] = {}
+    rounds: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        rounds.setdefault((cell.engine, cell.setting), {})[cell.round] = cell.value
+        rounds.setdefault((cell.engine, cell.setting), []).append(cell)
     engines = dict.fromkeys(cell.engine for cell in cells)
     lower = cells[0].lower_is_better
-    all_figures = [Figure(engine, setting, values) for (engine, setting), values in rounds.items()]
+    all_figures = [
+        Figure(engine, setting, {c.round: c.value for c in own}, {c.round: c.ceiling for c in own})
+        for (engine, setting), own in rounds.items()
+    ]
     return {engine: best((f for f in all_figures if f.engine == engine), lower) for engine in engines}
+
+
+def is_close(cells: Sequence[Cell], engine: str, job: Job, case: str, share: float) -> bool:
+    """Whether a setting may still be the best one that counts: of all peers in a row, or of Quire."""
+    row = (job.model.name, case, job.precision)
+    rivals = [cell for cell in cells if cell.row == row and (cell.engine == QUIRE) == (engine == QUIRE)]
+    own = [cell.value for cell in rivals if (cell.engine, cell.setting) == (engine, job.setting.name)]
+    return not own or max(own) >= share * max(cell.value for cell in rivals)
 
 
 def ratio(quire: Figure, peer: Figure, lower: bool) -> tuple[float, float, float]:
@@ -86,7 +112,7 @@ def render(cells: Sequence[Cell]) -> str:
     """The table in Markdown: a row a line, an engine a column; then which setting was the best."""
     engines = list(dict.fromkeys(cell.engine for cell in cells))
     rows = dict.fromkeys(cell.row for cell in cells)
-    lines = [["model", "row", "precision", *engines, "best peer", "ratio", "rounds", "others"]]
+    lines = [["model", "row", "precision", *engines, "best peer", "ratio", "of ceiling", "target", "rounds", "others"]]
     for row in rows:
         lines.append(_line(row, [cell for cell in cells if cell.row == row], engines))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -101,14 +127,27 @@ def _line(row: tuple[str, str, str], cells: Sequence[Cell], engines: Sequence[st
     found = figures(cells)
     peer = best((figure for engine, figure in found.items() if engine != QUIRE), lower)
     shown = [_figure(found[engine]) if engine in found else "-" for engine in engines]
-    compared = "-"
+    compared, middle = "-", None
     if peer and QUIRE in found:
         middle, low, high = ratio(found[QUIRE], peer, lower)
         compared = f"{middle:.2f}" + (f" ({low:.2f}-{high:.2f})" if low < high else "")
+    share = found[QUIRE].share if QUIRE in found else None
+    of_ceiling = f"{share:.0%}" if share else "-"
+    wanted = _target(row, middle, share)
     who = f"{peer.engine} ({peer.setting})" if peer else "-"
     rounds = str(max(len(figure.rounds) for figure in found.values()))
     label = case if unit == "tok/s" else f"{case}, {unit}"
-    return [model, label, precision, *shown, who, compared, rounds, f"{max(cell.others for cell in cells):.2f}"]
+    return [model, label, precision, *shown, who, compared, of_ceiling, wanted, rounds, f"{max(cell.others for cell in cells):.2f}"]
+
+
+def _target(row: tuple[str, str, str], middle: float | None, share: float | None) -> str:
+    """What was aimed at, and whether it is met."""
+    model, case, precision = row
+    target = TARGETS.get((model, case), {}).get(precision)
+    if target is None:
+        return "-"
+    met = (middle or 0) >= target.ratio or (share or 0) >= target.share
+    return f"{target.ratio:.2f} or {target.share:.0%}: " + ("met" if met else "missed")
 
 
 def _figure(figure: Figure) -> str:
@@ -118,4 +157,5 @@ def _figure(figure: Figure) -> str:
 LEGEND = """\
 Figures: median over the rounds, ± half the range, of the engine's best setting in that row; tokens per second unless
 the row says otherwise. ratio: how many times as fast Quire is as the best peer (of the medians; least and greatest of
-single rounds). others: cores kept busy by other processes, in the worst cell of the row; trust rows near 0."""
+single rounds). of ceiling: what that is of what the machine's limits, measured before each visit, would allow. target: that
+ratio, or that share. others: cores kept busy by other processes, in the worst cell of the row; trust rows near 0."""

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import cases
+import ceiling
 import child
 import load
 import machine
@@ -109,6 +110,61 @@ class Table(unittest.TestCase):
 
     def test_numbers_keep_three_digits(self) -> None:
         self.assertEqual([table.number(v) for v in (1234.5, 12.34, 1.234, 0.1234)], ["1,234", "12.3", "1.23", "0.123"])
+
+
+class Ceiling(unittest.TestCase):
+    LIMITS = ceiling.Limits(78, 1020, 2180)
+
+    def rate(self, shape: str, case: str, precision: str, bits: int = 16) -> int:
+        # As a rule the context is that of the middle of the decode steps that count: 524 tokens.
+        model = Model(shape, models.SHAPES / shape)
+        return round(ceiling.rate(model, dataclasses.replace(cases.BY_NAME[case], steps=24), precision, bits, self.LIMITS))
+
+    def test_agrees_with_figures_worked_out_by_hand(self) -> None:
+        for shape, case, rates in (
+            ("qwen3-0.6b", "prefill-512", (1085, 2165, 2165)),
+            ("qwen3-0.6b", "prefill-2048", (914, 1576, 1576)),
+            ("qwen3-0.6b", "decode-1", (62, 119, 179)),
+            ("qwen3-0.6b", "decode-8", (373, 579, 730)),
+            ("qwen3-0.6b", "decode-32", (516, 759, 759)),
+            ("llama-3.2-1b", "prefill-512", (515, 1080, 1080)),
+            ("llama-3.2-1b", "decode-1", (31, 62, 100)),
+            ("llama-3.2-1b", "decode-32", (378, 739, 739)),
+        ):
+            for precision, expected in zip(cases.PRECISIONS, rates, strict=True):
+                self.assertAlmostEqual(self.rate(shape, case, precision), expected, delta=0.02 * expected + 1)
+        self.assertAlmostEqual(self.rate("qwen3-0.6b", "decode-32", "int8", 8), 1073, delta=10)
+
+    def test_either_the_ratio_or_the_share_meets_a_target(self) -> None:
+        row = ("qwen3-0.6b", "decode-1", "int8")
+        self.assertEqual(table._target(row, 1.7, 0.2), "1.61 or 84%: met")
+        self.assertEqual(table._target(row, 1.1, 0.85), "1.61 or 84%: met")
+        self.assertEqual(table._target(row, 1.1, 0.8), "1.61 or 84%: missed")
+        self.assertEqual(table._target(("m", "decode-1", "int8"), 9.0, 1.0), "-")
+
+
+class Rounds(unittest.TestCase):
+    def close(self, engine: str, setting: str, share: float) -> bool:
+        at = job(precision="int8", setting=Setting(setting))
+        return table.is_close(Table.CELLS[:-3], engine, at, "decode-1", share)
+
+    def test_settings_far_behind_are_left_out(self) -> None:
+        self.assertTrue(self.close("Quire", "default", 0.9))
+        self.assertTrue(self.close("B", "slow", 0.9))
+        self.assertFalse(self.close("B", "fast", 0.9))
+        self.assertTrue(self.close("B", "fast", 0.2))
+        self.assertTrue(self.close("C", "never seen", 0.9))
+
+    def test_a_run_goes_on_where_its_file_ends(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "table.json"
+            args = run.arguments(["--json", str(path), "--append"])
+            first = run.Results(args, {}, {})
+            with contextlib.redirect_stderr(io.StringIO()):
+                first.add(Table.CELLS)
+            again = run.Results(args, {}, {})
+            self.assertEqual(again.cells, Table.CELLS)
+            self.assertEqual((again.next_round("m", "int8"), again.next_round("m", "bf16")), (4, 1))
 
 
 class Arguments(unittest.TestCase):

@@ -42,11 +42,11 @@ fn main() -> Result<(), BackendError> {
     let only = std::env::args().nth(2);
     let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
     for (name, n, k) in SHAPES.into_iter().filter(|(name, ..)| wanted(name)) {
-        for rows in [1, 4, 32, 512] {
+        for rows in [1, 4, 8, 32, 512] {
             linear(&mut backend, name, (n, k), rows)?;
         }
     }
-    for rows in [1, 4, 32, 512] {
+    for rows in [1, 4, 8, 32, 512] {
         if wanted("mlp") {
             feed_forward(&mut backend, rows)?;
         }

@@ -5,7 +5,7 @@ use quire_backend::{Attention, BackendError};
 use crate::Cuda;
 use crate::driver::{DeviceSlice, LaunchShape};
 use crate::kernels::{DECODE_ROWS, PREFILL_ROWS};
-use crate::params::{ATTENTION_ITEM_BYTES, AttentionParams, AttentionPlanParams};
+use crate::params::{AttentionItem, AttentionParams, AttentionPlanParams};
 use crate::step::Layout;
 
 /// Rows of partial results that both lists may use together.
@@ -186,7 +186,7 @@ impl Cuda {
         // A tile that is not cut is one item; what is cut beyond fills the device some times over.
         let tiles = (self.max_rows * kind.group as usize).div_ceil(PREFILL_ROWS) + 2 * self.slots.num_slots();
         let max_items = tiles + 32 * sm_count;
-        let items = max_items * ATTENTION_ITEM_BYTES;
+        let items = max_items * size_of::<AttentionItem>();
         let (decode_items, prefill_items) = (self.take("attention", items)?, self.take("attention", items)?);
         let counts = self.take("attention", 8)?;
         let carry = sm_count * PREFILL_ROWS * kind.tile_dim * 4;

@@ -211,6 +211,22 @@ params! {
         vocab: i32,
         reserved: i32,
     }
+    /// Part of a sequence's rows over part of its keys: what `quire_attention_plan` writes.
+    AttentionItem = "QuireAttentionItem" {
+        seq: i32,
+        q_start: i32,
+        first_position: i32,
+        row_begin: i32,
+        num_rows: i32,
+        kv_begin: i32,
+        kv_end: i32,
+        num_splits: i32,
+        split_offset: i32,
+        partial: i32,
+        counter: i32,
+        num_items: i32,
+        reserved: [i32; 4],
+    }
     /// `quire_attention_{decode,prefill}_*`.
     AttentionParams = "QuireAttentionParams" {
         q: u64,
@@ -257,7 +273,56 @@ params! {
         max_counters: i32,
         reserved: i32,
     }
+    /// `quire_gemv_*`.
+    GemvParams = "QuireGemvParams" {
+        x: u64,
+        weight: u64,
+        bias: u64,
+        out: u64,
+        num_rows: u64,
+        in_features: i32,
+        out_features: i32,
+        x_stride: i32,
+        out_stride: i32,
+    }
+    /// `quire_quantize_*`.
+    QuantizeParams = "QuireQuantizeParams" {
+        x: u64,
+        q: u64,
+        scales: u64,
+        num_rows: u64,
+        in_features: i32,
+        groups: i32,
+        x_stride: i32,
+        reserved: i32,
+    }
+    /// `quire_int{8,4}_gemm_*`.
+    IntGemmParams = "QuireIntGemmParams" {
+        q: u64,
+        x_scales: u64,
+        weight: u64,
+        steps: u64,
+        w_scales: u64,
+        bias: u64,
+        out: u64,
+        num_rows: u64,
+        groups: i32,
+        out_features: i32,
+        out_stride: i32,
+        reserved: i32,
+    }
+    /// `quire_embed_int{8,4}`.
+    IntEmbedParams = "QuireIntEmbedParams" {
+        weight: u64,
+        steps: u64,
+        w_scales: u64,
+        token_ids: u64,
+        last_tokens: u64,
+        out: u64,
+        num_rows: u64,
+        hidden: i32,
+        groups: i32,
+        vocab: i32,
+        reserved: i32,
+    }
 }
-
-/// Bytes of a `QuireAttentionItem`, of which the host only makes room.
-pub const ATTENTION_ITEM_BYTES: usize = 64;

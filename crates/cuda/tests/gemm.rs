@@ -9,6 +9,7 @@ use quire_backend::reference::RefBackend;
 use quire_backend::{Backend, BufRole, Linear, LinearPart, LinearSource, StepInput};
 use quire_core::{DType, QuantFormat, Shard, Slot, StepId, TensorView};
 use quire_cuda::int_weights::{Bits, IntWeights};
+use quire_cuda::params::{GemvParams, IntEmbedParams, IntGemmParams, QuantizeParams};
 
 use common::{HostKernels, under_sanitizers};
 
@@ -28,20 +29,6 @@ fn to_bf16(x: &[f32]) -> Vec<u16> {
     x.iter().map(|&x| bf16::from_f32(x).to_bits()).collect()
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct GemvParams {
-    x: *const u16,
-    weight: *const u16,
-    bias: *const f32,
-    out: *mut u8,
-    num_rows: *const i32,
-    in_features: i32,
-    out_features: i32,
-    x_stride: i32,
-    out_stride: i32,
-}
-
 /// `[rows, n]`; `rows` of `x` exist beyond those asked for, and must not matter.
 fn gemv(
     kernels: &HostKernels,
@@ -56,11 +43,11 @@ fn gemv(
     let size = if name.ends_with("f32") { 4 } else { 2 };
     let mut out = vec![0xff; rows * n * size];
     let params = GemvParams {
-        x: x.as_ptr(),
-        weight: weight.as_ptr(),
-        bias: bias.as_ptr(),
-        out: out.as_mut_ptr(),
-        num_rows: &raw const num_rows,
+        x: x.as_ptr() as u64,
+        weight: weight.as_ptr() as u64,
+        bias: bias.as_ptr() as u64,
+        out: out.as_mut_ptr() as u64,
+        num_rows: &raw const num_rows as u64,
         in_features: k as i32,
         out_features: n as i32,
         x_stride: (x.len() / 8) as i32,
@@ -108,52 +95,6 @@ fn few_rows_give_right_values_whatever_their_number() {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct QuantizeParams {
-    x: *const u16,
-    q: *mut i8,
-    scales: *mut f32,
-    num_rows: *const i32,
-    in_features: i32,
-    groups: i32,
-    x_stride: i32,
-    reserved: i32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct IntGemmParams {
-    q: *const i8,
-    x_scales: *const f32,
-    weight: *const u8,
-    steps: *const u8,
-    w_scales: *const f32,
-    bias: *const f32,
-    out: *mut f32,
-    num_rows: *const i32,
-    groups: i32,
-    out_features: i32,
-    out_stride: i32,
-    reserved: i32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct IntEmbedParams {
-    weight: *const u8,
-    steps: *const u8,
-    w_scales: *const f32,
-    token_ids: *const i32,
-    last_tokens: *const i32,
-    out: *mut f32,
-    num_rows: *const i32,
-    hidden: i32,
-    groups: i32,
-    vocab: i32,
-    reserved: i32,
-}
-
 /// A quantized layer, and what the reference makes of `x`.
 struct Layer {
     k: usize,
@@ -185,10 +126,10 @@ impl Layer {
         let mut q = vec![-1i8; self.rows * groups * 256];
         let mut scales = vec![f32::NAN; self.rows * groups];
         let quantize = QuantizeParams {
-            x: self.x.as_ptr(),
-            q: q.as_mut_ptr(),
-            scales: scales.as_mut_ptr(),
-            num_rows: &raw const num_rows,
+            x: self.x.as_ptr() as u64,
+            q: q.as_mut_ptr() as u64,
+            scales: scales.as_mut_ptr() as u64,
+            num_rows: &raw const num_rows as u64,
             in_features: self.k as i32,
             groups: groups as i32,
             x_stride: self.k as i32,
@@ -200,14 +141,14 @@ impl Layer {
 
         let mut out = vec![f32::NAN; self.rows * n];
         let params = IntGemmParams {
-            q: q.as_ptr(),
-            x_scales: scales.as_ptr(),
-            weight: self.packed.weights.as_ptr(),
-            steps: self.packed.steps.as_ptr(),
-            w_scales: self.packed.scales.as_ptr(),
-            bias: self.bias.as_ptr(),
-            out: out.as_mut_ptr(),
-            num_rows: &raw const num_rows,
+            q: q.as_ptr() as u64,
+            x_scales: scales.as_ptr() as u64,
+            weight: self.packed.weights.as_ptr() as u64,
+            steps: self.packed.steps.as_ptr() as u64,
+            w_scales: self.packed.scales.as_ptr() as u64,
+            bias: self.bias.as_ptr() as u64,
+            out: out.as_mut_ptr() as u64,
+            num_rows: &raw const num_rows as u64,
             groups: groups as i32,
             out_features: n as i32,
             out_stride: n as i32,
@@ -301,13 +242,13 @@ fn quantized_products_and_rows_agree_on_the_values() {
             let (ids, num_rows) = ([0, last_tokens[1], vocab as i32 - 1, 7, vocab as i32], 5i32);
             let mut out = vec![f32::INFINITY; 6 * hidden];
             let params = IntEmbedParams {
-                weight: packed.weights.as_ptr(),
-                steps: packed.steps.as_ptr(),
-                w_scales: packed.scales.as_ptr(),
-                token_ids: token_ids.as_ptr(),
-                last_tokens: last_tokens.as_ptr(),
-                out: out.as_mut_ptr(),
-                num_rows: &raw const num_rows,
+                weight: packed.weights.as_ptr() as u64,
+                steps: packed.steps.as_ptr() as u64,
+                w_scales: packed.scales.as_ptr() as u64,
+                token_ids: token_ids.as_ptr() as u64,
+                last_tokens: last_tokens.as_ptr() as u64,
+                out: out.as_mut_ptr() as u64,
+                num_rows: &raw const num_rows as u64,
                 hidden: hidden as i32,
                 groups: packed.groups() as i32,
                 vocab: vocab as i32,

@@ -11,7 +11,7 @@ use quire_backend::Activation;
 use quire_core::ExecError;
 
 use super::mlp::activate_lanes;
-use super::tiles::{Ahead, Tiled, Turn, WIDE, each_panel, pieces};
+use super::tiles::{Ahead, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel, pieces};
 use crate::buffer::SharedRows;
 use crate::packed::{Packed, Rounded, RoundedRows};
 use crate::pool::Pool;
@@ -66,10 +66,10 @@ impl Gemm<'_> {
         place: impl Fn(usize) -> usize + Copy + Sync,
         to: impl Sink,
     ) -> Result<(), ExecError> {
-        let units = panels.div_ceil(WIDE);
-        let work = WIDE * PANEL * 2 * self.weight.k2() * self.tokens;
+        let units = panels.div_ceil(NARROW);
+        let work = NARROW * PANEL * 2 * self.weight.k2() * self.tokens;
         pool.split(units, pieces(units, work, self.tokens, pool.num_threads()), |_, units| {
-            let panels = units.start * WIDE..(units.end * WIDE).min(panels);
+            let panels = units.start * NARROW..(units.end * NARROW).min(panels);
             // SAFETY: `isa` was detected; each piece has panels, that is columns of the output, of its own.
             unsafe { dispatch_pairs(isa, Product { gemm: self, panels, place, to }) }
         })
@@ -256,6 +256,30 @@ impl<F: Fn(usize) -> usize, T: Sink> Product<'_, F, T> {
     }
 }
 
+/// The sums of one panel.
+///
+/// # Safety
+/// The panel holds `k2` vectors, each row as many pairs.
+#[inline(always)]
+unsafe fn column<D: PairDot, const M: usize>(
+    panel: *const u32,
+    k2: usize,
+    rows: [*const u32; M],
+) -> [D::V; M] {
+    // SAFETY: the caller's; a prefetch may touch any address.
+    unsafe {
+        let mut sums = [D::zero(); M];
+        for k in 0..k2 {
+            let weights = D::load(panel.add(k * PANEL));
+            D::prefetch(panel.wrapping_add(k * PANEL + STREAM_AHEAD));
+            for r in 0..M {
+                sums[r] = D::dot(sums[r], weights, rows[r].add(k));
+            }
+        }
+        sums
+    }
+}
+
 impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
@@ -267,8 +291,17 @@ impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
         // SAFETY: `panels` hold k2 vectors each, `x` M rows of `stride`; prefetches may leave them.
         unsafe {
             let rows: [*const u32; M] = std::array::from_fn(|i| x.as_ptr().add(i * stride));
-            let ahead = self.ahead(p, panels, turn);
             let mut sums = [[D::zero(); P]; M];
+            if turn.is_memory_bound(M) {
+                for i in 0..P {
+                    let column = column::<D, M>(panels[i], k2, rows);
+                    for r in 0..M {
+                        sums[r][i] = column[r];
+                    }
+                }
+                return give::<D, M, P>(&self.to, m, p, sums);
+            }
+            let ahead = self.ahead(p, panels, turn);
             for k in 0..k2 {
                 let mut weights = [D::load(panels[0]); P];
                 for i in 0..P {

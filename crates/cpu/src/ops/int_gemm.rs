@@ -9,7 +9,7 @@ use std::ops::Range;
 use quire_core::ExecError;
 
 use super::gemm::{Sink, give};
-use super::tiles::{Ahead, Tiled, Turn, WIDE, each_panel, pieces};
+use super::tiles::{Ahead, MEMORY_BOUND, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel, pieces};
 use crate::buffer::Shared;
 use crate::pool::Pool;
 use crate::quantized::{ACT_QUADS, ByteRows, Bytes, Codes, INT4_QUADS, INT4_VECTORS, Quantized};
@@ -21,8 +21,6 @@ use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
 const GROUP_QUADS: usize = 128 * 1024;
 /// Tokens of a group at least.
 const MIN_GROUP: usize = 192;
-/// Up to how many tokens int4 is multiplied without being expanded.
-const FEW: usize = 8;
 
 /// A product.
 #[derive(Clone, Copy)]
@@ -48,14 +46,16 @@ impl IntGemm<'_> {
         to: impl Sink,
     ) -> Result<(), ExecError> {
         let quads = self.weight.quads();
-        if self.weight.codes() == Codes::Int4 && self.tokens > FEW {
-            scratch.iter_mut().for_each(|panels| panels.resize((WIDE * quads * PANEL).max(panels.len()), 0));
+        if self.weight.codes() == Codes::Int4 && self.tokens > MEMORY_BOUND {
+            scratch
+                .iter_mut()
+                .for_each(|panels| panels.resize((NARROW * quads * PANEL).max(panels.len()), 0));
         }
         let scratch = Shared::new(scratch);
-        let units = panels.div_ceil(WIDE);
-        let work = WIDE * PANEL * quads * self.tokens;
+        let units = panels.div_ceil(NARROW);
+        let work = NARROW * PANEL * quads * self.tokens;
         pool.split(units, pieces(units, work, self.tokens, pool.num_threads()), |worker, units| {
-            let panels = units.start * WIDE..(units.end * WIDE).min(panels);
+            let panels = units.start * NARROW..(units.end * NARROW).min(panels);
             // SAFETY: `isa` was detected; each piece has panels, that is columns of the output, of its own, and each
             // thread its scratch.
             unsafe {
@@ -76,7 +76,7 @@ struct Piece<'a, F, T> {
     expanded: Shared<'a, u32>,
 }
 
-impl<F: Fn(usize) -> usize + Sync, T: Sink> PairKernel for Piece<'_, F, T> {
+impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> PairKernel for Piece<'_, F, T> {
     type Output = ();
 
     #[inline(always)]
@@ -87,7 +87,7 @@ impl<F: Fn(usize) -> usize + Sync, T: Sink> PairKernel for Piece<'_, F, T> {
             let tokens = first..(first + group).min(tokens);
             // SAFETY: the caller's.
             unsafe {
-                if weight.codes() == Codes::Int4 && self.gemm.tokens <= FEW {
+                if weight.codes() == Codes::Int4 && self.gemm.tokens <= MEMORY_BOUND {
                     each_panel::<D, _>(&Nibbles(&self), tokens, self.panels.clone());
                 } else {
                     each_panel::<D, _>(&self, tokens, self.panels.clone());
@@ -97,7 +97,7 @@ impl<F: Fn(usize) -> usize + Sync, T: Sink> PairKernel for Piece<'_, F, T> {
     }
 }
 
-impl<F: Fn(usize) -> usize + Sync, T: Sink> Piece<'_, F, T> {
+impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> Piece<'_, F, T> {
     /// Panel `p + i` as bytes, expanded if need be: once for all tiles of the same panels.
     #[inline(always)]
     unsafe fn bytes<D: ByteDot>(&self, p: usize, i: usize, turn: Turn) -> *const u32 {
@@ -136,21 +136,14 @@ impl<F: Fn(usize) -> usize + Sync, T: Sink> Piece<'_, F, T> {
 }
 
 /// Scales sums by those of the weights.
+#[derive(Clone, Copy)]
 struct Scaled<'a, F, T> {
     weight: &'a Quantized,
     place: &'a F,
     to: T,
 }
 
-impl<F, T: Copy> Clone for Scaled<'_, F, T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<F, T: Copy> Copy for Scaled<'_, F, T> {}
-
-impl<F: Fn(usize) -> usize + Sync, T: Sink> Sink for Scaled<'_, F, T> {
+impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> Sink for Scaled<'_, F, T> {
     #[inline(always)]
     unsafe fn take<D: PairDot, const P: usize>(&self, m: usize, p: usize, sums: [D::V; P]) {
         let mut scaled = sums;
@@ -186,7 +179,7 @@ unsafe fn expand<D: ByteDot>(panel: &[u32], steps_at: usize, to: &mut [u32]) {
     }
 }
 
-impl<F: Fn(usize) -> usize + Sync, T: Sink> Tiled for Piece<'_, F, T> {
+impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> Tiled for Piece<'_, F, T> {
     /// Sums of integers lie beside those of floats.
     const SHARE: (usize, usize) = (2, 3);
 
@@ -201,8 +194,17 @@ impl<F: Fn(usize) -> usize + Sync, T: Sink> Tiled for Piece<'_, F, T> {
             for i in 0..P {
                 panels[i] = self.bytes::<D>(p, i, turn);
             }
-            let ahead = self.ahead(p, panels, turn);
             let mut sums = [[D::zero(); P]; M];
+            if turn.is_memory_bound(M) {
+                for i in 0..P {
+                    let column = column::<D, M>(panels[i], quads, x);
+                    for r in 0..M {
+                        sums[r][i] = column[r];
+                    }
+                }
+                return give::<D, M, P>(&self.scaled(), m, p, sums);
+            }
+            let ahead = self.ahead(p, panels, turn);
             for (g, first) in (0..quads).step_by(ACT_QUADS).enumerate() {
                 let mut dots = [[D::splat_int(0); P]; M];
                 for r in 0..M {
@@ -232,34 +234,58 @@ impl<F: Fn(usize) -> usize + Sync, T: Sink> Tiled for Piece<'_, F, T> {
     }
 }
 
-/// The product with int4 as it is, for up to [`FEW`] tokens.
+/// The sums of one panel of int8.
+///
+/// # Safety
+/// The panel holds `quads` vectors, each row of `x` as many quads.
+#[inline(always)]
+unsafe fn column<D: ByteDot, const M: usize>(panel: *const u32, quads: usize, x: ByteRows) -> [D::V; M] {
+    // SAFETY: the caller's; a prefetch may touch any address.
+    unsafe {
+        let mut sums = [D::zero(); M];
+        for (g, first) in (0..quads).step_by(ACT_QUADS).enumerate() {
+            let mut dots = [D::splat_int(0); M];
+            for r in 0..M {
+                dots[r] = D::splat_int(*x.offsets.add(r * x.groups + g));
+            }
+            for k in first..(first + ACT_QUADS).min(quads) {
+                let weights = D::load(panel.add(k * PANEL));
+                D::prefetch(panel.wrapping_add(k * PANEL + STREAM_AHEAD));
+                for r in 0..M {
+                    dots[r] = D::dot_bytes(dots[r], weights, x.quads.add(r * x.stride + k));
+                }
+            }
+            for r in 0..M {
+                let scale = D::splat(*x.scales.add(r * x.groups + g));
+                sums[r] = D::fma(scale, D::to_float(dots[r]), sums[r]);
+            }
+        }
+        sums
+    }
+}
+
+/// The product with int4 as it is, for so few tokens that memory is the limit.
 struct Nibbles<'a, 'b, F, T>(&'b Piece<'a, F, T>);
 
-impl<F: Fn(usize) -> usize + Sync, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
+impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
     /// So do those of one group.
     const SHARE: (usize, usize) = (1, 3);
 
     #[inline(always)]
-    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
-        let weight = self.0.gemm.weight;
-        let (quads, steps_at) = (weight.quads(), weight.steps_at());
-        // SAFETY: panels hold `steps_at` words of codes and then the steps, rows `quads` quads; prefetches may leave them.
+    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, _: Turn) {
+        let (weight, place) = (self.0.gemm.weight, self.0.place);
+        let quads = weight.quads();
+        // SAFETY: rows hold `quads` quads; the rest is the caller's.
         unsafe {
             let x = self.0.gemm.x.rows(m, M, quads);
-            let panels: [*const u32; P] =
-                std::array::from_fn(|i| weight.panel((self.0.place)(p + i)).as_ptr());
-            let ahead = self.0.ahead(p, panels, turn);
             let mut sums = [[D::zero(); P]; M];
-            for (g, first) in (0..quads).step_by(ACT_QUADS).enumerate() {
-                let mut totals = [[D::splat_int(0); P]; M];
-                for small in first / INT4_QUADS..(first + ACT_QUADS).min(quads) / INT4_QUADS {
-                    add_group::<D, M, P>(&mut totals, panels, ahead, steps_at, small, x);
-                }
+            for i in 0..P {
+                let next = (p + i + 1).min(self.0.panels.end - 1);
+                let next_steps = weight.panel(place(next)).as_ptr().add(weight.steps_at());
+                let panel = NibblePanel { codes: weight.panel(place(p + i)).as_ptr(), next_steps };
+                let column = panel.column::<D, M>(quads, weight.steps_at(), x);
                 for r in 0..M {
-                    let scale = D::splat(*x.scales.add(r * x.groups + g));
-                    for i in 0..P {
-                        sums[r][i] = D::fma(scale, D::to_float(totals[r][i]), sums[r][i]);
-                    }
+                    sums[r][i] = column[r];
                 }
             }
             // A tile is too short for a call of its own (15 % at 4 tokens).
@@ -271,39 +297,74 @@ impl<F: Fn(usize) -> usize + Sync, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
     }
 }
 
-/// Adds `step * Σ (code - zero) * x` over one group of inputs.
-#[inline(always)]
-unsafe fn add_group<D: ByteDot, const M: usize, const P: usize>(
-    totals: &mut [[D::W; P]; M],
-    panels: [*const u32; P],
-    ahead: Ahead<P>,
-    steps_at: usize,
-    group: usize,
-    x: ByteRows,
-) {
-    // SAFETY: the caller's.
-    unsafe {
-        let mut dots = [[D::splat_int(0); P]; M];
-        for v in 0..INT4_VECTORS {
-            let at = (group * INT4_VECTORS + v) * PANEL;
-            let quads = x.quads.add(group * INT4_QUADS + v);
-            for i in 0..P {
-                let [low, high] = D::nibbles(D::load(panels[i].add(at)));
-                ahead.fetch::<D>(i, group * INT4_VECTORS + v);
+/// A panel of int4.
+#[derive(Clone, Copy)]
+struct NibblePanel {
+    /// Codes, and behind them one vector of bytes for each group: steps and zeros.
+    codes: *const u32,
+    /// Those of the next panel, which lie ahead of where memory is read: they are asked for now.
+    next_steps: *const u32,
+}
+
+impl NibblePanel {
+    /// Its sums.
+    ///
+    /// # Safety
+    /// Codes and steps are those of `quads` quads, `steps_at` words apart; rows of `x` hold as many.
+    #[inline(always)]
+    unsafe fn column<D: ByteDot, const M: usize>(
+        self,
+        quads: usize,
+        steps_at: usize,
+        x: ByteRows,
+    ) -> [D::V; M] {
+        // SAFETY: the caller's; a prefetch may touch any address.
+        unsafe {
+            let mut sums = [D::zero(); M];
+            for (g, first) in (0..quads).step_by(ACT_QUADS).enumerate() {
+                let mut totals = [D::splat_int(0); M];
+                for group in first / INT4_QUADS..(first + ACT_QUADS).min(quads) / INT4_QUADS {
+                    D::prefetch(self.next_steps.wrapping_add(group * (PANEL / 4)));
+                    self.add_group::<D, M>(&mut totals, steps_at, group, x);
+                }
                 for r in 0..M {
-                    let quads = quads.add(r * x.stride);
-                    dots[r][i] = D::dot_bytes(dots[r][i], low, quads);
-                    dots[r][i] = D::dot_bytes(dots[r][i], high, quads.add(INT4_VECTORS));
+                    let scale = D::splat(*x.scales.add(r * x.groups + g));
+                    sums[r] = D::fma(scale, D::to_float(totals[r]), sums[r]);
                 }
             }
+            sums
         }
-        for i in 0..P {
-            let steps = panels[i].add(steps_at + group * (PANEL / 4));
-            let [step, zero] = D::steps_and_zeros(steps.cast());
+    }
+
+    /// Adds `step * Σ (code - zero) * x` over one group of inputs. Low and high nibbles have sums of their own, as one
+    /// after the other would wait for the latency of the dot product.
+    #[inline(always)]
+    unsafe fn add_group<D: ByteDot, const M: usize>(
+        self,
+        totals: &mut [D::W; M],
+        steps_at: usize,
+        group: usize,
+        x: ByteRows,
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let mut lows = [D::splat_int(0); M];
+            let mut highs = lows;
+            for v in 0..INT4_VECTORS {
+                let codes = self.codes.add((group * INT4_VECTORS + v) * PANEL);
+                let [low, high] = D::nibbles(D::load(codes));
+                D::prefetch(codes.wrapping_add(STREAM_AHEAD));
+                for r in 0..M {
+                    let quads = x.quads.add(group * INT4_QUADS + v + r * x.stride);
+                    lows[r] = D::dot_bytes(lows[r], low, quads);
+                    highs[r] = D::dot_bytes(highs[r], high, quads.add(INT4_VECTORS));
+                }
+            }
+            let [step, zero] = D::steps_and_zeros(self.codes.add(steps_at + group * (PANEL / 4)).cast());
             for r in 0..M {
                 let offset = D::mul_int(zero, D::splat_int(*x.sums.add(r * x.small_groups + group)));
-                let dot = D::mul_int(step, D::sub_int(dots[r][i], offset));
-                totals[r][i] = D::add_int(totals[r][i], dot);
+                let dot = D::mul_int(step, D::sub_int(D::add_int(lows[r], highs[r]), offset));
+                totals[r] = D::add_int(totals[r], dot);
             }
         }
     }

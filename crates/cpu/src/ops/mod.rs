@@ -11,6 +11,7 @@ pub mod norm;
 pub(crate) mod paged;
 pub mod rope;
 pub mod sample;
+mod softmax;
 pub(crate) mod tiles;
 mod topk;
 

@@ -2,77 +2,10 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use half::{bf16, f16};
+pub use quire_cuda::params::AttentionItem as Item;
+use quire_cuda::params::{AttentionParams, AttentionPlanParams};
 
 use crate::common::HostKernels;
-
-/// Of `kernels/include/attention_params.h`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Item {
-    pub seq: i32,
-    pub q_start: i32,
-    pub first_position: i32,
-    pub row_begin: i32,
-    pub num_rows: i32,
-    pub kv_begin: i32,
-    pub kv_end: i32,
-    pub num_splits: i32,
-    pub split_offset: i32,
-    pub partial: i32,
-    pub counter: i32,
-    pub num_items: i32,
-    pub reserved: [i32; 4],
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AttentionParams {
-    q: *const u16,
-    kv: *const u8,
-    kv_scales: *const f32,
-    out: *mut u16,
-    block_tables: *const i32,
-    items: *const Item,
-    num_items: *const i32,
-    partial_out: *mut f32,
-    partial_max_sum: *mut f32,
-    counters: *mut i32,
-    carry: *mut f32,
-    sinks: *const f32,
-    scale: f32,
-    soft_cap: f32,
-    window: i32,
-    num_kv_heads: i32,
-    group: i32,
-    head_dim: i32,
-    page_shift: i32,
-    block_table_stride: i32,
-    q_stride: i32,
-    out_stride: i32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PlanParams {
-    cu_seqlens_q: *const i32,
-    seq_lens: *const i32,
-    seq_slots: *const i32,
-    num_seqs: *const i32,
-    decode_items: *mut Item,
-    num_decode_items: *mut i32,
-    prefill_items: *mut Item,
-    num_prefill_items: *mut i32,
-    num_kv_heads: i32,
-    group: i32,
-    window: i32,
-    prefill_rows: i32,
-    decode_blocks: i32,
-    prefill_blocks: i32,
-    max_items: i32,
-    max_partials: i32,
-    max_counters: i32,
-    reserved: i32,
-}
 
 pub const PREFILL_ROWS: i32 = 128;
 const MAX_PARTIALS: usize = 2048;
@@ -113,15 +46,15 @@ impl Sequences<'_> {
         let poison = Item { seq: -1, num_rows: -1, ..Item::default() };
         let (mut decode, mut prefill) = (vec![poison; limits.items], vec![poison; limits.items]);
         let (mut num_decode, mut num_prefill, num_seqs) = (-1, -1, self.seq_lens.len() as i32);
-        let plan = PlanParams {
-            cu_seqlens_q: self.cu_seqlens_q.as_ptr(),
-            seq_lens: self.seq_lens.as_ptr(),
-            seq_slots: self.seq_slots.as_ptr(),
-            num_seqs: &raw const num_seqs,
-            decode_items: decode.as_mut_ptr(),
-            num_decode_items: &raw mut num_decode,
-            prefill_items: prefill.as_mut_ptr(),
-            num_prefill_items: &raw mut num_prefill,
+        let plan = AttentionPlanParams {
+            cu_seqlens_q: self.cu_seqlens_q.as_ptr() as u64,
+            seq_lens: self.seq_lens.as_ptr() as u64,
+            seq_slots: self.seq_slots.as_ptr() as u64,
+            num_seqs: &raw const num_seqs as u64,
+            decode_items: decode.as_mut_ptr() as u64,
+            num_decode_items: &raw mut num_decode as u64,
+            prefill_items: prefill.as_mut_ptr() as u64,
+            num_prefill_items: &raw mut num_prefill as u64,
             num_kv_heads: num_kv_heads as i32,
             group: self.group as i32,
             window: self.window as i32,
@@ -442,18 +375,18 @@ impl<'a> Step<'a> {
             let mut partial_max_sum = vec![f32::NAN; MAX_PARTIALS * heads * 2];
             let mut carry = vec![f32::NAN; PREFILL_BLOCKS as usize * PREFILL_ROWS as usize * shape.tile_dim];
             let params = AttentionParams {
-                q: self.q.as_ptr(),
-                kv: self.kv.as_ptr(),
-                kv_scales: self.kv_scales.as_ptr(),
-                out: out.as_mut_ptr(),
-                block_tables: self.block_tables.as_ptr(),
-                items: items.as_ptr(),
-                num_items: &raw const num_items,
-                partial_out: partial_out.as_mut_ptr(),
-                partial_max_sum: partial_max_sum.as_mut_ptr(),
-                counters: counters.as_mut_ptr(),
-                carry: carry.as_mut_ptr(),
-                sinks: if shape.sinks { self.problem.sinks.as_ptr() } else { std::ptr::null() },
+                q: self.q.as_ptr() as u64,
+                kv: self.kv.as_ptr() as u64,
+                kv_scales: self.kv_scales.as_ptr() as u64,
+                out: out.as_mut_ptr() as u64,
+                block_tables: self.block_tables.as_ptr() as u64,
+                items: items.as_ptr() as u64,
+                num_items: &raw const num_items as u64,
+                partial_out: partial_out.as_mut_ptr() as u64,
+                partial_max_sum: partial_max_sum.as_mut_ptr() as u64,
+                counters: counters.as_mut_ptr() as u64,
+                carry: carry.as_mut_ptr() as u64,
+                sinks: if shape.sinks { self.problem.sinks.as_ptr() as u64 } else { 0 },
                 scale: self.problem.scale(),
                 soft_cap: shape.soft_cap,
                 window: shape.window as i32,

@@ -47,7 +47,7 @@ pub struct HostKernels {
     emulate: EmulateFn,
     params_sizes: BTreeMap<String, usize>,
     /// Keeps the code mapped.
-    library: Library,
+    loaded: Library,
 }
 
 impl HostKernels {
@@ -81,7 +81,7 @@ impl HostKernels {
             name.to_str().expect("names are C identifiers").to_owned()
         };
         let params_sizes = rows.iter().map(|row| (name(row), row.params_size as usize)).collect();
-        Self { emulate, params_sizes, library }
+        Self { emulate, params_sizes, loaded: library }
     }
 
     /// Every kernel, with the size of its parameter struct in bytes.
@@ -95,7 +95,7 @@ impl HostKernels {
     /// There is none of this name.
     pub fn symbol(&self, name: &str) -> *const c_void {
         // SAFETY: only the address is taken.
-        let symbol = unsafe { self.library.get::<*const c_void>(name.as_bytes()) };
+        let symbol = unsafe { self.loaded.get::<*const c_void>(name.as_bytes()) };
         *symbol.unwrap_or_else(|error| panic!("{name}: {error}"))
     }
 
@@ -103,8 +103,7 @@ impl HostKernels {
     fn error(&self) -> String {
         // SAFETY: `kernels/emulate` defines it so; the text ends in a zero.
         unsafe {
-            let symbol =
-                self.library.get::<unsafe extern "C" fn() -> *const c_char>(b"quire_emulate_error\0");
+            let symbol = self.loaded.get::<unsafe extern "C" fn() -> *const c_char>(b"quire_emulate_error\0");
             symbol.map_or_else(|_| "?".into(), |text| CStr::from_ptr(text()).to_string_lossy().into_owned())
         }
     }
