@@ -29,8 +29,8 @@ pub(crate) fn choose(args: &EngineArgs, dtype: DType) -> Result<Option<Gpu>> {
 fn unsuited(args: &EngineArgs) -> Option<String> {
     let quant = args.quantize.format();
     let kv = args.kv_cache_dtype.dtype();
-    if quant != QuantFormat::None {
-        return Some(format!("--quantize {} is not supported on CUDA yet", quant.name()));
+    if quant == QuantFormat::Fp8 {
+        return Some("--quantize fp8 is not supported on CUDA yet; use int8 or int4".into());
     }
     if let Some(kv) = kv.filter(|kv| !matches!(kv, DType::BF16 | DType::F16)) {
         return Some(format!("--kv-cache-dtype {kv} is not supported on CUDA yet; use auto"));

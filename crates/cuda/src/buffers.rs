@@ -9,6 +9,7 @@ use quire_core::DType;
 
 use crate::blaslt::{Element, Gemm};
 use crate::driver::DeviceSlice;
+use crate::quantized::IntMatrix;
 
 /// Activations `[rows, cols]`, rows `stride` elements apart.
 #[derive(Debug)]
@@ -24,19 +25,31 @@ pub struct CudaBuf {
 #[derive(Debug)]
 pub struct CudaWeight {
     pub(crate) name: String,
-    /// `[out_features, in_features]`, dense.
-    pub(crate) data: DeviceSlice,
-    /// `[out_features]`, or null.
+    pub(crate) matrix: CudaMatrix,
+    /// `[out_features]`, or null: of the activations' type beside a dense matrix, f32 beside others.
     pub(crate) bias: DeviceSlice,
     pub(crate) out_features: usize,
     pub(crate) in_features: usize,
-    /// Its product, described at the first use: into activations, and into f32 (see [`CudaWeight::gemm`]).
-    pub(crate) gemms: [OnceCell<Gemm>; 2],
 }
 
-impl CudaWeight {
+/// How a matrix lies in device memory.
+#[derive(Debug)]
+pub(crate) enum CudaMatrix {
+    Dense(DenseMatrix),
+    Int(IntMatrix),
+}
+
+/// `[out_features, in_features]` of the activations' type.
+#[derive(Debug)]
+pub(crate) struct DenseMatrix {
+    pub data: DeviceSlice,
+    /// Its product, described at the first use: into activations, and into f32 (see [`Self::gemm`]).
+    pub gemms: [OnceCell<Gemm>; 2],
+}
+
+impl DenseMatrix {
     /// The product into elements of this type.
-    pub(crate) fn gemm(&self, output: Element) -> &OnceCell<Gemm> {
+    pub fn gemm(&self, output: Element) -> &OnceCell<Gemm> {
         &self.gemms[usize::from(output == Element::F32)]
     }
 }

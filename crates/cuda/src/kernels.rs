@@ -2,10 +2,11 @@
 
 use crate::blaslt::Element;
 use crate::driver::{CudaError, Function, LaunchShape, Modules};
+use crate::int_weights::{Bits, PANEL};
 use crate::params::{
     ActParams, AddNormParams, AttentionParams, AttentionPlanParams, CopyPagesParams, CountTokensParams,
-    EmbedParams, GatherRowsParams, LogitsParams, LogprobsParams, RopeCacheParams, SampleParams,
-    StepPlanParams, UpdateTablesParams,
+    EmbedParams, GatherRowsParams, IntEmbedParams, IntGemmParams, LogitsParams, LogprobsParams,
+    QuantizeParams, RopeCacheParams, SampleParams, StepPlanParams, UpdateTablesParams,
 };
 
 const ROW_THREADS: u32 = 256;
@@ -16,6 +17,11 @@ pub const DECODE_ROWS: usize = 16;
 /// Ids in a part of a row of logits.
 const LOGITS_PART: usize = 8192;
 const NORM_MAX_HIDDEN: usize = 32_768;
+/// Threads of a block of the kernels in `int_gemm.cuh`.
+const INT_THREADS: u32 = 256;
+/// Two rounds of the sums of eight warps for 8 rows of one panel, and for 32 of two, padded: see `IntStream`.
+const M8_SMEM: u32 = 2 * 8 * 8 * 20 * 4;
+const M32_SMEM: u32 = 2 * 8 * 32 * 36 * 4;
 
 /// A kernel, and a slower one for sizes that the first does not take.
 #[derive(Debug)]
@@ -42,6 +48,25 @@ pub struct AttentionKernels {
     prefill_smem: u32,
 }
 
+/// What works on weights of one number of bits.
+#[derive(Debug)]
+pub struct IntKernels {
+    /// Rows of a table.
+    pub embed: Function<IntEmbedParams>,
+    /// Products into activations.
+    pub into_activations: IntGemms,
+    /// Products into f32.
+    pub into_f32: IntGemms,
+}
+
+/// The same product, bit by bit, for different numbers of rows.
+#[derive(Debug)]
+pub struct IntGemms {
+    m8: Function<IntGemmParams>,
+    m32: Function<IntGemmParams>,
+    wide: Function<IntGemmParams>,
+}
+
 /// Every kernel of one activation type.
 #[derive(Debug)]
 pub struct Kernels {
@@ -50,6 +75,9 @@ pub struct Kernels {
     pub rope_cache: Pair<RopeCacheParams>,
     pub act: Pair<ActParams>,
     pub gather_rows: Function<GatherRowsParams>,
+    pub quantize: Function<QuantizeParams>,
+    int8: IntKernels,
+    int4: IntKernels,
     pub copy_pages: Function<CopyPagesParams>,
     pub step_plan: Function<StepPlanParams>,
     pub update_tables: Function<UpdateTablesParams>,
@@ -97,6 +125,9 @@ impl Kernels {
             rope_cache: pair(modules, "quire_rope_cache", act)?,
             act: pair(modules, "quire_act", act)?,
             gather_rows: modules.function(&format!("quire_gather_rows_{act}"), 0)?,
+            quantize: modules.function(&format!("quire_quantize_{act}"), 0)?,
+            int8: IntKernels::find(modules, 8, act)?,
+            int4: IntKernels::find(modules, 4, act)?,
             copy_pages: modules.function("quire_copy_pages", 0)?,
             step_plan: modules.function("quire_step_plan", 0)?,
             update_tables: modules.function("quire_update_tables", 0)?,
@@ -137,6 +168,18 @@ impl Kernels {
         (self.act.choose(width.is_multiple_of(8)), by_rows(rows, width.div_ceil(16 * 256), 256))
     }
 
+    pub fn int(&self, bits: Bits) -> &IntKernels {
+        match bits {
+            Bits::Eight => &self.int8,
+            Bits::Four => &self.int4,
+        }
+    }
+
+    /// One warp a group of inputs.
+    pub fn quantize_shape(rows: usize, groups: usize) -> LaunchShape {
+        by_rows(rows, groups.div_ceil(INT_THREADS as usize / 32), INT_THREADS)
+    }
+
     /// One block a row.
     pub fn by_row(rows: usize) -> LaunchShape {
         LaunchShape::linear(rows as u32, ROW_THREADS)
@@ -162,6 +205,48 @@ impl Kernels {
 /// Parts of a row of logits.
 pub fn logits_splits(vocab: usize) -> usize {
     vocab.div_ceil(LOGITS_PART)
+}
+
+impl IntKernels {
+    fn find(modules: &Modules, bits: u32, act: &str) -> Result<Self, CudaError> {
+        let gemms = |output: &str| -> Result<IntGemms, CudaError> {
+            let name = |rows: &str| format!("quire_int{bits}_gemm_{rows}_{output}");
+            Ok(IntGemms {
+                m8: modules.function(&name("m8"), M8_SMEM)?,
+                m32: modules.function(&name("m32"), M32_SMEM)?,
+                wide: modules.function(&name("wide"), 0)?,
+            })
+        };
+        Ok(Self {
+            embed: modules.function(&format!("quire_embed_int{bits}"), 0)?,
+            into_activations: gemms(act)?,
+            into_f32: gemms("f32")?,
+        })
+    }
+}
+
+impl IntGemms {
+    /// The kernel for this many rows. `wide` does the least work a row, if there are blocks of it for all
+    /// multiprocessors; it computes 64 rows, however few there are.
+    pub fn choose(
+        &self,
+        rows: usize,
+        out_features: usize,
+        sm_count: u32,
+    ) -> (&Function<IntGemmParams>, LaunchShape) {
+        let panels = out_features.div_ceil(PANEL);
+        let shape = |panels_of_block: usize, rows_of_block: usize, dynamic_smem| LaunchShape {
+            grid: [panels.div_ceil(panels_of_block) as u32, rows.div_ceil(rows_of_block) as u32, 1],
+            dynamic_smem,
+            ..LaunchShape::linear(1, INT_THREADS)
+        };
+        let wide = shape(8, 64, 0);
+        match rows {
+            0..=8 => (&self.m8, shape(1, 8, M8_SMEM)),
+            33.. if wide.grid[0] * wide.grid[1] >= sm_count => (&self.wide, wide),
+            _ => (&self.m32, shape(2, 32, M32_SMEM)),
+        }
+    }
 }
 
 impl AttentionKernels {

@@ -211,6 +211,46 @@ params! {
         vocab: i32,
         reserved: i32,
     }
+    /// `quire_quantize_*`.
+    QuantizeParams = "QuireQuantizeParams" {
+        x: u64,
+        q: u64,
+        scales: u64,
+        num_rows: u64,
+        in_features: i32,
+        groups: i32,
+        x_stride: i32,
+        reserved: i32,
+    }
+    /// `quire_int{8,4}_gemm_*`.
+    IntGemmParams = "QuireIntGemmParams" {
+        q: u64,
+        x_scales: u64,
+        weight: u64,
+        steps: u64,
+        w_scales: u64,
+        bias: u64,
+        out: u64,
+        num_rows: u64,
+        groups: i32,
+        out_features: i32,
+        out_stride: i32,
+        reserved: i32,
+    }
+    /// `quire_embed_int{8,4}`.
+    IntEmbedParams = "QuireIntEmbedParams" {
+        weight: u64,
+        steps: u64,
+        w_scales: u64,
+        token_ids: u64,
+        last_tokens: u64,
+        out: u64,
+        num_rows: u64,
+        hidden: i32,
+        groups: i32,
+        vocab: i32,
+        reserved: i32,
+    }
     /// `quire_attention_{decode,prefill}_*`.
     AttentionParams = "QuireAttentionParams" {
         q: u64,

@@ -3,8 +3,8 @@
 mod common;
 
 use common::{MockGpu, mock};
-use quire_backend::conformance::{Support, Tolerance, run_with};
-use quire_core::DType;
+use quire_backend::conformance::{Support, Tolerance, run_quantized_with, run_with};
+use quire_core::{DType, QuantFormat};
 use quire_cuda::{Cuda, CudaOptions};
 
 fn options(gpu: &MockGpu) -> CudaOptions {
@@ -21,5 +21,17 @@ fn conforms_with_graphs_and_late_streams() {
     gpu.delay(true);
     run_with(TOLERANCE, SUPPORT, || Cuda::new(mock::images(), options(&gpu)).expect("the double is a GPU"));
     assert!(!gpu.is_mock() || gpu.counters().graph_launches > 100);
+    gpu.assert_nothing_left();
+}
+
+#[test]
+fn quantized_layers_equal_the_reference() {
+    let Some(gpu) = MockGpu::new() else { return };
+    gpu.delay(true);
+    for quant in [QuantFormat::Int8, QuantFormat::Int4] {
+        run_quantized_with(quant, SUPPORT, || {
+            Cuda::new(mock::images(), options(&gpu)).expect("the double is a GPU")
+        });
+    }
     gpu.assert_nothing_left();
 }

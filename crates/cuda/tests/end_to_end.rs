@@ -20,6 +20,8 @@ use steps::Steps;
 const TOLERANCE: f32 = 1e-2;
 /// The same for the golden checkpoints, whose random weights on 64 columns amplify rounding: the worst row has 0.025.
 const GOLDEN_TOLERANCE: f32 = 3e-2;
+/// The same where activations are quantized too: a difference in the last bit of bf16 may move a code by one of 127.
+const QUANTIZED_TOLERANCE: f32 = 0.1;
 const MAX_NUM_SEQS: u32 = 8;
 const MAX_MODEL_LEN: u32 = 128;
 
@@ -46,7 +48,17 @@ fn cuda_with(gpu: &MockGpu, activations: Element) -> Cuda {
 }
 
 fn load<B: Backend>(backend: B, checkpoint: &Checkpoint, kv_dtype: DType) -> ModelRunner<B> {
-    ModelRunner::load(backend, checkpoint, &config(kv_dtype), |_| {}).expect("the checkpoint loads")
+    load_quantized(backend, checkpoint, kv_dtype, QuantFormat::None)
+}
+
+fn load_quantized<B: Backend>(
+    backend: B,
+    checkpoint: &Checkpoint,
+    kv_dtype: DType,
+    quant: QuantFormat,
+) -> ModelRunner<B> {
+    let config = RunnerConfig { quant, ..config(kv_dtype) };
+    ModelRunner::load(backend, checkpoint, &config, |_| {}).expect("the checkpoint loads")
 }
 
 fn demo() -> Checkpoint {
@@ -76,13 +88,15 @@ fn margin(logits: &[f32]) -> f32 {
 }
 
 /// Prefills and decodes on both; returns the worst error of a row of logits.
-fn compare(name: &str, gpu: &MockGpu, checkpoint: &Checkpoint, num_steps: usize) -> f32 {
+fn compare(name: &str, gpu: &MockGpu, checkpoint: &Checkpoint, quant: QuantFormat, num_steps: usize) -> f32 {
     let vocab = checkpoint.spec().vocab_size;
     let greedy = SamplingParams::greedy(100);
-    let mut expected = Steps::new(load(RefBackend::new(), checkpoint, DType::F32), prompts(vocab), &greedy);
+    let reference = load_quantized(RefBackend::new(), checkpoint, DType::F32, quant);
+    let mut expected = Steps::new(reference, prompts(vocab), &greedy);
     let is_f16 = checkpoint.spec().dtype == DType::F16;
     let (element, kv_dtype) = if is_f16 { (Element::F16, DType::F16) } else { (Element::Bf16, DType::BF16) };
-    let mut got = Steps::new(load(cuda_with(gpu, element), checkpoint, kv_dtype), prompts(vocab), &greedy);
+    let cuda = load_quantized(cuda_with(gpu, element), checkpoint, kv_dtype, quant);
+    let mut got = Steps::new(cuda, prompts(vocab), &greedy);
     let mut worst = 0.0f32;
     for step in 0..num_steps {
         expected.step();
@@ -107,18 +121,26 @@ fn compare(name: &str, gpu: &MockGpu, checkpoint: &Checkpoint, num_steps: usize)
     worst
 }
 
-#[test]
-fn golden_checkpoints_agree_with_the_reference() {
-    let Some(gpu) = MockGpu::new() else { return };
+/// `(name, checkpoint)` in the order of the names.
+fn golden_checkpoints() -> Vec<(String, Checkpoint)> {
     let folder = repository().join("tests/data/golden");
     let mut names: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     names.retain(|path| path.is_dir());
     names.sort();
     assert!(names.len() >= 10);
-    let mut errors = Vec::new();
-    for path in names {
+    let open = |path: std::path::PathBuf| {
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        let worst = compare(&name, &gpu, &Checkpoint::open(&path).unwrap(), 4);
+        (name, Checkpoint::open(&path).unwrap())
+    };
+    names.into_iter().map(open).collect()
+}
+
+#[test]
+fn golden_checkpoints_agree_with_the_reference() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let mut errors = Vec::new();
+    for (name, checkpoint) in golden_checkpoints() {
+        let worst = compare(&name, &gpu, &checkpoint, QuantFormat::None, 4);
         println!("{name:20} relative error {worst:.1e}");
         errors.push((name, worst));
     }
@@ -127,12 +149,61 @@ fn golden_checkpoints_agree_with_the_reference() {
 }
 
 #[test]
+fn quantized_checkpoints_agree_with_the_reference() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let mut errors = Vec::new();
+    for (name, checkpoint) in golden_checkpoints() {
+        for quant in [QuantFormat::Int8, QuantFormat::Int4] {
+            let worst = compare(&name, &gpu, &checkpoint, quant, 2);
+            println!("{name:20} {:4} relative error {worst:.1e}", quant.name());
+            errors.push((name.clone(), quant, worst));
+        }
+    }
+    assert!(errors.iter().all(|(_, _, worst)| *worst <= QUANTIZED_TOLERANCE), "{errors:?}");
+    gpu.assert_nothing_left();
+}
+
+#[test]
 fn the_embedded_model_agrees_with_the_reference() {
     let Some(gpu) = MockGpu::new() else { return };
     gpu.delay(true);
-    let worst = compare("quire-demo", &gpu, &demo(), 2);
+    let worst = compare("quire-demo", &gpu, &demo(), QuantFormat::None, 2);
     println!("quire-demo relative error {worst:.1e}");
     assert!(worst <= TOLERANCE, "{worst}");
+}
+
+/// With layers so wide that prefill takes the kernel for many rows.
+#[test]
+fn the_embedded_model_agrees_in_8_bits() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let worst = compare("quire-demo", &gpu, &demo(), QuantFormat::Int8, 2);
+    println!("quire-demo int8 relative error {worst:.1e}");
+    assert!(worst <= QUANTIZED_TOLERANCE, "{worst}");
+    if gpu.is_mock() {
+        assert!(gpu.launches_of("quire_int8_gemm_wide_bf16") > 0);
+        assert!(gpu.launches_of("quire_int8_gemm_m8_bf16") > 0);
+    }
+}
+
+#[test]
+fn company_changes_no_bit_of_quantized_layers() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let checkpoint = Checkpoint::open(&repository().join("tests/data/golden/qwen3")).unwrap();
+    let vocab = checkpoint.spec().vocab_size;
+    for quant in [QuantFormat::Int8, QuantFormat::Int4] {
+        let runner = || load_quantized(cuda(&gpu), &checkpoint, DType::BF16, quant);
+        let greedy = SamplingParams::greedy(100);
+        let mut together = Steps::new(runner(), prompts(vocab), &greedy);
+        let mut alone = Steps::new(runner(), vec![prompts(vocab)[3].clone()], &greedy);
+        for step in 0..4 {
+            together.step();
+            alone.step();
+            let (all, own) = (together.logits(), alone.logits());
+            let bits = |logits: &[f32]| -> Vec<u32> { logits.iter().map(|x| x.to_bits()).collect() };
+            assert_eq!(bits(&all[3 * vocab..]), bits(&own), "{quant:?}, step {step}");
+        }
+    }
+    gpu.assert_nothing_left();
 }
 
 /// The sampler's own choices, with two steps in flight and with one, whoever shares the batch.

@@ -84,8 +84,16 @@ pub fn run_with<B: Backend>(tolerance: Tolerance, support: Support, mut make: im
 ///
 /// # Panics
 /// As [`run`].
-pub fn run_quantized<B: Backend>(quant: QuantFormat, mut make: impl FnMut() -> B) {
-    quantized::run(quant, &mut make);
+pub fn run_quantized<B: Backend>(quant: QuantFormat, make: impl FnMut() -> B) {
+    run_quantized_with(quant, Support::default(), make);
+}
+
+/// [`run_quantized`], for a backend that rounds activations to `support.dtype` between operations.
+///
+/// # Panics
+/// As [`run`].
+pub fn run_quantized_with<B: Backend>(quant: QuantFormat, support: Support, mut make: impl FnMut() -> B) {
+    quantized::run(quant, support, &mut make);
 }
 
 /// Copies between the device and the host tier. For backends that have one; apart from [`run`], which all pass.

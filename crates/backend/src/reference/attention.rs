@@ -1,9 +1,8 @@
 //! The paged cache, and attention over it.
 
-use half::{bf16, f16};
 use quire_core::{BlockCopy, DType, HostCopy};
 
-use crate::convert::tensor_error;
+use crate::convert::{round_to, tensor_error};
 use crate::{BackendError, KvLayout};
 
 /// The paged cache in f32, every value rounded to the cache's type when it is written. Slots never written hold NaN, so
@@ -92,14 +91,6 @@ fn poisoned(layout: &KvLayout) -> Vec<RefKvLayer> {
         RefKvLayer { k: poison.clone(), v: poison, kv_size }
     });
     layers.collect()
-}
-
-fn round_to(dtype: DType, value: f32) -> f32 {
-    match dtype {
-        DType::F16 => f16::from_f32(value).to_f32(),
-        DType::BF16 => bf16::from_f32(value).to_f32(),
-        _ => value,
-    }
 }
 
 /// Which keys one query row sees.
