@@ -72,6 +72,9 @@ pub struct CudaRope {
 #[derive(Debug)]
 pub struct CudaKv {
     pub(crate) slice: DeviceSlice,
+    /// `[layer][page][2][kv heads][page tokens]` f32: the factor of each key and value of an fp8 cache, else null.
+    pub(crate) scales: DeviceSlice,
+    pub(crate) element: KvElement,
     pub(crate) num_layers: usize,
     pub(crate) num_kv_heads: u32,
     pub(crate) head_dim: u32,
@@ -81,14 +84,27 @@ pub struct CudaKv {
     pub(crate) page_bytes: usize,
 }
 
+/// What keys and values are stored as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum KvElement {
+    /// The activations' type.
+    Activation,
+    /// E4M3 with a factor for each vector.
+    Fp8,
+}
+
 impl CudaKv {
     /// Checks what the kernels take; the memory comes later.
     pub(crate) fn describe(layout: &KvLayout, activations: Element) -> Result<Self, BackendError> {
         let refuse = |message: String| Err(BackendError::Tensor { name: "kv cache".into(), message });
         let wanted = if activations == Element::F16 { DType::F16 } else { DType::BF16 };
-        if layout.dtype != wanted {
-            return refuse(format!("type {} is not supported on CUDA here, use {wanted}", layout.dtype));
-        }
+        let element = match layout.dtype {
+            DType::F8E4M3 => KvElement::Fp8,
+            dtype if dtype == wanted => KvElement::Activation,
+            dtype => {
+                return refuse(format!("type {dtype} is not supported on CUDA here, use {wanted} or fp8"));
+            }
+        };
         if !layout.block_size.is_power_of_two() || layout.block_size < 16 {
             return refuse(format!(
                 "block_size {} is not supported on CUDA, use 16, 32 or 64",
@@ -99,21 +115,48 @@ impl CudaKv {
         if layout.layers.iter().any(|layer| layer != first) {
             return refuse("layers of different shapes are not supported on CUDA".into());
         }
+        if element == KvElement::Fp8 && !first.head_dim.is_multiple_of(16) {
+            return refuse(format!(
+                "fp8 takes head_dim in multiples of 16, not {}, use {wanted}",
+                first.head_dim
+            ));
+        }
+        let bytes = if element == KvElement::Fp8 { 1 } else { activations.size() };
         let per_token = 2 * first.num_kv_heads as usize * first.head_dim as usize;
         Ok(Self {
             slice: DeviceSlice::NULL,
+            scales: DeviceSlice::NULL,
+            element,
             num_layers: layout.layers.len(),
             num_kv_heads: first.num_kv_heads,
             head_dim: first.head_dim,
             num_pages: layout.num_blocks,
             page_tokens: layout.block_size,
-            page_bytes: per_token * layout.block_size as usize * activations.size(),
+            page_bytes: per_token * layout.block_size as usize * bytes,
         })
     }
 
     /// Bytes of one layer.
     pub(crate) fn layer_bytes(&self) -> usize {
         self.page_bytes * self.num_pages as usize
+    }
+
+    /// Bytes of the factors of a page of one layer.
+    pub(crate) fn page_scale_bytes(&self) -> usize {
+        match self.element {
+            KvElement::Activation => 0,
+            KvElement::Fp8 => (2 * self.num_kv_heads * self.page_tokens) as usize * size_of::<f32>(),
+        }
+    }
+
+    /// Bytes of the factors of one layer.
+    pub(crate) fn layer_scale_bytes(&self) -> usize {
+        self.page_scale_bytes() * self.num_pages as usize
+    }
+
+    /// Address of a layer's first factor.
+    pub(crate) fn layer_scales(&self, layer: usize) -> u64 {
+        self.scales.part(layer * self.layer_scale_bytes(), self.layer_scale_bytes()).address()
     }
 
     /// Address of a layer's first page.

@@ -1,6 +1,7 @@
 //! The kernels by what they do, found in the images once, and the launch shapes that `kernels/include` prescribes.
 
 use crate::blaslt::Element;
+use crate::buffers::KvElement;
 use crate::driver::{CudaError, Function, LaunchShape, Modules};
 use crate::int_weights::{Bits, PANEL};
 use crate::params::{
@@ -72,7 +73,8 @@ pub struct IntGemms {
 pub struct Kernels {
     pub embed: Function<EmbedParams>,
     pub add_norm: Pair<AddNormParams>,
-    pub rope_cache: Pair<RopeCacheParams>,
+    rope_cache: Pair<RopeCacheParams>,
+    rope_cache_fp8: Pair<RopeCacheParams>,
     pub act: Pair<ActParams>,
     pub gather_rows: Function<GatherRowsParams>,
     pub quantize: Function<QuantizeParams>,
@@ -82,7 +84,8 @@ pub struct Kernels {
     pub step_plan: Function<StepPlanParams>,
     pub update_tables: Function<UpdateTablesParams>,
     pub attention_plan: Function<AttentionPlanParams>,
-    pub attention: Vec<AttentionKernels>,
+    attention: Vec<AttentionKernels>,
+    attention_fp8: Vec<AttentionKernels>,
     pub logits_process: Function<LogitsParams>,
     pub sample: Function<SampleParams>,
     pub logprobs: Function<LogprobsParams>,
@@ -107,22 +110,18 @@ impl Kernels {
             Element::F16 => "f16",
             _ => "bf16",
         };
-        let attention = |head_dim: usize| -> Result<AttentionKernels, CudaError> {
-            let (decode_smem, prefill_smem) = (decode_smem(head_dim), prefill_smem(head_dim));
-            let decode = format!("quire_attention_decode_{act}_{head_dim}");
-            let prefill = format!("quire_attention_prefill_{act}_{head_dim}");
-            Ok(AttentionKernels {
-                head_dim,
-                decode: modules.function(&decode, decode_smem)?,
-                decode_smem,
-                prefill: modules.function(&prefill, prefill_smem)?,
-                prefill_smem,
-            })
+        let attention = |kv: KvElement| -> Result<Vec<AttentionKernels>, CudaError> {
+            let find = |head_dim| AttentionKernels::find(modules, act, kv, head_dim);
+            [64, 128, 256].into_iter().map(find).collect()
         };
         Ok(Self {
             embed: modules.function(&format!("quire_embed_{act}"), 0)?,
             add_norm: pair(modules, "quire_add_norm", act)?,
             rope_cache: pair(modules, "quire_rope_cache", act)?,
+            rope_cache_fp8: Pair {
+                fast: modules.function(&format!("quire_rope_cache_{act}_kv8"), 0)?,
+                any: modules.function(&format!("quire_rope_cache_{act}_any_kv8"), 0)?,
+            },
             act: pair(modules, "quire_act", act)?,
             gather_rows: modules.function(&format!("quire_gather_rows_{act}"), 0)?,
             quantize: modules.function(&format!("quire_quantize_{act}"), 0)?,
@@ -132,7 +131,8 @@ impl Kernels {
             step_plan: modules.function("quire_step_plan", 0)?,
             update_tables: modules.function("quire_update_tables", 0)?,
             attention_plan: modules.function("quire_attention_plan", 0)?,
-            attention: [64, 128, 256].into_iter().map(attention).collect::<Result<_, _>>()?,
+            attention: attention(KvElement::Activation)?,
+            attention_fp8: attention(KvElement::Fp8)?,
             logits_process: modules.function("quire_logits_process", 0)?,
             sample: modules.function("quire_sample", sample_smem(MAX_VOCAB))?,
             logprobs: modules.function("quire_logprobs", 0)?,
@@ -154,6 +154,7 @@ impl Kernels {
 
     pub fn rope_cache(
         &self,
+        kv: KvElement,
         rows: usize,
         heads: usize,
         head_dim: usize,
@@ -161,7 +162,11 @@ impl Kernels {
     ) -> (&Function<RopeCacheParams>, LaunchShape) {
         let is_fast = head_dim.is_multiple_of(16) && rotary_dim.is_multiple_of(16) && head_dim <= 512;
         let lanes = if is_fast { (head_dim / 16).next_power_of_two() } else { 32 };
-        (self.rope_cache.choose(is_fast), by_rows(rows, (heads * lanes).div_ceil(256), 256))
+        let kernels = match kv {
+            KvElement::Activation => &self.rope_cache,
+            KvElement::Fp8 => &self.rope_cache_fp8,
+        };
+        (kernels.choose(is_fast), by_rows(rows, (heads * lanes).div_ceil(256), 256))
     }
 
     pub fn act(&self, rows: usize, width: usize) -> (&Function<ActParams>, LaunchShape) {
@@ -189,8 +194,12 @@ impl Kernels {
     ///
     /// # Errors
     /// There are none.
-    pub fn attention(&self, head_dim: usize) -> Option<&AttentionKernels> {
-        self.attention.iter().find(|kernels| head_dim <= kernels.head_dim && head_dim.is_multiple_of(8))
+    pub fn attention(&self, kv: KvElement, head_dim: usize) -> Option<&AttentionKernels> {
+        let kernels = match kv {
+            KvElement::Activation => &self.attention,
+            KvElement::Fp8 => &self.attention_fp8,
+        };
+        kernels.iter().find(|kernels| head_dim <= kernels.head_dim && head_dim.is_multiple_of(8))
     }
 
     pub fn logits_process(rows: usize, vocab: usize) -> LaunchShape {
@@ -250,6 +259,19 @@ impl IntGemms {
 }
 
 impl AttentionKernels {
+    fn find(modules: &Modules, act: &str, kv: KvElement, head_dim: usize) -> Result<Self, CudaError> {
+        let (decode_smem, prefill_smem) = (decode_smem(kv, head_dim), prefill_smem(kv, head_dim));
+        let cache = if kv == KvElement::Fp8 { "_fp8" } else { "" };
+        let name = |rows: &str| format!("quire_attention_{rows}_{act}{cache}_{head_dim}");
+        Ok(Self {
+            head_dim,
+            decode: modules.function(&name("decode"), decode_smem)?,
+            decode_smem,
+            prefill: modules.function(&name("prefill"), prefill_smem)?,
+            prefill_smem,
+        })
+    }
+
     /// Columns of a head that the kernel computes with.
     pub fn tile_dim(&self) -> usize {
         self.head_dim
@@ -281,16 +303,34 @@ const fn tile_tokens(head_dim: usize) -> usize {
     if head_dim > 128 { 32 } else { 64 }
 }
 
-/// Tiles of keys and of values, weights, maxima: see `attention_decode.cuh`.
-const fn decode_smem(head_dim: usize) -> u32 {
-    let tokens = tile_tokens(head_dim);
-    let tile = tokens * head_dim * 2;
-    (2 * (32_768 / tile) * tile + 16 * tokens * 2 + 4 * 16 * 4) as u32
+/// Tiles of keys and of values, weights, maxima; with fp8 the weights twice, and factors: see `attention_decode.cuh`.
+const fn decode_smem(kv: KvElement, head_dim: usize) -> u32 {
+    let (tokens, weights) = (tile_tokens(head_dim), 16 * tile_tokens(head_dim) * 2);
+    let tile = tokens * head_dim * kv_bytes(kv);
+    let stages = 32_768 / tile;
+    let fp8 = match kv {
+        KvElement::Activation => 0,
+        KvElement::Fp8 => weights + 2 * stages * tokens * 4,
+    };
+    (2 * stages * tile + weights + 4 * 16 * 4 + fp8) as u32
 }
 
-/// Queries, two tiles of keys and two of values: see `attention_prefill.cuh`.
-const fn prefill_smem(head_dim: usize) -> u32 {
-    (PREFILL_ROWS * head_dim * 2 + 4 * tile_tokens(head_dim) * head_dim * 2) as u32
+/// Queries, two tiles of keys and two of values; with fp8 their factors: see `attention_prefill.cuh`.
+const fn prefill_smem(kv: KvElement, head_dim: usize) -> u32 {
+    let tokens = tile_tokens(head_dim);
+    let fp8 = match kv {
+        KvElement::Activation => 0,
+        KvElement::Fp8 => 4 * tokens * 4,
+    };
+    (PREFILL_ROWS * head_dim * 2 + 4 * tokens * head_dim * kv_bytes(kv) + fp8) as u32
+}
+
+/// Bytes of an element of the cache.
+const fn kv_bytes(kv: KvElement) -> usize {
+    match kv {
+        KvElement::Activation => 2,
+        KvElement::Fp8 => 1,
+    }
 }
 
 fn pair<P: Copy>(modules: &Modules, name: &str, act: &str) -> Result<Pair<P>, CudaError> {

@@ -8,7 +8,9 @@ use quire_core::{DType, QuantFormat, Shard, TensorView};
 
 use crate::Cuda;
 use crate::blaslt::Element;
-use crate::buffers::{CudaBuf, CudaKv, CudaMatrix, CudaNorm, CudaRope, CudaWeight, DenseMatrix, encode};
+use crate::buffers::{
+    CudaBuf, CudaKv, CudaMatrix, CudaNorm, CudaRope, CudaWeight, DenseMatrix, KvElement, encode,
+};
 use crate::driver::DeviceSlice;
 use crate::int_weights::Bits;
 
@@ -144,6 +146,9 @@ impl Cuda {
     pub(crate) fn kv_from(&mut self, layout: &KvLayout) -> Result<CudaKv, BackendError> {
         let mut kv = CudaKv::describe(layout, self.options.activations)?;
         kv.slice = self.take("kv cache", kv.layer_bytes() * kv.num_layers)?;
+        if kv.element == KvElement::Fp8 {
+            kv.scales = self.take("kv cache", kv.layer_scale_bytes() * kv.num_layers)?;
+        }
         self.page_tokens = kv.page_tokens as usize;
         Ok(kv)
     }

@@ -4,7 +4,7 @@ use quire_backend::{Activation, AddNorm, BackendError, Embed, Linear, Logits, Ml
 
 use crate::Cuda;
 use crate::blaslt::{Element, GemmShape};
-use crate::buffers::{CudaBuf, CudaKv, CudaMatrix, CudaWeight, DenseMatrix};
+use crate::buffers::{CudaBuf, CudaKv, CudaMatrix, CudaWeight, DenseMatrix, KvElement};
 use crate::driver::{CudaError, DeviceSlice, Function, LaunchShape};
 use crate::kernels::Kernels;
 use crate::params::{
@@ -169,6 +169,7 @@ impl Cuda {
             positions: self.positions.address(),
             slot_mapping: self.slot_mapping.address(),
             kv: kv.layer(op.layer),
+            kv_scales: kv.layer_scales(op.layer),
             num_rows: self.step_address(Layout::NUM_TOKENS),
             num_heads: shape.num_heads as i32,
             num_kv_heads: shape.num_kv_heads as i32,
@@ -180,7 +181,7 @@ impl Cuda {
             ..RopeCacheParams::default()
         };
         let heads = (shape.num_heads + 2 * shape.num_kv_heads) as usize;
-        let (kernel, launch) = self.kernels.rope_cache(self.rows, heads, head_dim, rotary_dim);
+        let (kernel, launch) = self.kernels.rope_cache(kv.element, self.rows, heads, head_dim, rotary_dim);
         let launched = self.launch(kernel, launch, &params);
         self.check(launched)
     }
@@ -292,15 +293,30 @@ impl Cuda {
     }
 
     fn copy_round(&mut self, kv: &CudaKv) -> Result<(), BackendError> {
-        let stride = kv.layer_bytes() as u64;
+        self.copy_round_in(kv.slice, kv.page_bytes, kv.layer_bytes(), kv)?;
+        match kv.element {
+            KvElement::Activation => Ok(()),
+            KvElement::Fp8 => {
+                self.copy_round_in(kv.scales, kv.page_scale_bytes(), kv.layer_scale_bytes(), kv)
+            }
+        }
+    }
+
+    fn copy_round_in(
+        &mut self,
+        pages: DeviceSlice,
+        page_bytes: usize,
+        layer_bytes: usize,
+        kv: &CudaKv,
+    ) -> Result<(), BackendError> {
         let params = CopyPagesParams {
             pairs: self.step_address(self.layout.pairs),
             num_pairs: self.step_address(Layout::NUM_PAIRS),
-            src: kv.slice.address(),
-            dst: kv.slice.address(),
-            page_bytes: kv.page_bytes as u64,
-            src_layer_stride: stride,
-            dst_layer_stride: stride,
+            src: pages.address(),
+            dst: pages.address(),
+            page_bytes: page_bytes as u64,
+            src_layer_stride: layer_bytes as u64,
+            dst_layer_stride: layer_bytes as u64,
             num_layers: kv.num_layers as i32,
             reserved: 0,
         };
