@@ -109,7 +109,7 @@ impl Config {
             block_size: args.block_size,
             num_blocks: 1,
             kv_dtype: match machine.gpu_memory {
-                Some(_) => gpu::kv_dtype(spec.dtype),
+                Some(_) => gpu::kv_dtype(args, spec.dtype),
                 None => args.kv_cache_dtype.dtype().unwrap_or_else(|| default_kv_dtype(spec.dtype)),
             },
             quant: args.quantize.format(),
@@ -224,7 +224,7 @@ fn check_supported(args: &EngineArgs, spec: &ModelSpec, machine: &Machine) -> Re
         );
         return Err(error("dtype", message));
     }
-    if args.kv_cache_dtype.dtype() == Some(DType::F8E4M3) {
+    if args.kv_cache_dtype.dtype() == Some(DType::F8E4M3) && !is_on_gpu {
         let message = "fp8 keys and values are not supported on cpu; use auto, int8, bf16, f16 or f32".into();
         return Err(error("kv-cache-dtype", message));
     }
@@ -472,6 +472,17 @@ mod tests {
             assert!(line.starts_with(&format!("weights  {format}: ")), "{line}");
             assert!(line.ends_with("left as they are: norms (1.2 KiB)"), "{line}");
         }
+    }
+
+    #[test]
+    fn a_gpu_keeps_fp8_keys_and_values_in_half_the_memory() {
+        let gpu = Machine { gpu_memory: Some(Bytes(1 << 40)), ..ROOMY };
+        let plain = resolve("", &gpu).unwrap();
+        let fp8 = resolve("--kv-cache-dtype fp8 --quantize int4", &gpu).unwrap();
+        assert_eq!((plain.runner.kv_dtype, fp8.runner.kv_dtype), (DType::BF16, DType::F8E4M3));
+        // An element and its share of a factor of four bytes for each vector.
+        let (bf16, head_dim) = (plain.memory.kv_block_bytes, 16);
+        assert_eq!(fp8.memory.kv_block_bytes * 2 * head_dim, bf16 * (head_dim + 4));
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub(crate) fn choose(args: &EngineArgs, dtype: DType) -> Result<Option<Gpu>> {
     if args.device == Device::Cpu || args.executor == ExecutorArg::Mock {
         return Ok(None);
     }
-    match (unsuited(args).map_or_else(|| Gpu::open(args, dtype), Err), args.device) {
+    match (unsuited(args, dtype).map_or_else(|| Gpu::open(args, dtype), Err), args.device) {
         (Ok(gpu), _) => Ok(Some(gpu)),
         (Err(reason), Device::Cuda) => Err(Failure(format!("--device cuda: {reason}"))),
         (Err(reason), _) => {
@@ -26,14 +26,14 @@ pub(crate) fn choose(args: &EngineArgs, dtype: DType) -> Result<Option<Gpu>> {
 }
 
 /// What was asked for that only the processor can do.
-fn unsuited(args: &EngineArgs) -> Option<String> {
+fn unsuited(args: &EngineArgs, dtype: DType) -> Option<String> {
     let quant = args.quantize.format();
-    let kv = args.kv_cache_dtype.dtype();
-    if quant != QuantFormat::None {
-        return Some(format!("--quantize {} is not supported on CUDA yet", quant.name()));
+    let kv = kv_dtype(args, dtype);
+    if quant == QuantFormat::Fp8 {
+        return Some("--quantize fp8 is not supported on CUDA yet; use int8 or int4".into());
     }
-    if let Some(kv) = kv.filter(|kv| !matches!(kv, DType::BF16 | DType::F16)) {
-        return Some(format!("--kv-cache-dtype {kv} is not supported on CUDA yet; use auto"));
+    if kv != DType::F8E4M3 && kv != activation_dtype(dtype) {
+        return Some(format!("--kv-cache-dtype {kv} is not supported on CUDA; use auto or fp8"));
     }
     if args.block_size < 16 {
         return Some(format!("--block-size {} is not supported on CUDA; use 16, 32 or 64", args.block_size));
@@ -41,9 +41,14 @@ fn unsuited(args: &EngineArgs) -> Option<String> {
     None
 }
 
-/// What activations and the cache are stored as, for a checkpoint of `dtype`.
-pub(crate) fn kv_dtype(dtype: DType) -> DType {
+/// What activations are stored as, for a checkpoint of `dtype`.
+fn activation_dtype(dtype: DType) -> DType {
     if dtype == DType::F16 { DType::F16 } else { DType::BF16 }
+}
+
+/// What keys and values are stored as, for a checkpoint of `dtype`: as asked for, or as activations.
+pub(crate) fn kv_dtype(args: &EngineArgs, dtype: DType) -> DType {
+    args.kv_cache_dtype.dtype().unwrap_or_else(|| activation_dtype(dtype))
 }
 
 #[cfg(feature = "cuda")]

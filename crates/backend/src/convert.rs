@@ -52,6 +52,15 @@ pub fn matrix_shape(name: &str, view: &TensorView<'_>) -> Result<(usize, usize),
     }
 }
 
+/// The nearest number of a type that holds plain numbers, ties to even.
+pub fn round_to(dtype: DType, value: f32) -> f32 {
+    match dtype {
+        DType::F16 => f16::from_f32(value).to_f32(),
+        DType::BF16 => bf16::from_f32(value).to_f32(),
+        _ => value,
+    }
+}
+
 /// [`BackendError::Tensor`] with less typing.
 pub fn tensor_error(name: &str, message: impl Into<String>) -> BackendError {
     BackendError::Tensor { name: name.to_owned(), message: message.into() }

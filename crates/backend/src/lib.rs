@@ -12,12 +12,13 @@
 //! * nothing is allocated after start.
 //!
 //! Reading order: [`step_input`], [`ops`], [`backend`], [`mod@reference`] with [`sampling_rng`], [`quant`], [`conformance`];
-//! [`convert`] helps to load.
+//! [`convert`] helps to load; [`fp8`] has the numbers of that type.
 #![forbid(unsafe_code)]
 
 pub mod backend;
 pub mod conformance;
 pub mod convert;
+pub mod fp8;
 pub mod ops;
 pub mod quant;
 pub mod reference;

@@ -106,7 +106,7 @@ impl KvLayout {
         let per_token: usize =
             self.layers.iter().map(|l| 2 * l.num_kv_heads as usize * l.head_dim as usize).sum();
         // Bytes come with one scale per key and one per value.
-        let scales = if self.dtype == DType::I8 {
+        let scales = if matches!(self.dtype, DType::I8 | DType::F8E4M3) {
             self.layers.iter().map(|l| 2 * l.num_kv_heads as usize * size_of::<f32>()).sum()
         } else {
             0

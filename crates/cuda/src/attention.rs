@@ -3,6 +3,7 @@
 use quire_backend::{Attention, BackendError};
 
 use crate::Cuda;
+use crate::buffers::KvElement;
 use crate::driver::{DeviceSlice, LaunchShape};
 use crate::kernels::{DECODE_ROWS, PREFILL_ROWS};
 use crate::params::{AttentionItem, AttentionParams, AttentionPlanParams};
@@ -74,7 +75,8 @@ impl Cuda {
             return Err(self.refused(format!("attention output: {:?} does not fit {shape:?}", op.out)));
         }
         let head_dim = shape.head_dim as usize;
-        let Some(tile_dim) = self.kernels.attention(head_dim).map(|kernels| kernels.tile_dim()) else {
+        let kernels = self.kernels.attention(kv.element, head_dim);
+        let Some(tile_dim) = kernels.map(|kernels| kernels.tile_dim()) else {
             return Err(self.refused(format!(
                 "attention: head_dim {head_dim} is not supported, use a multiple of 8 up to 256"
             )));
@@ -90,7 +92,7 @@ impl Cuda {
         let decode = AttentionParams {
             q: op.qkv.slice.address(),
             kv: kv.layer(op.layer),
-            kv_scales: 0,
+            kv_scales: kv.layer_scales(op.layer),
             out: op.out.slice.address(),
             block_tables: self.slots.block_tables.address(),
             items: lists.decode_items.address(),
@@ -117,7 +119,7 @@ impl Cuda {
             ..decode
         };
         let (has_decode, has_prefill) = self.attention_rows(kind.group as usize);
-        let kernels = self.kernels.attention(head_dim).expect("found above");
+        let kernels = self.kernels.attention(kv.element, head_dim).expect("found above");
         let sm_count = self.context.sm_count();
         let mut launched = Ok(());
         if has_decode {
@@ -153,7 +155,9 @@ impl Cuda {
     fn plan_lists(&mut self, index: usize) -> Result<(), BackendError> {
         let lists = &self.attention.lists[index];
         let kind = lists.kind;
-        let kernels = self.kernels.attention(kind.tile_dim).expect("the lists were made for them");
+        // Those for an fp8 cache run as many blocks.
+        let kernels = self.kernels.attention(KvElement::Activation, kind.tile_dim);
+        let kernels = kernels.expect("the lists were made for them");
         let sm_count = self.context.sm_count();
         let params = AttentionPlanParams {
             cu_seqlens_q: self.step_address(self.layout.cu_seqlens_q),

@@ -19,6 +19,7 @@ use crate::driver::{
 use crate::kernels::{DECODE_ROWS, Kernels};
 use crate::options::CudaOptions;
 use crate::params::{StepPlanParams, UpdateTablesParams};
+use crate::quantized::QuantizedRows;
 use crate::sampling::SamplerState;
 use crate::slots::Slots;
 use crate::staging::{RING, Staging, bytes_of_i32};
@@ -59,6 +60,7 @@ pub struct Cuda {
     planned_rows: DeviceSlice,
     pub(crate) mlp_hidden: DeviceSlice,
     pub(crate) gathered: DeviceSlice,
+    pub(crate) quantized_rows: QuantizedRows,
 
     pub(crate) layout: Layout,
     /// Rows that are launched: the step's, or those of its bucket.
@@ -164,6 +166,7 @@ impl Cuda {
             planned_rows: null,
             mlp_hidden: null,
             gathered: null,
+            quantized_rows: QuantizedRows::default(),
             layout: Layout::new(0, 0),
             rows: 0,
             logit_launch_rows: 0,

@@ -9,6 +9,7 @@ use quire_core::DType;
 
 use crate::blaslt::{Element, Gemm};
 use crate::driver::DeviceSlice;
+use crate::quantized::IntMatrix;
 
 /// Activations `[rows, cols]`, rows `stride` elements apart.
 #[derive(Debug)]
@@ -24,19 +25,31 @@ pub struct CudaBuf {
 #[derive(Debug)]
 pub struct CudaWeight {
     pub(crate) name: String,
-    /// `[out_features, in_features]`, dense.
-    pub(crate) data: DeviceSlice,
-    /// `[out_features]`, or null.
+    pub(crate) matrix: CudaMatrix,
+    /// `[out_features]`, or null: of the activations' type beside a dense matrix, f32 beside others.
     pub(crate) bias: DeviceSlice,
     pub(crate) out_features: usize,
     pub(crate) in_features: usize,
-    /// Its product, described at the first use: into activations, and into f32 (see [`CudaWeight::gemm`]).
-    pub(crate) gemms: [OnceCell<Gemm>; 2],
 }
 
-impl CudaWeight {
+/// How a matrix lies in device memory.
+#[derive(Debug)]
+pub(crate) enum CudaMatrix {
+    Dense(DenseMatrix),
+    Int(IntMatrix),
+}
+
+/// `[out_features, in_features]` of the activations' type.
+#[derive(Debug)]
+pub(crate) struct DenseMatrix {
+    pub data: DeviceSlice,
+    /// Its product, described at the first use: into activations, and into f32 (see [`Self::gemm`]).
+    pub gemms: [OnceCell<Gemm>; 2],
+}
+
+impl DenseMatrix {
     /// The product into elements of this type.
-    pub(crate) fn gemm(&self, output: Element) -> &OnceCell<Gemm> {
+    pub fn gemm(&self, output: Element) -> &OnceCell<Gemm> {
         &self.gemms[usize::from(output == Element::F32)]
     }
 }
@@ -59,6 +72,9 @@ pub struct CudaRope {
 #[derive(Debug)]
 pub struct CudaKv {
     pub(crate) slice: DeviceSlice,
+    /// `[layer][page][2][kv heads][page tokens]` f32: the factor of each key and value of an fp8 cache, else null.
+    pub(crate) scales: DeviceSlice,
+    pub(crate) element: KvElement,
     pub(crate) num_layers: usize,
     pub(crate) num_kv_heads: u32,
     pub(crate) head_dim: u32,
@@ -68,14 +84,27 @@ pub struct CudaKv {
     pub(crate) page_bytes: usize,
 }
 
+/// What keys and values are stored as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum KvElement {
+    /// The activations' type.
+    Activation,
+    /// E4M3 with a factor for each vector.
+    Fp8,
+}
+
 impl CudaKv {
     /// Checks what the kernels take; the memory comes later.
     pub(crate) fn describe(layout: &KvLayout, activations: Element) -> Result<Self, BackendError> {
         let refuse = |message: String| Err(BackendError::Tensor { name: "kv cache".into(), message });
         let wanted = if activations == Element::F16 { DType::F16 } else { DType::BF16 };
-        if layout.dtype != wanted {
-            return refuse(format!("type {} is not supported on CUDA here, use {wanted}", layout.dtype));
-        }
+        let element = match layout.dtype {
+            DType::F8E4M3 => KvElement::Fp8,
+            dtype if dtype == wanted => KvElement::Activation,
+            dtype => {
+                return refuse(format!("type {dtype} is not supported on CUDA here, use {wanted} or fp8"));
+            }
+        };
         if !layout.block_size.is_power_of_two() || layout.block_size < 16 {
             return refuse(format!(
                 "block_size {} is not supported on CUDA, use 16, 32 or 64",
@@ -86,21 +115,48 @@ impl CudaKv {
         if layout.layers.iter().any(|layer| layer != first) {
             return refuse("layers of different shapes are not supported on CUDA".into());
         }
+        if element == KvElement::Fp8 && !first.head_dim.is_multiple_of(16) {
+            return refuse(format!(
+                "fp8 takes head_dim in multiples of 16, not {}, use {wanted}",
+                first.head_dim
+            ));
+        }
+        let bytes = if element == KvElement::Fp8 { 1 } else { activations.size() };
         let per_token = 2 * first.num_kv_heads as usize * first.head_dim as usize;
         Ok(Self {
             slice: DeviceSlice::NULL,
+            scales: DeviceSlice::NULL,
+            element,
             num_layers: layout.layers.len(),
             num_kv_heads: first.num_kv_heads,
             head_dim: first.head_dim,
             num_pages: layout.num_blocks,
             page_tokens: layout.block_size,
-            page_bytes: per_token * layout.block_size as usize * activations.size(),
+            page_bytes: per_token * layout.block_size as usize * bytes,
         })
     }
 
     /// Bytes of one layer.
     pub(crate) fn layer_bytes(&self) -> usize {
         self.page_bytes * self.num_pages as usize
+    }
+
+    /// Bytes of the factors of a page of one layer.
+    pub(crate) fn page_scale_bytes(&self) -> usize {
+        match self.element {
+            KvElement::Activation => 0,
+            KvElement::Fp8 => (2 * self.num_kv_heads * self.page_tokens) as usize * size_of::<f32>(),
+        }
+    }
+
+    /// Bytes of the factors of one layer.
+    pub(crate) fn layer_scale_bytes(&self) -> usize {
+        self.page_scale_bytes() * self.num_pages as usize
+    }
+
+    /// Address of a layer's first factor.
+    pub(crate) fn layer_scales(&self, layer: usize) -> u64 {
+        self.scales.part(layer * self.layer_scale_bytes(), self.layer_scale_bytes()).address()
     }
 
     /// Address of a layer's first page.

@@ -4,7 +4,7 @@
 use quire_backend::quant;
 
 /// Outputs in a panel.
-const PANEL: usize = 16;
+pub(crate) const PANEL: usize = 16;
 /// Inputs in a unit: those that share a scale of the activations.
 const UNIT: usize = quant::ACT_GROUP;
 /// Steps and zeros of a unit: one byte for each row and [`quant::INT4_GROUP`] inputs.

@@ -1,11 +1,13 @@
 //! The kernels by what they do, found in the images once, and the launch shapes that `kernels/include` prescribes.
 
 use crate::blaslt::Element;
+use crate::buffers::KvElement;
 use crate::driver::{CudaError, Function, LaunchShape, Modules};
+use crate::int_weights::{Bits, PANEL};
 use crate::params::{
     ActParams, AddNormParams, AttentionParams, AttentionPlanParams, CopyPagesParams, CountTokensParams,
-    EmbedParams, GatherRowsParams, LogitsParams, LogprobsParams, RopeCacheParams, SampleParams,
-    StepPlanParams, UpdateTablesParams,
+    EmbedParams, GatherRowsParams, IntEmbedParams, IntGemmParams, LogitsParams, LogprobsParams,
+    QuantizeParams, RopeCacheParams, SampleParams, StepPlanParams, UpdateTablesParams,
 };
 
 const ROW_THREADS: u32 = 256;
@@ -16,6 +18,11 @@ pub const DECODE_ROWS: usize = 16;
 /// Ids in a part of a row of logits.
 const LOGITS_PART: usize = 8192;
 const NORM_MAX_HIDDEN: usize = 32_768;
+/// Threads of a block of the kernels in `int_gemm.cuh`.
+const INT_THREADS: u32 = 256;
+/// Two rounds of the sums of eight warps for 8 rows of one panel, and for 32 of two, padded: see `IntStream`.
+const M8_SMEM: u32 = 2 * 8 * 8 * 20 * 4;
+const M32_SMEM: u32 = 2 * 8 * 32 * 36 * 4;
 
 /// A kernel, and a slower one for sizes that the first does not take.
 #[derive(Debug)]
@@ -42,19 +49,43 @@ pub struct AttentionKernels {
     prefill_smem: u32,
 }
 
+/// What works on weights of one number of bits.
+#[derive(Debug)]
+pub struct IntKernels {
+    /// Rows of a table.
+    pub embed: Function<IntEmbedParams>,
+    /// Products into activations.
+    pub into_activations: IntGemms,
+    /// Products into f32.
+    pub into_f32: IntGemms,
+}
+
+/// The same product, bit by bit, for different numbers of rows.
+#[derive(Debug)]
+pub struct IntGemms {
+    m8: Function<IntGemmParams>,
+    m32: Function<IntGemmParams>,
+    wide: Function<IntGemmParams>,
+}
+
 /// Every kernel of one activation type.
 #[derive(Debug)]
 pub struct Kernels {
     pub embed: Function<EmbedParams>,
     pub add_norm: Pair<AddNormParams>,
-    pub rope_cache: Pair<RopeCacheParams>,
+    rope_cache: Pair<RopeCacheParams>,
+    rope_cache_fp8: Pair<RopeCacheParams>,
     pub act: Pair<ActParams>,
     pub gather_rows: Function<GatherRowsParams>,
+    pub quantize: Function<QuantizeParams>,
+    int8: IntKernels,
+    int4: IntKernels,
     pub copy_pages: Function<CopyPagesParams>,
     pub step_plan: Function<StepPlanParams>,
     pub update_tables: Function<UpdateTablesParams>,
     pub attention_plan: Function<AttentionPlanParams>,
-    pub attention: Vec<AttentionKernels>,
+    attention: Vec<AttentionKernels>,
+    attention_fp8: Vec<AttentionKernels>,
     pub logits_process: Function<LogitsParams>,
     pub sample: Function<SampleParams>,
     pub logprobs: Function<LogprobsParams>,
@@ -79,29 +110,29 @@ impl Kernels {
             Element::F16 => "f16",
             _ => "bf16",
         };
-        let attention = |head_dim: usize| -> Result<AttentionKernels, CudaError> {
-            let (decode_smem, prefill_smem) = (decode_smem(head_dim), prefill_smem(head_dim));
-            let decode = format!("quire_attention_decode_{act}_{head_dim}");
-            let prefill = format!("quire_attention_prefill_{act}_{head_dim}");
-            Ok(AttentionKernels {
-                head_dim,
-                decode: modules.function(&decode, decode_smem)?,
-                decode_smem,
-                prefill: modules.function(&prefill, prefill_smem)?,
-                prefill_smem,
-            })
+        let attention = |kv: KvElement| -> Result<Vec<AttentionKernels>, CudaError> {
+            let find = |head_dim| AttentionKernels::find(modules, act, kv, head_dim);
+            [64, 128, 256].into_iter().map(find).collect()
         };
         Ok(Self {
             embed: modules.function(&format!("quire_embed_{act}"), 0)?,
             add_norm: pair(modules, "quire_add_norm", act)?,
             rope_cache: pair(modules, "quire_rope_cache", act)?,
+            rope_cache_fp8: Pair {
+                fast: modules.function(&format!("quire_rope_cache_{act}_kv8"), 0)?,
+                any: modules.function(&format!("quire_rope_cache_{act}_any_kv8"), 0)?,
+            },
             act: pair(modules, "quire_act", act)?,
             gather_rows: modules.function(&format!("quire_gather_rows_{act}"), 0)?,
+            quantize: modules.function(&format!("quire_quantize_{act}"), 0)?,
+            int8: IntKernels::find(modules, 8, act)?,
+            int4: IntKernels::find(modules, 4, act)?,
             copy_pages: modules.function("quire_copy_pages", 0)?,
             step_plan: modules.function("quire_step_plan", 0)?,
             update_tables: modules.function("quire_update_tables", 0)?,
             attention_plan: modules.function("quire_attention_plan", 0)?,
-            attention: [64, 128, 256].into_iter().map(attention).collect::<Result<_, _>>()?,
+            attention: attention(KvElement::Activation)?,
+            attention_fp8: attention(KvElement::Fp8)?,
             logits_process: modules.function("quire_logits_process", 0)?,
             sample: modules.function("quire_sample", sample_smem(MAX_VOCAB))?,
             logprobs: modules.function("quire_logprobs", 0)?,
@@ -123,6 +154,7 @@ impl Kernels {
 
     pub fn rope_cache(
         &self,
+        kv: KvElement,
         rows: usize,
         heads: usize,
         head_dim: usize,
@@ -130,11 +162,27 @@ impl Kernels {
     ) -> (&Function<RopeCacheParams>, LaunchShape) {
         let is_fast = head_dim.is_multiple_of(16) && rotary_dim.is_multiple_of(16) && head_dim <= 512;
         let lanes = if is_fast { (head_dim / 16).next_power_of_two() } else { 32 };
-        (self.rope_cache.choose(is_fast), by_rows(rows, (heads * lanes).div_ceil(256), 256))
+        let kernels = match kv {
+            KvElement::Activation => &self.rope_cache,
+            KvElement::Fp8 => &self.rope_cache_fp8,
+        };
+        (kernels.choose(is_fast), by_rows(rows, (heads * lanes).div_ceil(256), 256))
     }
 
     pub fn act(&self, rows: usize, width: usize) -> (&Function<ActParams>, LaunchShape) {
         (self.act.choose(width.is_multiple_of(8)), by_rows(rows, width.div_ceil(16 * 256), 256))
+    }
+
+    pub fn int(&self, bits: Bits) -> &IntKernels {
+        match bits {
+            Bits::Eight => &self.int8,
+            Bits::Four => &self.int4,
+        }
+    }
+
+    /// One warp a group of inputs.
+    pub fn quantize_shape(rows: usize, groups: usize) -> LaunchShape {
+        by_rows(rows, groups.div_ceil(INT_THREADS as usize / 32), INT_THREADS)
     }
 
     /// One block a row.
@@ -146,8 +194,12 @@ impl Kernels {
     ///
     /// # Errors
     /// There are none.
-    pub fn attention(&self, head_dim: usize) -> Option<&AttentionKernels> {
-        self.attention.iter().find(|kernels| head_dim <= kernels.head_dim && head_dim.is_multiple_of(8))
+    pub fn attention(&self, kv: KvElement, head_dim: usize) -> Option<&AttentionKernels> {
+        let kernels = match kv {
+            KvElement::Activation => &self.attention,
+            KvElement::Fp8 => &self.attention_fp8,
+        };
+        kernels.iter().find(|kernels| head_dim <= kernels.head_dim && head_dim.is_multiple_of(8))
     }
 
     pub fn logits_process(rows: usize, vocab: usize) -> LaunchShape {
@@ -164,7 +216,62 @@ pub fn logits_splits(vocab: usize) -> usize {
     vocab.div_ceil(LOGITS_PART)
 }
 
+impl IntKernels {
+    fn find(modules: &Modules, bits: u32, act: &str) -> Result<Self, CudaError> {
+        let gemms = |output: &str| -> Result<IntGemms, CudaError> {
+            let name = |rows: &str| format!("quire_int{bits}_gemm_{rows}_{output}");
+            Ok(IntGemms {
+                m8: modules.function(&name("m8"), M8_SMEM)?,
+                m32: modules.function(&name("m32"), M32_SMEM)?,
+                wide: modules.function(&name("wide"), 0)?,
+            })
+        };
+        Ok(Self {
+            embed: modules.function(&format!("quire_embed_int{bits}"), 0)?,
+            into_activations: gemms(act)?,
+            into_f32: gemms("f32")?,
+        })
+    }
+}
+
+impl IntGemms {
+    /// The kernel for this many rows. `wide` does the least work a row, if there are blocks of it for all
+    /// multiprocessors; it computes 64 rows, however few there are.
+    pub fn choose(
+        &self,
+        rows: usize,
+        out_features: usize,
+        sm_count: u32,
+    ) -> (&Function<IntGemmParams>, LaunchShape) {
+        let panels = out_features.div_ceil(PANEL);
+        let shape = |panels_of_block: usize, rows_of_block: usize, dynamic_smem| LaunchShape {
+            grid: [panels.div_ceil(panels_of_block) as u32, rows.div_ceil(rows_of_block) as u32, 1],
+            dynamic_smem,
+            ..LaunchShape::linear(1, INT_THREADS)
+        };
+        let wide = shape(8, 64, 0);
+        match rows {
+            0..=8 => (&self.m8, shape(1, 8, M8_SMEM)),
+            33.. if wide.grid[0] * wide.grid[1] >= sm_count => (&self.wide, wide),
+            _ => (&self.m32, shape(2, 32, M32_SMEM)),
+        }
+    }
+}
+
 impl AttentionKernels {
+    fn find(modules: &Modules, act: &str, kv: KvElement, head_dim: usize) -> Result<Self, CudaError> {
+        let (decode_smem, prefill_smem) = (decode_smem(kv, head_dim), prefill_smem(kv, head_dim));
+        let cache = if kv == KvElement::Fp8 { "_fp8" } else { "" };
+        let name = |rows: &str| format!("quire_attention_{rows}_{act}{cache}_{head_dim}");
+        Ok(Self {
+            head_dim,
+            decode: modules.function(&name("decode"), decode_smem)?,
+            decode_smem,
+            prefill: modules.function(&name("prefill"), prefill_smem)?,
+            prefill_smem,
+        })
+    }
+
     /// Columns of a head that the kernel computes with.
     pub fn tile_dim(&self) -> usize {
         self.head_dim
@@ -196,16 +303,34 @@ const fn tile_tokens(head_dim: usize) -> usize {
     if head_dim > 128 { 32 } else { 64 }
 }
 
-/// Tiles of keys and of values, weights, maxima: see `attention_decode.cuh`.
-const fn decode_smem(head_dim: usize) -> u32 {
-    let tokens = tile_tokens(head_dim);
-    let tile = tokens * head_dim * 2;
-    (2 * (32_768 / tile) * tile + 16 * tokens * 2 + 4 * 16 * 4) as u32
+/// Tiles of keys and of values, weights, maxima; with fp8 the weights twice, and factors: see `attention_decode.cuh`.
+const fn decode_smem(kv: KvElement, head_dim: usize) -> u32 {
+    let (tokens, weights) = (tile_tokens(head_dim), 16 * tile_tokens(head_dim) * 2);
+    let tile = tokens * head_dim * kv_bytes(kv);
+    let stages = 32_768 / tile;
+    let fp8 = match kv {
+        KvElement::Activation => 0,
+        KvElement::Fp8 => weights + 2 * stages * tokens * 4,
+    };
+    (2 * stages * tile + weights + 4 * 16 * 4 + fp8) as u32
 }
 
-/// Queries, two tiles of keys and two of values: see `attention_prefill.cuh`.
-const fn prefill_smem(head_dim: usize) -> u32 {
-    (PREFILL_ROWS * head_dim * 2 + 4 * tile_tokens(head_dim) * head_dim * 2) as u32
+/// Queries, two tiles of keys and two of values; with fp8 their factors: see `attention_prefill.cuh`.
+const fn prefill_smem(kv: KvElement, head_dim: usize) -> u32 {
+    let tokens = tile_tokens(head_dim);
+    let fp8 = match kv {
+        KvElement::Activation => 0,
+        KvElement::Fp8 => 4 * tokens * 4,
+    };
+    (PREFILL_ROWS * head_dim * 2 + 4 * tokens * head_dim * kv_bytes(kv) + fp8) as u32
+}
+
+/// Bytes of an element of the cache.
+const fn kv_bytes(kv: KvElement) -> usize {
+    match kv {
+        KvElement::Activation => 2,
+        KvElement::Fp8 => 1,
+    }
 }
 
 fn pair<P: Copy>(modules: &Modules, name: &str, act: &str) -> Result<Pair<P>, CudaError> {

@@ -11,7 +11,8 @@
 //! * once the device has failed, every call fails with the first error.
 //!
 //! Reading order: [`driver`], [`blaslt`], [`params`], `kernels.rs`, `backend.rs` (a step), `step.rs` and `slots.rs` (what
-//! is sent), `ops.rs`, `attention.rs`, `sampling.rs` (what is launched), `load.rs` and `buffers.rs`.
+//! is sent), `ops.rs`, `quantized.rs`, `attention.rs`, `sampling.rs` (what
+//! is launched), `load.rs` and `buffers.rs`.
 
 mod attention;
 mod backend;
@@ -24,6 +25,7 @@ mod load;
 mod ops;
 mod options;
 pub mod params;
+mod quantized;
 mod sampling;
 mod slots;
 mod staging;

@@ -8,11 +8,34 @@ use quire_core::{DType, QuantFormat, Shard, TensorView};
 
 use crate::Cuda;
 use crate::blaslt::Element;
-use crate::buffers::{CudaBuf, CudaKv, CudaNorm, CudaRope, CudaWeight, encode};
+use crate::buffers::{
+    CudaBuf, CudaKv, CudaMatrix, CudaNorm, CudaRope, CudaWeight, DenseMatrix, KvElement, encode,
+};
 use crate::driver::DeviceSlice;
+use crate::int_weights::Bits;
 
 /// Elements converted at once.
-const PIECE: usize = 1 << 20;
+pub(crate) const PIECE: usize = 1 << 20;
+
+/// Outputs and inputs of all parts together, which are what they should be.
+fn features(source: &LinearSource<'_>) -> Result<(usize, usize), BackendError> {
+    let name = source.name;
+    let first = source.parts.first().ok_or_else(|| tensor_error(name, "has no parts"))?;
+    let (_, in_features) = matrix_shape(name, &first.weight)?;
+    let mut out_features = 0;
+    for part in source.parts {
+        let (rows, cols) = matrix_shape(name, &part.weight)?;
+        if cols != in_features {
+            return Err(tensor_error(name, format!("parts have {in_features} and {cols} columns")));
+        }
+        if let Some(bias) = part.bias.filter(|bias| bias.num_elements() != rows) {
+            return Err(tensor_error(name, format!("bias has shape {:?} for {rows} rows", bias.shape)));
+        }
+        check_tensor(name, &part.weight)?;
+        out_features += rows;
+    }
+    Ok((out_features, in_features))
+}
 
 impl Cuda {
     pub(crate) fn linear_from(&mut self, source: &LinearSource<'_>) -> Result<CudaWeight, BackendError> {
@@ -20,24 +43,34 @@ impl Cuda {
         if source.shard != Shard::WHOLE {
             return Err(tensor_error(name, format!("{:?} is not supported here", source.shard)));
         }
-        if source.quant != QuantFormat::None {
-            let quant = source.quant.name();
-            return Err(tensor_error(name, format!("--quantize {quant} is not supported on CUDA yet")));
-        }
-        let first = source.parts.first().ok_or_else(|| tensor_error(name, "has no parts"))?;
-        let (_, in_features) = matrix_shape(name, &first.weight)?;
-        let mut out_features = 0;
-        for part in source.parts {
-            let (rows, cols) = matrix_shape(name, &part.weight)?;
-            if cols != in_features {
-                return Err(tensor_error(name, format!("parts have {in_features} and {cols} columns")));
+        let (out_features, in_features) = features(source)?;
+        let matrix = match source.quant {
+            QuantFormat::None => CudaMatrix::Dense(self.dense_matrix(source, out_features, in_features)?),
+            QuantFormat::Int8 => {
+                CudaMatrix::Int(self.int_matrix(source, Bits::Eight, out_features, in_features)?)
             }
-            if let Some(bias) = part.bias.filter(|bias| bias.num_elements() != rows) {
-                return Err(tensor_error(name, format!("bias has shape {:?} for {rows} rows", bias.shape)));
+            QuantFormat::Int4 => {
+                CudaMatrix::Int(self.int_matrix(source, Bits::Four, out_features, in_features)?)
             }
-            check_tensor(name, &part.weight)?;
-            out_features += rows;
-        }
+            QuantFormat::Fp8 => {
+                return Err(tensor_error(name, "--quantize fp8 is not supported on CUDA yet"));
+            }
+        };
+        let bias_element = match matrix {
+            CudaMatrix::Dense(_) => self.options.activations,
+            CudaMatrix::Int(_) => Element::F32,
+        };
+        let bias = self.bias_of(source, out_features, bias_element)?;
+        Ok(CudaWeight { name: name.to_owned(), matrix, bias, out_features, in_features })
+    }
+
+    fn dense_matrix(
+        &mut self,
+        source: &LinearSource<'_>,
+        out_features: usize,
+        in_features: usize,
+    ) -> Result<DenseMatrix, BackendError> {
+        let name = source.name;
         let element = self.options.activations.size();
         let data = self.take(name, out_features * in_features * element)?;
         let mut done = 0;
@@ -46,9 +79,7 @@ impl Cuda {
             self.send_tensor(name, &part.weight, data.part(done, bytes))?;
             done += bytes;
         }
-        let bias = self.bias_of(source, out_features)?;
-        let gemms = [const { OnceCell::new() }; 2];
-        Ok(CudaWeight { name: name.to_owned(), data, bias, out_features, in_features, gemms })
+        Ok(DenseMatrix { data, gemms: [const { OnceCell::new() }; 2] })
     }
 
     /// The biases of all parts; zeros where a part has none. Null if none has.
@@ -56,6 +87,7 @@ impl Cuda {
         &mut self,
         source: &LinearSource<'_>,
         out_features: usize,
+        element: Element,
     ) -> Result<DeviceSlice, BackendError> {
         if source.parts.iter().all(|part| part.bias.is_none()) {
             return Ok(DeviceSlice::NULL);
@@ -67,7 +99,7 @@ impl Cuda {
                 None => values.resize(values.len() + part.weight.shape[0], 0.0),
             }
         }
-        self.store(source.name, values.into_iter(), self.options.activations)
+        self.store(source.name, values.into_iter(), element)
     }
 
     pub(crate) fn norm_from(
@@ -114,6 +146,9 @@ impl Cuda {
     pub(crate) fn kv_from(&mut self, layout: &KvLayout) -> Result<CudaKv, BackendError> {
         let mut kv = CudaKv::describe(layout, self.options.activations)?;
         kv.slice = self.take("kv cache", kv.layer_bytes() * kv.num_layers)?;
+        if kv.element == KvElement::Fp8 {
+            kv.scales = self.take("kv cache", kv.layer_scale_bytes() * kv.num_layers)?;
+        }
         self.page_tokens = kv.page_tokens as usize;
         Ok(kv)
     }

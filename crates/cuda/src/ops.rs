@@ -4,7 +4,7 @@ use quire_backend::{Activation, AddNorm, BackendError, Embed, Linear, Logits, Ml
 
 use crate::Cuda;
 use crate::blaslt::{Element, GemmShape};
-use crate::buffers::{CudaBuf, CudaKv, CudaWeight};
+use crate::buffers::{CudaBuf, CudaKv, CudaMatrix, CudaWeight, DenseMatrix, KvElement};
 use crate::driver::{CudaError, DeviceSlice, Function, LaunchShape};
 use crate::kernels::Kernels;
 use crate::params::{
@@ -13,7 +13,21 @@ use crate::params::{
 use crate::staging::bytes_of_i32;
 use crate::step::{Layout, MAX_COPIES};
 
+/// Rows of an operation.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows {
+    /// That are launched: at least those that the step has.
+    pub launched: usize,
+    /// Where the device finds how many the step has.
+    pub count: u64,
+}
+
 impl Cuda {
+    /// One for each token of the step.
+    fn token_rows(&self) -> Rows {
+        Rows { launched: self.rows, count: self.step_address(Layout::NUM_TOKENS) }
+    }
+
     /// Enqueues a launch of one of our kernels.
     pub(crate) fn launch<P: Copy>(
         &self,
@@ -48,8 +62,12 @@ impl Cuda {
     pub(crate) fn embed_rows(&mut self, op: &Embed<'_, Self>) -> Result<(), BackendError> {
         let (table, out) = (op.table, &op.out);
         self.expect("embed", out, self.rows, table.in_features, Element::F32)?;
+        let data = match &table.matrix {
+            CudaMatrix::Dense(dense) => dense.data,
+            CudaMatrix::Int(matrix) => return self.embed_int(table, matrix, out.slice),
+        };
         let params = EmbedParams {
-            table: table.data.address(),
+            table: data.address(),
             token_ids: self.step_address(self.layout.token_ids),
             last_tokens: self.slots.last_tokens.address(),
             out: out.slice.address(),
@@ -86,7 +104,7 @@ impl Cuda {
         let act = self.options.activations;
         self.expect("linear input", op.x, self.rows, op.weight.in_features, act)?;
         self.expect("linear output", op.out, self.rows, op.weight.out_features, op.out.element)?;
-        self.product(op.x.slice, op.weight, op.out, self.rows)
+        self.product(op.x.slice, op.weight, op.out, self.token_rows())
     }
 
     /// `out = x · weightᵀ + bias` for dense rows of `x`.
@@ -95,9 +113,23 @@ impl Cuda {
         x: DeviceSlice,
         weight: &CudaWeight,
         out: &CudaBuf,
+        rows: Rows,
+    ) -> Result<(), BackendError> {
+        match &weight.matrix {
+            CudaMatrix::Dense(dense) => self.dense_product(x, weight, dense, out, rows.launched),
+            CudaMatrix::Int(matrix) => self.int_product(x, weight, matrix, out, rows),
+        }
+    }
+
+    fn dense_product(
+        &mut self,
+        x: DeviceSlice,
+        weight: &CudaWeight,
+        dense: &DenseMatrix,
+        out: &CudaBuf,
         rows: usize,
     ) -> Result<(), BackendError> {
-        let cell = weight.gemm(out.element);
+        let cell = dense.gemm(out.element);
         if cell.get().is_none() {
             let shape = GemmShape {
                 n: weight.out_features,
@@ -108,7 +140,7 @@ impl Cuda {
                 output: out.element,
                 has_bias: weight.bias != DeviceSlice::NULL,
             };
-            let planned = self.blas.plan(shape, weight.data, weight.bias, &self.stream);
+            let planned = self.blas.plan(shape, dense.data, weight.bias, &self.stream);
             let gemm = self.check(planned.map_err(|error| CudaError {
                 status: format!("{} (weight {})", error.status, weight.name),
                 ..error
@@ -137,6 +169,7 @@ impl Cuda {
             positions: self.positions.address(),
             slot_mapping: self.slot_mapping.address(),
             kv: kv.layer(op.layer),
+            kv_scales: kv.layer_scales(op.layer),
             num_rows: self.step_address(Layout::NUM_TOKENS),
             num_heads: shape.num_heads as i32,
             num_kv_heads: shape.num_kv_heads as i32,
@@ -148,7 +181,7 @@ impl Cuda {
             ..RopeCacheParams::default()
         };
         let heads = (shape.num_heads + 2 * shape.num_kv_heads) as usize;
-        let (kernel, launch) = self.kernels.rope_cache(self.rows, heads, head_dim, rotary_dim);
+        let (kernel, launch) = self.kernels.rope_cache(kv.element, self.rows, heads, head_dim, rotary_dim);
         let launched = self.launch(kernel, launch, &params);
         self.check(launched)
     }
@@ -182,7 +215,7 @@ impl Cuda {
         self.expect("mlp scratch", op.scratch, rows, up_width, act)?;
         self.expect("mlp output", op.out, rows, op.down.out_features, act)?;
         let hidden = self.mlp_hidden(width)?;
-        self.product(op.x.slice, op.up, op.scratch, rows)?;
+        self.product(op.x.slice, op.up, op.scratch, self.token_rows())?;
         let params = ActParams {
             r#in: op.scratch.slice.address(),
             out: hidden.address(),
@@ -200,7 +233,7 @@ impl Cuda {
         let (kernel, shape) = self.kernels.act(rows, width);
         let launched = self.launch(kernel, shape, &params);
         self.check(launched)?;
-        self.product(hidden, op.down, op.out, rows)
+        self.product(hidden, op.down, op.out, self.token_rows())
     }
 
     /// Room for what a feed-forward layer's nonlinearity gives, made at the first use.
@@ -233,6 +266,7 @@ impl Cuda {
         };
         let launched = self.launch(&self.kernels.gather_rows, Kernels::by_row(rows), &params);
         self.check(launched)?;
+        let rows = Rows { launched: rows, count: self.step_address(Layout::NUM_LOGIT_ROWS) };
         self.product(self.gathered, op.head, op.out, rows)
     }
 
@@ -259,15 +293,30 @@ impl Cuda {
     }
 
     fn copy_round(&mut self, kv: &CudaKv) -> Result<(), BackendError> {
-        let stride = kv.layer_bytes() as u64;
+        self.copy_round_in(kv.slice, kv.page_bytes, kv.layer_bytes(), kv)?;
+        match kv.element {
+            KvElement::Activation => Ok(()),
+            KvElement::Fp8 => {
+                self.copy_round_in(kv.scales, kv.page_scale_bytes(), kv.layer_scale_bytes(), kv)
+            }
+        }
+    }
+
+    fn copy_round_in(
+        &mut self,
+        pages: DeviceSlice,
+        page_bytes: usize,
+        layer_bytes: usize,
+        kv: &CudaKv,
+    ) -> Result<(), BackendError> {
         let params = CopyPagesParams {
             pairs: self.step_address(self.layout.pairs),
             num_pairs: self.step_address(Layout::NUM_PAIRS),
-            src: kv.slice.address(),
-            dst: kv.slice.address(),
-            page_bytes: kv.page_bytes as u64,
-            src_layer_stride: stride,
-            dst_layer_stride: stride,
+            src: pages.address(),
+            dst: pages.address(),
+            page_bytes: page_bytes as u64,
+            src_layer_stride: layer_bytes as u64,
+            dst_layer_stride: layer_bytes as u64,
             num_layers: kv.num_layers as i32,
             reserved: 0,
         };

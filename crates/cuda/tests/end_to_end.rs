@@ -20,6 +20,11 @@ use steps::Steps;
 const TOLERANCE: f32 = 1e-2;
 /// The same for the golden checkpoints, whose random weights on 64 columns amplify rounding: the worst row has 0.025.
 const GOLDEN_TOLERANCE: f32 = 3e-2;
+/// The same where activations are quantized too: a difference in the last bit of bf16 may move a code by one of 127.
+const QUANTIZED_TOLERANCE: f32 = 4e-2;
+/// Of the golden checkpoints the worst row has 0.083. That the layers themselves are right to the bit is for the
+/// conformance suite to say.
+const GOLDEN_QUANTIZED_TOLERANCE: f32 = 0.1;
 const MAX_NUM_SEQS: u32 = 8;
 const MAX_MODEL_LEN: u32 = 128;
 
@@ -46,7 +51,16 @@ fn cuda_with(gpu: &MockGpu, activations: Element) -> Cuda {
 }
 
 fn load<B: Backend>(backend: B, checkpoint: &Checkpoint, kv_dtype: DType) -> ModelRunner<B> {
-    ModelRunner::load(backend, checkpoint, &config(kv_dtype), |_| {}).expect("the checkpoint loads")
+    load_as(backend, checkpoint, &config(kv_dtype))
+}
+
+fn load_as<B: Backend>(backend: B, checkpoint: &Checkpoint, config: &RunnerConfig) -> ModelRunner<B> {
+    ModelRunner::load(backend, checkpoint, config, |_| {}).expect("the checkpoint loads")
+}
+
+/// As the checkpoint is.
+fn own_config(checkpoint: &Checkpoint) -> RunnerConfig {
+    config(if checkpoint.spec().dtype == DType::F16 { DType::F16 } else { DType::BF16 })
 }
 
 fn demo() -> Checkpoint {
@@ -75,14 +89,23 @@ fn margin(logits: &[f32]) -> f32 {
     sorted[0] - sorted[1]
 }
 
-/// Prefills and decodes on both; returns the worst error of a row of logits.
-fn compare(name: &str, gpu: &MockGpu, checkpoint: &Checkpoint, num_steps: usize) -> f32 {
+/// Prefills and decodes on both, the reference with a cache in f32; returns the worst error of a row of logits.
+fn compare(
+    name: &str,
+    gpu: &MockGpu,
+    checkpoint: &Checkpoint,
+    config: &RunnerConfig,
+    num_steps: usize,
+) -> f32 {
     let vocab = checkpoint.spec().vocab_size;
     let greedy = SamplingParams::greedy(100);
-    let mut expected = Steps::new(load(RefBackend::new(), checkpoint, DType::F32), prompts(vocab), &greedy);
+    let exact = RunnerConfig { kv_dtype: DType::F32, ..*config };
+    let reference = load_as(RefBackend::new(), checkpoint, &exact);
+    let mut expected = Steps::new(reference, prompts(vocab), &greedy);
     let is_f16 = checkpoint.spec().dtype == DType::F16;
-    let (element, kv_dtype) = if is_f16 { (Element::F16, DType::F16) } else { (Element::Bf16, DType::BF16) };
-    let mut got = Steps::new(load(cuda_with(gpu, element), checkpoint, kv_dtype), prompts(vocab), &greedy);
+    let element = if is_f16 { Element::F16 } else { Element::Bf16 };
+    let cuda = load_as(cuda_with(gpu, element), checkpoint, config);
+    let mut got = Steps::new(cuda, prompts(vocab), &greedy);
     let mut worst = 0.0f32;
     for step in 0..num_steps {
         expected.step();
@@ -107,18 +130,29 @@ fn compare(name: &str, gpu: &MockGpu, checkpoint: &Checkpoint, num_steps: usize)
     worst
 }
 
-#[test]
-fn golden_checkpoints_agree_with_the_reference() {
-    let Some(gpu) = MockGpu::new() else { return };
+/// `(name, checkpoint)` in the order of the names.
+fn golden_checkpoints() -> Vec<(String, Checkpoint)> {
     let folder = repository().join("tests/data/golden");
-    let mut names: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut names: Vec<_> = std::fs::read_dir(folder)
+        .expect("they are in the repository")
+        .map(|entry| entry.expect("a folder can be read").path())
+        .collect();
     names.retain(|path| path.is_dir());
     names.sort();
     assert!(names.len() >= 10);
+    let open = |path: std::path::PathBuf| {
+        let name = path.file_name().expect("it was listed").to_string_lossy().into_owned();
+        (name, Checkpoint::open(&path).expect("it is whole"))
+    };
+    names.into_iter().map(open).collect()
+}
+
+#[test]
+fn golden_checkpoints_agree_with_the_reference() {
+    let Some(gpu) = MockGpu::new() else { return };
     let mut errors = Vec::new();
-    for path in names {
-        let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        let worst = compare(&name, &gpu, &Checkpoint::open(&path).unwrap(), 4);
+    for (name, checkpoint) in golden_checkpoints() {
+        let worst = compare(&name, &gpu, &checkpoint, &own_config(&checkpoint), 4);
         println!("{name:20} relative error {worst:.1e}");
         errors.push((name, worst));
     }
@@ -127,12 +161,78 @@ fn golden_checkpoints_agree_with_the_reference() {
 }
 
 #[test]
+fn quantized_checkpoints_agree_with_the_reference() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let mut errors = Vec::new();
+    for (i, (name, checkpoint)) in golden_checkpoints().into_iter().enumerate() {
+        let quant = [QuantFormat::Int8, QuantFormat::Int4][i % 2];
+        let config = RunnerConfig { quant, ..own_config(&checkpoint) };
+        let worst = compare(&name, &gpu, &checkpoint, &config, 2);
+        println!("{name:20} {:4} relative error {worst:.1e}", quant.name());
+        errors.push((name, quant, worst));
+    }
+    assert!(errors.iter().all(|(_, _, worst)| *worst <= GOLDEN_QUANTIZED_TOLERANCE), "{errors:?}");
+    gpu.assert_nothing_left();
+}
+
+#[test]
 fn the_embedded_model_agrees_with_the_reference() {
     let Some(gpu) = MockGpu::new() else { return };
     gpu.delay(true);
-    let worst = compare("quire-demo", &gpu, &demo(), 2);
+    let worst = compare("quire-demo", &gpu, &demo(), &config(DType::BF16), 2);
     println!("quire-demo relative error {worst:.1e}");
     assert!(worst <= TOLERANCE, "{worst}");
+}
+
+/// With layers so wide that prefill takes the kernel for many rows.
+#[test]
+fn the_embedded_model_agrees_in_8_bits() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let config = RunnerConfig { quant: QuantFormat::Int8, ..config(DType::BF16) };
+    let worst = compare("quire-demo", &gpu, &demo(), &config, 2);
+    println!("quire-demo int8 relative error {worst:.1e}");
+    assert!(worst <= QUANTIZED_TOLERANCE, "{worst}");
+    if gpu.is_mock() {
+        assert!(gpu.launches_of("quire_int8_gemm_wide_bf16") > 0);
+        assert!(gpu.launches_of("quire_int8_gemm_m8_bf16") > 0);
+    }
+}
+
+/// Rounding to e4m3 moves a number by at most a sixteenth, and by a twenty-eighth in the root mean square of numbers that
+/// are spread evenly: so much, then, an average over keys and values may move, and with it what attention adds to the
+/// residual stream.
+#[test]
+fn fp8_keys_and_values_move_logits_by_less_than_their_rounding() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let worst = compare("quire-demo", &gpu, &demo(), &config(DType::F8E4M3), 2);
+    println!("quire-demo fp8 cache relative error {worst:.1e}");
+    assert!(TOLERANCE < worst && worst <= 1.0 / 16.0, "{worst}");
+    if gpu.is_mock() {
+        assert!(gpu.launches_of("quire_attention_decode_bf16_fp8_64") > 0);
+        assert!(gpu.launches_of("quire_attention_prefill_bf16_fp8_64") > 0);
+    }
+}
+
+#[test]
+fn company_changes_no_bit_of_quantized_layers_and_caches() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let checkpoint = Checkpoint::open(&repository().join("tests/data/golden/qwen3")).unwrap();
+    let vocab = checkpoint.spec().vocab_size;
+    for (quant, kv_dtype) in [(QuantFormat::Int8, DType::BF16), (QuantFormat::Int4, DType::F8E4M3)] {
+        let config = RunnerConfig { quant, ..config(kv_dtype) };
+        let runner = || load_as(cuda(&gpu), &checkpoint, &config);
+        let greedy = SamplingParams::greedy(100);
+        let mut together = Steps::new(runner(), prompts(vocab), &greedy);
+        let mut alone = Steps::new(runner(), vec![prompts(vocab)[3].clone()], &greedy);
+        for step in 0..4 {
+            together.step();
+            alone.step();
+            let (all, own) = (together.logits(), alone.logits());
+            let bits = |logits: &[f32]| -> Vec<u32> { logits.iter().map(|x| x.to_bits()).collect() };
+            assert_eq!(bits(&all[3 * vocab..]), bits(&own), "{quant:?}, step {step}");
+        }
+    }
+    gpu.assert_nothing_left();
 }
 
 /// The sampler's own choices, with two steps in flight and with one, whoever shares the batch.

@@ -149,6 +149,20 @@ pub(super) fn run<B: Backend>(tolerance: Tolerance, support: Support, make: &mut
     }
 }
 
+/// The cases whose cache is not plain f32, with this type in its place.
+pub(super) fn run_kv_dtype<B: Backend>(
+    kv_dtype: DType,
+    tolerance: Tolerance,
+    support: Support,
+    make: &mut impl FnMut() -> B,
+) {
+    for (shape, lens) in GRID.iter().filter(|(shape, _)| shape.kv_dtype != DType::F32) {
+        let shape = Shape { kv_dtype, ..adapted(shape, support) };
+        values_and_invariance(&shape, lens, tolerance, make);
+        block_copies(&shape, make);
+    }
+}
+
 /// The case as the backend can take it.
 fn adapted(shape: &Shape, support: Support) -> Shape {
     let mut shape = shape.clone();
@@ -280,6 +294,7 @@ fn assert_close(name: &str, expected: &Trace, got: &Trace, shape: &Shape, tolera
         + match shape.kv_dtype {
             DType::F16 => tolerance.f16_kv,
             DType::BF16 => tolerance.bf16_kv,
+            DType::F8E4M3 => tolerance.fp8_kv,
             _ => 0.0,
         };
     for (at, want) in expected {

@@ -34,12 +34,14 @@ pub struct Tolerance {
     pub f16_kv: f32,
     /// Added where the cache is bf16.
     pub bf16_kv: f32,
+    /// Added where the cache is fp8: neighbours lie an eighth apart.
+    pub fp8_kv: f32,
 }
 
 impl Default for Tolerance {
     /// For backends that compute in f32.
     fn default() -> Self {
-        Self { f32: 5e-5, f16_kv: 2e-3, bf16_kv: 1e-2 }
+        Self { f32: 5e-5, f16_kv: 2e-3, bf16_kv: 1e-2, fp8_kv: 0.125 }
     }
 }
 
@@ -79,13 +81,34 @@ pub fn run_with<B: Backend>(tolerance: Tolerance, support: Support, mut make: im
     sampling::run(&mut make);
 }
 
+/// The cases that are about the cache's type, with another one.
+///
+/// # Panics
+/// As [`run`].
+pub fn run_kv_dtype<B: Backend>(
+    kv_dtype: DType,
+    tolerance: Tolerance,
+    support: Support,
+    mut make: impl FnMut() -> B,
+) {
+    forward::run_kv_dtype(kv_dtype, tolerance, support, &mut make);
+}
+
 /// Holds the operations on quantized weights against [`crate::quant`]. For backends that quantize; apart from [`run`],
 /// which all pass.
 ///
 /// # Panics
 /// As [`run`].
-pub fn run_quantized<B: Backend>(quant: QuantFormat, mut make: impl FnMut() -> B) {
-    quantized::run(quant, &mut make);
+pub fn run_quantized<B: Backend>(quant: QuantFormat, make: impl FnMut() -> B) {
+    run_quantized_with(quant, Support::default(), make);
+}
+
+/// [`run_quantized`], for a backend that rounds activations to `support.dtype` between operations.
+///
+/// # Panics
+/// As [`run`].
+pub fn run_quantized_with<B: Backend>(quant: QuantFormat, support: Support, mut make: impl FnMut() -> B) {
+    quantized::run(quant, support, &mut make);
 }
 
 /// Copies between the device and the host tier. For backends that have one; apart from [`run`], which all pass.
@@ -98,14 +121,16 @@ pub fn run_host_copies<B: Backend>(mut make: impl FnMut() -> B) {
 
 #[cfg(test)]
 mod tests {
-    use quire_core::QuantFormat;
+    use quire_core::{DType, QuantFormat};
 
+    use super::{Support, Tolerance};
     use crate::reference::RefBackend;
 
     #[test]
     fn reference_conforms_to_itself() {
         super::run(RefBackend::new);
         super::run_host_copies(RefBackend::new);
+        super::run_kv_dtype(DType::F8E4M3, Tolerance::default(), Support::default(), RefBackend::new);
         super::run_quantized(QuantFormat::Int8, RefBackend::new);
         super::run_quantized(QuantFormat::Int4, RefBackend::new);
     }

@@ -1,8 +1,11 @@
-//! Quantized layers: their arithmetic is defined to the bit, so every backend gives the numbers of the reference.
+//! Quantized layers: their arithmetic is defined to the bit, so every backend gives the numbers of the reference. Where a
+//! backend rounds activations between operations, the reference's are rounded in the same places.
 
 use quire_core::{DType, QuantFormat, Shard, Slot, StepId};
 
+use super::Support;
 use super::random::{HostTensor, Rng};
+use crate::convert::round_to;
 use crate::quant::TINY;
 use crate::reference::RefBackend;
 use crate::{
@@ -17,14 +20,15 @@ const OUT_FEATURES: &[[usize; 2]] = &[[1, 0], [15, 2], [64, 32], [77, 50]];
 /// Rows of a step.
 const ROWS: &[usize] = &[1, 2, 3, 7, 13, 33];
 
-pub(super) fn run<B: Backend>(quant: QuantFormat, make: &mut impl FnMut() -> B) {
+pub(super) fn run<B: Backend>(quant: QuantFormat, support: Support, make: &mut impl FnMut() -> B) {
     for (i, &in_features) in IN_FEATURES.iter().enumerate() {
         for (j, outs) in OUT_FEATURES.iter().enumerate() {
             let dtype = [DType::BF16, DType::F32, DType::F16][(i + j) % 3];
-            let case = Case { quant, in_features, outs, dtype, bias: j % 2 == 1 };
-            let expected = case.outputs(&mut RefBackend::new()).expect("the reference can do this");
+            let case = Case { quant, in_features, outs, dtype, bias: j % 2 == 1, rounded: support.dtype };
+            let expected =
+                case.outputs(&mut RefBackend::new(), mlp_in_parts).expect("the reference can do this");
             let mut backend = make();
-            let got = case.outputs(&mut backend);
+            let got = case.outputs(&mut backend, mlp);
             let got = got.unwrap_or_else(|error| panic!("{case:?} on {}: {error}", backend.name()));
             case.assert_equal(&expected, &got);
         }
@@ -38,10 +42,15 @@ struct Case {
     outs: &'static [usize; 2],
     dtype: DType,
     bias: bool,
+    /// What the backend rounds activations to between operations.
+    rounded: Option<DType>,
 }
 
 /// What an operation gave: its name, the rows of the step, and the values.
 type Output = (&'static str, usize, Vec<f32>);
+
+/// Runs a feed-forward layer on `x`, `[rows, in_features]`.
+type RunMlp<B> = fn(&Case, &mut B, &Layers<B>, MlpShape, usize) -> Result<Vec<f32>, BackendError>;
 
 /// The weights of a case.
 struct Layers<B: Backend> {
@@ -76,8 +85,8 @@ impl Case {
     }
 
     /// Everything that a quantized weight serves for, for each number of rows.
-    fn outputs<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>, BackendError> {
-        let (out_features, in_features) = (self.outs.iter().sum::<usize>(), self.in_features);
+    fn outputs<B: Backend>(&self, backend: &mut B, mlp: RunMlp<B>) -> Result<Vec<Output>, BackendError> {
+        let (out_features, in_features) = (self.out_features(), self.in_features);
         let layers = Layers::<B> {
             linear: self.load(backend, self.outs, in_features, self.bias)?,
             table: self.load(backend, &[out_features], in_features, false)?,
@@ -86,47 +95,55 @@ impl Case {
         };
         let mut outputs = Vec::new();
         for &rows in ROWS {
-            self.step(backend, &layers, rows, &mut outputs)?;
+            self.step(backend, &layers, rows, mlp, &mut outputs)?;
         }
         Ok(outputs)
     }
 
-    /// The feed-forward layer is with `relu`, which is exact.
     fn step<B: Backend>(
         &self,
         backend: &mut B,
         layers: &Layers<B>,
         rows: usize,
+        mlp: RunMlp<B>,
         outputs: &mut Vec<Output>,
     ) -> Result<(), BackendError> {
-        let (out_features, in_features) = (self.outs.iter().sum::<usize>(), self.in_features);
-        let mut x = backend.alloc(BufRole::Hidden, rows, in_features)?;
-        backend.write(&mut x, &activations(rows, in_features))?;
+        let (out_features, in_features) = (self.out_features(), self.in_features);
+        let x = self.input(backend, rows)?;
         let mut wide = backend.alloc(BufRole::Hidden, rows, out_features)?;
-        let mut narrow = backend.alloc(BufRole::Hidden, rows, in_features)?;
+        let mut logits = backend.alloc(BufRole::Logits, rows, out_features)?;
+        let mut residual = backend.alloc(BufRole::Residual, rows, in_features)?;
         prepare(backend, rows, out_features)?;
 
-        let Layers { linear, table, gated, down } = layers;
+        let Layers { linear, table, .. } = layers;
         backend.run(None, |backend| backend.linear(Linear { x: &x, weight: linear, out: &mut wide }))?;
-        outputs.push(("linear", rows, backend.read(&wide, rows)?));
-        backend.run(None, |backend| backend.logits(Logits { x: &x, head: table, out: &mut wide }))?;
-        outputs.push(("logits", rows, backend.read(&wide, rows.div_ceil(2))?));
-        backend.run(None, |backend| backend.embed(Embed { table, out: &mut narrow }))?;
-        outputs.push(("embed", rows, backend.read(&narrow, rows)?));
-        let shapes = [
-            ("plain mlp", MlpShape::Plain, linear, out_features),
-            ("gated mlp", MlpShape::Gated, gated, 2 * out_features),
-        ];
-        for (name, shape, up, scratch_cols) in shapes {
-            let mut scratch = backend.alloc(BufRole::Hidden, rows, scratch_cols)?;
-            let activation = Activation::Relu;
-            backend.run(None, |backend| {
-                let (scratch, out) = (&mut scratch, &mut narrow);
-                backend.mlp(Mlp { x: &x, shape, up, down, activation, scratch, out })
-            })?;
-            outputs.push((name, rows, backend.read(&narrow, rows)?));
+        outputs.push(("linear", rows, self.rounded(backend.read(&wide, rows)?)));
+        backend.run(None, |backend| backend.logits(Logits { x: &x, head: table, out: &mut logits }))?;
+        outputs.push(("logits", rows, backend.read(&logits, rows.div_ceil(2))?));
+        backend.run(None, |backend| backend.embed(Embed { table, out: &mut residual }))?;
+        outputs.push(("embed", rows, backend.read(&residual, rows)?));
+        for (name, shape) in [("plain mlp", MlpShape::Plain), ("gated mlp", MlpShape::Gated)] {
+            let out = mlp(self, backend, layers, shape, rows)?;
+            outputs.push((name, rows, self.rounded(out)));
         }
         Ok(())
+    }
+
+    fn out_features(&self) -> usize {
+        self.outs.iter().sum()
+    }
+
+    fn input<B: Backend>(&self, backend: &mut B, rows: usize) -> Result<B::Buf, BackendError> {
+        let mut x = backend.alloc(BufRole::Hidden, rows, self.in_features)?;
+        backend.write(&mut x, &self.rounded(activations(rows, self.in_features)))?;
+        Ok(x)
+    }
+
+    /// As the backend rounds between operations.
+    fn rounded(&self, mut values: Vec<f32>) -> Vec<f32> {
+        let dtype = self.rounded.unwrap_or(DType::F32);
+        values.iter_mut().for_each(|value| *value = round_to(dtype, *value));
+        values
     }
 
     fn assert_equal(&self, expected: &[Output], got: &[Output]) {
@@ -140,6 +157,59 @@ impl Case {
             }
         }
     }
+}
+
+/// The layer's first weight, and its rows.
+fn up_of<'a, B: Backend>(case: &Case, layers: &'a Layers<B>, shape: MlpShape) -> (&'a B::Weight, usize) {
+    match shape {
+        MlpShape::Plain => (&layers.linear, case.out_features()),
+        MlpShape::Gated => (&layers.gated, 2 * case.out_features()),
+    }
+}
+
+/// In one operation, with `relu`, which is exact.
+fn mlp<B: Backend>(
+    case: &Case,
+    backend: &mut B,
+    layers: &Layers<B>,
+    shape: MlpShape,
+    rows: usize,
+) -> Result<Vec<f32>, BackendError> {
+    let (up, up_features) = up_of(case, layers, shape);
+    let x = case.input(backend, rows)?;
+    let mut scratch = backend.alloc(BufRole::Hidden, rows, up_features)?;
+    let mut out = backend.alloc(BufRole::Hidden, rows, case.in_features)?;
+    backend.run(None, |backend| {
+        let (down, activation) = (&layers.down, Activation::Relu);
+        backend.mlp(Mlp { x: &x, shape, up, down, activation, scratch: &mut scratch, out: &mut out })
+    })?;
+    backend.read(&out, rows)
+}
+
+/// By its definition, with rounding after each part.
+fn mlp_in_parts<B: Backend>(
+    case: &Case,
+    backend: &mut B,
+    layers: &Layers<B>,
+    shape: MlpShape,
+    rows: usize,
+) -> Result<Vec<f32>, BackendError> {
+    let ((up, up_features), width) = (up_of(case, layers, shape), case.out_features());
+    let x = case.input(backend, rows)?;
+    let mut scratch = backend.alloc(BufRole::Hidden, rows, up_features)?;
+    backend.run(None, |backend| backend.linear(Linear { x: &x, weight: up, out: &mut scratch }))?;
+    let projected = case.rounded(backend.read(&scratch, rows)?);
+    let activated = projected.chunks(up_features).flat_map(|row| {
+        let gated = |i: usize| if shape == MlpShape::Gated { row[width + i] } else { 1.0 };
+        (0..width).map(move |i| Activation::Relu.apply(row[i]) * gated(i))
+    });
+    let activated = case.rounded(activated.collect());
+    let mut hidden = backend.alloc(BufRole::Hidden, rows, width)?;
+    let mut out = backend.alloc(BufRole::Hidden, rows, case.in_features)?;
+    backend.write(&mut hidden, &activated)?;
+    backend
+        .run(None, |backend| backend.linear(Linear { x: &hidden, weight: &layers.down, out: &mut out }))?;
+    backend.read(&out, rows)
 }
 
 /// Random rows of all magnitudes, among them rows of zeros and of numbers that count as zero.

@@ -1,12 +1,12 @@
 //! The paged cache, and attention over it.
 
-use half::{bf16, f16};
 use quire_core::{BlockCopy, DType, HostCopy};
 
-use crate::convert::tensor_error;
-use crate::{BackendError, KvLayout};
+use crate::convert::{round_to, tensor_error};
+use crate::{BackendError, KvLayout, fp8};
 
-/// The paged cache in f32, every value rounded to the cache's type when it is written. Slots never written hold NaN, so
+/// The paged cache in f32, every value rounded to the cache's type when it is written (fp8: each
+/// key and value with a scale of its own). Slots never written hold NaN, so
 /// that reading one shows.
 #[derive(Clone, Debug)]
 pub struct RefKv {
@@ -22,14 +22,15 @@ struct RefKvLayer {
     k: Vec<f32>,
     v: Vec<f32>,
     kv_size: usize,
+    head_dim: usize,
 }
 
 impl RefKv {
     pub(super) fn new(layout: &KvLayout) -> Result<Self, BackendError> {
-        if !matches!(layout.dtype, DType::F32 | DType::F16 | DType::BF16) {
+        if layout.dtype == DType::I8 {
             return Err(tensor_error(
                 "kv cache",
-                format!("type {} is not supported here, use f32, f16 or bf16", layout.dtype),
+                "type int8 is not supported here, use f32, f16, bf16 or fp8",
             ));
         }
         Ok(Self { layout: layout.clone(), layers: poisoned(layout), host: Vec::new() })
@@ -58,8 +59,11 @@ impl RefKv {
         let layer = &mut self.layers[layer];
         let start = slot as usize * layer.kv_size;
         for (to, from) in [(&mut layer.k, k), (&mut layer.v, v)] {
-            for (to, &from) in to[start..start + layer.kv_size].iter_mut().zip(from) {
-                *to = round_to(dtype, from);
+            let to = &mut to[start..start + layer.kv_size];
+            to.copy_from_slice(from);
+            match dtype {
+                DType::F8E4M3 => to.chunks_mut(layer.head_dim).for_each(fp8::round_vector),
+                _ => to.iter_mut().for_each(|value| *value = round_to(dtype, *value)),
             }
         }
     }
@@ -87,19 +91,12 @@ impl RefKvLayer {
 fn poisoned(layout: &KvLayout) -> Vec<RefKvLayer> {
     let slots = layout.num_blocks as usize * layout.block_size as usize;
     let layers = layout.layers.iter().map(|layer| {
-        let kv_size = layer.num_kv_heads as usize * layer.head_dim as usize;
+        let head_dim = layer.head_dim as usize;
+        let kv_size = layer.num_kv_heads as usize * head_dim;
         let poison = vec![f32::NAN; slots * kv_size];
-        RefKvLayer { k: poison.clone(), v: poison, kv_size }
+        RefKvLayer { k: poison.clone(), v: poison, kv_size, head_dim }
     });
     layers.collect()
-}
-
-fn round_to(dtype: DType, value: f32) -> f32 {
-    match dtype {
-        DType::F16 => f16::from_f32(value).to_f32(),
-        DType::BF16 => bf16::from_f32(value).to_f32(),
-        _ => value,
-    }
 }
 
 /// Which keys one query row sees.
