@@ -79,7 +79,8 @@ pub struct EngineArgs {
     /// Do not reuse the KV of prompts that begin alike
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", help_heading = "KV cache")]
     pub no_prefix_cache: bool,
-    /// Memory for keys and values, such as 4GiB [default: what the limits can use, at most 4 GiB and 40 % of free RAM]
+    /// Memory for keys and values, such as 4GiB, on each rank [default: what the limits can use, at most 4 GiB and 40 % of
+    /// free RAM]
     #[arg(long, value_name = "SIZE", help_heading = "KV cache")]
     pub kv_cache_memory: Option<Bytes>,
     /// Host memory for keys and values that do not fit in --kv-cache-memory, such as 4GiB: what is evicted waits there and
@@ -92,7 +93,7 @@ pub struct EngineArgs {
     /// Share of GPU memory to use; no effect on CPU
     #[arg(long, value_name = "SHARE", default_value_t = 0.92, help_heading = "KV cache")]
     pub gpu_memory_utilization: f64,
-    /// GPUs to split the model over
+    /// Ranks to split the model over; on CPU they divide the threads among them
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Model")]
     pub tensor_parallel_size: u32,
 }

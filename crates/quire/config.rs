@@ -60,13 +60,15 @@ impl Machine {
 /// How one engine runs. Nothing in it is optional.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// Compute threads.
+    /// Compute threads of all ranks together.
     pub threads: u32,
+    /// Ranks that the model is split over.
+    pub tensor_parallel_size: u32,
     /// Sizes of the runner.
     pub runner: RunnerConfig,
     /// How weights are stored.
     pub weights: WeightPlan,
-    /// Where the memory goes.
+    /// Where the memory of each rank goes.
     pub memory: MemoryPlan,
     /// Blocks of the KV cache's second tier, in host memory; 0 without one.
     pub num_host_blocks: u32,
@@ -116,7 +118,7 @@ impl Config {
         };
         runner.num_blocks = num_blocks(args, spec, &runner, machine)?;
         runner.max_model_len = fitting_model_len(args, &runner)?;
-        let memory = MemoryPlan::new(spec, &runner);
+        let memory = plan(args, spec, &runner)?;
         let limits = Limits {
             vocab_size: u32::try_from(spec.vocab_size).unwrap_or(u32::MAX),
             max_model_len: runner.max_model_len,
@@ -128,7 +130,8 @@ impl Config {
             ..Limits::default()
         };
         Ok(Self {
-            threads: args.threads.unwrap_or(machine.cores),
+            threads: threads(args, machine)?,
+            tensor_parallel_size: args.tensor_parallel_size,
             weights: WeightPlan::new(spec, runner.quant),
             num_host_blocks: num_host_blocks(args, &memory, machine)?,
             memory,
@@ -140,9 +143,9 @@ impl Config {
         })
     }
 
-    /// The KV cache's second tier.
+    /// The KV cache's second tier, of all ranks.
     pub fn host_bytes(&self) -> u64 {
-        u64::from(self.num_host_blocks) * self.memory.kv_block_bytes
+        u64::from(self.num_host_blocks) * self.memory.kv_block_bytes * u64::from(self.tensor_parallel_size)
     }
 
     /// Of quantized weights: `int4: 4.28 bits per weight (304.1 MiB); left as they are: norms (256 KiB)`.
@@ -193,12 +196,6 @@ fn check_supported(args: &EngineArgs, spec: &ModelSpec, machine: &Machine) -> Re
             "no GPU can be used here; use cpu, or a build with --features cuda on a machine with one",
         );
     }
-    if args.tensor_parallel_size != 1 {
-        return fail(
-            "tensor-parallel-size",
-            "splitting a model over GPUs is not supported yet; leave it at 1",
-        );
-    }
     if args.quantize == Quantize::Fp8 {
         return fail("quantize", "fp8 weights are not supported on cpu; use int8 or int4");
     }
@@ -231,6 +228,22 @@ fn check_supported(args: &EngineArgs, spec: &ModelSpec, machine: &Machine) -> Re
     Ok(())
 }
 
+/// Where the memory of each rank goes; refuses numbers of ranks that the model cannot be split over.
+fn plan(args: &EngineArgs, spec: &ModelSpec, runner: &RunnerConfig) -> Result<MemoryPlan, ConfigError> {
+    MemoryPlan::of_rank(spec, runner, args.tensor_parallel_size)
+        .map_err(|refused| error("tensor-parallel-size", refused.to_string()))
+}
+
+/// The cores, or what the user says; on the processor every rank needs one.
+fn threads(args: &EngineArgs, machine: &Machine) -> Result<u32, ConfigError> {
+    let (threads, ranks) = (args.threads.unwrap_or(machine.cores), args.tensor_parallel_size);
+    if machine.gpu_memory.is_none() && threads < ranks {
+        let message = format!("{ranks} ranks need a thread each, but there are {threads}; raise --threads");
+        return Err(error("tensor-parallel-size", message));
+    }
+    Ok(threads)
+}
+
 /// What the user asked for, or else what the model was made for.
 fn wanted_model_len(args: &EngineArgs, spec: &ModelSpec, model_context: u32) -> Result<u32, ConfigError> {
     let Some(wanted) = args.max_model_len else { return Ok(model_context) };
@@ -256,13 +269,14 @@ fn num_blocks(
     runner: &RunnerConfig,
     machine: &Machine,
 ) -> Result<u32, ConfigError> {
-    let plan = MemoryPlan::new(spec, runner);
+    let plan = plan(args, spec, runner)?;
+    let ranks = u64::from(args.tensor_parallel_size);
     let blocks = match args.kv_cache_memory {
         Some(budget) => plan.num_blocks_in(budget.0),
         None => {
             let share = match machine.gpu_memory {
                 Some(free) => gpu_share(args, &plan, free),
-                None => ((machine.available_memory.0 as f64 * DEFAULT_KV_SHARE) as u64).min(MAX_DEFAULT_KV),
+                None => default_kv_bytes(machine) / ranks,
             };
             let useful = u64::from(runner.max_num_seqs) * u64::from(runner.max_blocks_per_seq());
             plan.num_blocks_in(share).min(u32::try_from(useful).unwrap_or(u32::MAX))
@@ -279,6 +293,11 @@ fn num_blocks(
     Ok(blocks)
 }
 
+/// Of main memory, for the KV cache of all ranks.
+fn default_kv_bytes(machine: &Machine) -> u64 {
+    ((machine.available_memory.0 as f64 * DEFAULT_KV_SHARE) as u64).min(MAX_DEFAULT_KV)
+}
+
 /// What is left of a GPU's memory for keys and values, with something for work lists and the sampler.
 fn gpu_share(args: &EngineArgs, plan: &MemoryPlan, free: Bytes) -> u64 {
     let usable = (free.0 as f64 * args.gpu_memory_utilization) as u64;
@@ -291,9 +310,10 @@ fn num_host_blocks(args: &EngineArgs, memory: &MemoryPlan, machine: &Machine) ->
     if wanted == 0 {
         return Ok(0);
     }
-    let blocks = memory.num_blocks_in(wanted);
+    let ranks = u64::from(args.tensor_parallel_size);
+    let blocks = memory.num_blocks_in(wanted / ranks);
     if blocks == 0 {
-        let needed = Bytes(memory.kv_block_bytes);
+        let needed = Bytes(memory.kv_block_bytes * ranks);
         return Err(error("host-cache-memory", format!("one KV block of this model needs {needed}")));
     }
     let free = machine.available_memory;
@@ -332,7 +352,11 @@ impl fmt::Display for Config {
         }
         writeln!(
             f,
-            "memory   weights {}, KV cache {} ({} tokens in {} blocks of {}, {}){}, workspace {}",
+            "memory   {}weights {}, KV cache {} ({} tokens in {} blocks of {}, {}){}, workspace {}",
+            match self.tensor_parallel_size {
+                1 => String::new(),
+                ranks => format!("{ranks} ranks, each: "),
+            },
             Bytes(memory.weight_bytes),
             Bytes(memory.kv_bytes()),
             grouped(memory.kv_tokens()),
@@ -458,6 +482,24 @@ mod tests {
     }
 
     #[test]
+    fn ranks_share_threads_and_memory() {
+        let (whole, split) =
+            (resolve("", &ROOMY).unwrap(), resolve("--tensor-parallel-size 2", &ROOMY).unwrap());
+        assert_eq!((split.threads, split.tensor_parallel_size), (6, 2));
+        assert_eq!(split.memory.kv_block_bytes * 2, whole.memory.kv_block_bytes, "a head of two each");
+        let small = Machine { cores: 2, available_memory: Bytes(100 << 10), ..ROOMY };
+        let blocks = |flags: &str| resolve(flags, &small).unwrap().runner.num_blocks;
+        assert_eq!(blocks("--tensor-parallel-size 2"), blocks(""), "half the bytes for half the heads");
+        assert_eq!(blocks("--tensor-parallel-size 2 --kv-cache-memory 40KiB"), 20, "on each");
+        let host = resolve("--tensor-parallel-size 2 --host-cache-memory 64KiB", &ROOMY).unwrap();
+        assert_eq!(host.host_bytes(), 64 << 10, "of both together");
+        let text = split.to_string();
+        assert!(text.starts_with("memory   2 ranks, each: weights "), "{text}");
+        let error = resolve("--tensor-parallel-size 3", &ROOMY).unwrap_err();
+        assert!(error.message.contains("query heads: 4") && error.message.ends_with("1, 2, 4"), "{error}");
+    }
+
+    #[test]
     fn quantization_is_planned_and_announced() {
         let plain = resolve("", &ROOMY).unwrap();
         assert!(!plain.to_string().contains("bits per weight"), "{plain}");
@@ -489,7 +531,8 @@ mod tests {
     fn every_missing_feature_names_its_flag() {
         for (flags, flag) in [
             ("--device cuda", "device"),
-            ("--tensor-parallel-size 2", "tensor-parallel-size"),
+            ("--tensor-parallel-size 3", "tensor-parallel-size"),
+            ("--tensor-parallel-size 4 --threads 3", "tensor-parallel-size"),
             ("--quantize fp8", "quantize"),
             ("--batch-invariant off", "batch-invariant"),
             ("--dtype f16", "dtype"),

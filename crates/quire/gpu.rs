@@ -29,6 +29,9 @@ pub(crate) fn choose(args: &EngineArgs, dtype: DType) -> Result<Option<Gpu>> {
 fn unsuited(args: &EngineArgs, dtype: DType) -> Option<String> {
     let quant = args.quantize.format();
     let kv = kv_dtype(args, dtype);
+    if args.tensor_parallel_size > 1 {
+        return Some("--tensor-parallel-size is not supported on CUDA yet".into());
+    }
     if quant == QuantFormat::Fp8 {
         return Some("--quantize fp8 is not supported on CUDA yet; use int8 or int4".into());
     }
@@ -62,9 +65,11 @@ mod built_in {
     use quire_cuda::blaslt::Element;
     use quire_cuda::{Cuda, CudaOptions};
     use quire_model::Checkpoint;
-    use quire_runner::{LoadProgress, ModelRunner, RunnerConfig, RunnerError};
+    use quire_runner::{LoadProgress, RunnerError};
 
     use crate::args::{EngineArgs, Switch};
+    use crate::config::Config;
+    use crate::ranks;
     use crate::units::Bytes;
 
     /// `(name, fatbin)` of each source in `kernels/`, compiled by build.rs.
@@ -110,10 +115,10 @@ mod built_in {
         pub fn load(
             self,
             checkpoint: &Checkpoint,
-            config: &RunnerConfig,
+            config: &Config,
             progress: impl FnMut(LoadProgress),
         ) -> Result<Box<dyn Executor>, RunnerError> {
-            Ok(Box::new(ModelRunner::load(self.backend, checkpoint, config, progress)?))
+            ranks::load(vec![self.backend], checkpoint, config, progress)
         }
     }
 
@@ -129,9 +134,10 @@ mod built_in {
 mod left_out {
     use quire_core::{DType, Executor};
     use quire_model::Checkpoint;
-    use quire_runner::{LoadProgress, RunnerConfig, RunnerError};
+    use quire_runner::{LoadProgress, RunnerError};
 
     use crate::args::EngineArgs;
+    use crate::config::Config;
     use crate::units::Bytes;
 
     /// There is none in a build without the feature `cuda`.
@@ -155,7 +161,7 @@ mod left_out {
         pub fn load(
             self,
             _: &Checkpoint,
-            _: &RunnerConfig,
+            _: &Config,
             _: impl FnMut(LoadProgress),
         ) -> Result<Box<dyn Executor>, RunnerError> {
             match self {}

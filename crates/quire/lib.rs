@@ -3,7 +3,7 @@
 //! Reading order: [`cli`] and [`args`] (what can be asked), [`layers`] (where settings come from), [`config`] (what they
 //! become), then one module a command: `serve`, `run`, `inspect`, [`bench`],
 //! [`doctor`], `sim_cmd`; and what they share: `loading`,
-//! [`model`] with [`hub`], [`metrics`] with [`process`], [`machine`], [`units`], [`logging`], `signals`.
+//! `ranks`, [`model`] with [`hub`], [`metrics`] with [`process`], [`machine`], [`units`], [`logging`], `signals`.
 #![forbid(unsafe_code)]
 
 pub mod args;
@@ -22,6 +22,7 @@ pub mod metrics;
 pub mod model;
 mod prepack;
 pub mod process;
+mod ranks;
 mod run;
 mod serve;
 mod signals;

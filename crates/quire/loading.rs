@@ -6,12 +6,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use quire_core::{BlockHasher, DType, Executor, ExecutorLimits};
-use quire_cpu::{CpuBackend, CpuConfig, Isa, Precision};
+use quire_core::{BlockHasher, Executor, ExecutorLimits};
 use quire_engine::{Engine, EngineConfig, metrics as engine_metrics};
 use quire_llm::{GenerationDefaults, Llm, LlmConfig};
 use quire_model::{Checkpoint, GenerationConfig, ModelSpec};
-use quire_runner::{LoadProgress, ModelRunner};
+use quire_runner::LoadProgress;
 use quire_scheduler::{HostTierConfig, SchedulerConfig};
 use quire_sim::{MockExecutor, MockTiming};
 use quire_tokenizer::{ChatTemplate, TemplateError, Tokenizer};
@@ -23,6 +22,7 @@ use crate::gpu::{self, Gpu};
 use crate::inspect::headline;
 use crate::model::{LocalModel, ModelSource};
 use crate::prepack::PackCache;
+use crate::ranks::{self, cpu_backends};
 use crate::targets::{Targets, first_guess};
 use crate::{Failure, Result};
 
@@ -75,6 +75,8 @@ pub(crate) fn load(
     // Early, so that mapped pages are there when the tokenizer is.
     let cache = match gpu {
         Some(_) => None,
+        // The file holds whole layers.
+        None if config.tensor_parallel_size > 1 => None,
         None => PackCache::open(args, &local, &checkpoint, config.runner.quant),
     };
     stages.done("open");
@@ -199,42 +201,15 @@ fn executor(
     let mut progress = Progress::start();
     if let Some(gpu) = gpu {
         let device = gpu.describe();
-        let executor = gpu.load(checkpoint, &config.runner, |now| progress.report(now));
+        let executor = gpu.load(checkpoint, config, |now| progress.report(now));
         return Ok((executor.map_err(|error| fail(&error))?, device, None));
     }
-    let (mut backend, device) = cpu_backend(checkpoint.spec().dtype, config.threads)?;
+    let (mut backends, device) = cpu_backends(checkpoint.spec().dtype, config)?;
     if let Some(cache) = &cache {
-        backend = backend.with_prepacked(cache.prepacked());
+        backends = backends.into_iter().map(|backend| backend.with_prepacked(cache.prepacked())).collect();
     }
-    let mut runner = ModelRunner::load(backend, checkpoint, &config.runner, |now| progress.report(now))
-        .map_err(|error| fail(&error))?;
-    if config.num_host_blocks > 0 {
-        runner = runner.with_host_blocks(config.num_host_blocks).map_err(|error| fail(&error))?;
-    }
-    Ok((Box::new(runner), device, cache.and_then(PackCache::finish)))
-}
-
-/// The CPU as a checkpoint of `dtype` runs fastest on it, and what it is in one line.
-pub(crate) fn cpu_backend(dtype: DType, threads: u32) -> Result<(CpuBackend, String)> {
-    let cpu =
-        CpuConfig { threads: threads as usize, precision: cpu_precision(dtype), ..CpuConfig::default() };
-    let backend = CpuBackend::new(cpu).map_err(|error| Failure(format!("cannot use the CPU: {error}")))?;
-    let plural = if threads == 1 { "" } else { "s" };
-    let device = format!("cpu, {threads} thread{plural}, {}", isa_name(backend.isa()));
-    Ok((backend, device))
-}
-
-/// How a checkpoint of `dtype` is computed with.
-pub(crate) fn cpu_precision(dtype: DType) -> Precision {
-    Precision::for_checkpoint(dtype, Isa::detect())
-}
-
-const fn isa_name(isa: Isa) -> &'static str {
-    match isa {
-        Isa::Portable => "portable code",
-        Isa::Avx2 => "AVX2",
-        Isa::Avx512Bf16 => "AVX-512 BF16",
-    }
+    let executor = ranks::load(backends, checkpoint, config, |now| progress.report(now));
+    Ok((executor.map_err(|error| fail(&error))?, device, cache.and_then(PackCache::finish)))
 }
 
 /// What the real runner would offer.

@@ -9,8 +9,8 @@ use quire_cpu::{PackError, PackFile, PackKey, Packing, Prepacked};
 use quire_model::Checkpoint;
 
 use crate::args::{EngineArgs, ExecutorArg, Switch};
-use crate::loading::cpu_precision;
 use crate::model::LocalModel;
+use crate::ranks::cpu_precision;
 use crate::units::Bytes;
 
 /// What `--prepack auto` finds worth a file: this much memory, or this long to pack it.

@@ -3,8 +3,8 @@
 use quire_core::{ExecError, HostCopy, LateInputs, ModelRunnerOutput, StepId, TensorView};
 
 use crate::{
-    AddNorm, Attention, Embed, GraphKey, KvLayout, Linear, LinearSource, Logits, Mlp, RopeAndCache,
-    RopeTable, SeqState, StepInput,
+    AddNorm, AllGather, AllReduce, Attention, Embed, GraphKey, KvLayout, Linear, LinearSource, Logits, Mlp,
+    RopeAndCache, RopeTable, SeqState, StepInput,
 };
 
 /// Why a backend could not load or run.
@@ -163,6 +163,12 @@ pub trait Backend: Sized + Send + 'static {
 
     /// See [`Logits`].
     fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError>;
+
+    /// See [`AllReduce`].
+    fn all_reduce(&mut self, op: AllReduce<'_, Self>) -> Result<(), BackendError>;
+
+    /// See [`AllGather`].
+    fn all_gather(&mut self, op: AllGather<'_, Self>) -> Result<(), BackendError>;
 
     /// Chooses a token for every `Sample` row and computes the log-probabilities asked for. `seqs` is the runner's
     /// per-slot state as in `StepInput`.

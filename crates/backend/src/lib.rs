@@ -12,10 +12,11 @@
 //! * nothing is allocated after start.
 //!
 //! Reading order: [`step_input`], [`ops`], [`backend`], [`mod@reference`] with [`sampling_rng`], [`quant`], [`conformance`];
-//! [`convert`] helps to load; [`fp8`] has the numbers of that type.
+//! [`convert`] helps to load, [`collective`] to compute on several ranks; [`fp8`] has the numbers of that type.
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod collective;
 pub mod conformance;
 pub mod convert;
 pub mod fp8;
@@ -26,8 +27,9 @@ pub mod sampling_rng;
 pub mod step_input;
 
 pub use backend::{Backend, BackendError, BufRole};
+pub use collective::{CollectiveError, Communicator};
 pub use ops::{
-    Activation, AddNorm, Attention, AttnShape, Embed, GraphKey, KvLayerShape, KvLayout, Linear, LinearPart,
-    LinearSource, Logits, Mlp, MlpShape, RopeAndCache, RopeTable,
+    Activation, AddNorm, AllGather, AllReduce, Attention, AttnShape, Embed, GraphKey, KvLayerShape, KvLayout,
+    Linear, LinearPart, LinearSource, Logits, Mlp, MlpShape, RopeAndCache, RopeTable,
 };
 pub use step_input::{LogitKind, LogitRow, ON_DEVICE, SeqState, StepBuffer, StepInput};

@@ -269,6 +269,21 @@ pub struct Logits<'a, B: Backend> {
     pub out: &'a mut B::Buf,
 }
 
+/// The sum of `buf` over the ranks of a tensor-parallel group, on every rank and in the order of the ranks where they
+/// share memory; of a single rank, what it is. Every rank must come to it in the same place.
+pub struct AllReduce<'a, B: Backend> {
+    /// `[T, cols]`, updated in place.
+    pub buf: &'a mut B::Buf,
+}
+
+/// Rows of logits out of the parts of the vocabulary that the ranks have computed, on every rank.
+pub struct AllGather<'a, B: Backend> {
+    /// `[logit_rows, this rank's part]`: its piece of [`quire_core::Shard::range`].
+    pub part: &'a B::Buf,
+    /// `[logit_rows, vocab]`: the parts side by side, in the order of the ranks.
+    pub out: &'a mut B::Buf,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

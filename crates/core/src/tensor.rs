@@ -99,4 +99,19 @@ pub struct Shard {
 impl Shard {
     /// The only rank of a world of one.
     pub const WHOLE: Self = Self { rank: 0, world: 1 };
+
+    /// This rank's piece of `total` items: pieces follow one another, and the last ones are smaller, or empty, where they do
+    /// not come out even.
+    pub const fn range(self, total: usize) -> std::ops::Range<usize> {
+        let piece = total.div_ceil(self.world as usize);
+        let begin = self.rank as usize * piece;
+        let end = begin + piece;
+        if end <= total {
+            begin..end
+        } else if begin <= total {
+            begin..total
+        } else {
+            total..total
+        }
+    }
 }

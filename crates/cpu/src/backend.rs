@@ -2,8 +2,9 @@
 
 use quire_backend::convert::to_f32;
 use quire_backend::{
-    AddNorm, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout, Linear, LinearSource,
-    LogitKind, LogitRow, Logits, Mlp, MlpShape, RopeAndCache, RopeTable, SeqState, StepBuffer, StepInput,
+    AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Communicator, Embed, GraphKey,
+    KvLayout, Linear, LinearSource, LogitKind, LogitRow, Logits, Mlp, MlpShape, RopeAndCache, RopeTable,
+    SeqState, StepBuffer, StepInput,
 };
 use quire_core::{
     DType, ExecError, HostCopy, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId,
@@ -79,6 +80,7 @@ pub struct CpuBackend {
     /// For the linear layer at work, and for the one after it.
     inputs: [Inputs; 2],
     attention: Workspace,
+    communicator: Communicator,
 }
 
 /// What `sample` found for one logit row.
@@ -105,12 +107,18 @@ impl CpuBackend {
             prepacked: None,
             inputs: [Inputs::new(threads)?, Inputs::new(threads)?],
             attention: Workspace::default(),
+            communicator: Communicator::default(),
         })
     }
 
     /// Takes packed weights from `prepacked` where it has them, and leaves with it what had to be packed.
     pub fn with_prepacked(self, prepacked: Prepacked) -> Self {
         Self { prepacked: Some(prepacked), ..self }
+    }
+
+    /// As one rank of a group whose ranks share this memory.
+    pub fn with_communicator(self, communicator: Communicator) -> Self {
+        Self { communicator, ..self }
     }
 
     /// The instruction set in use.
@@ -147,7 +155,10 @@ impl Backend for CpuBackend {
     const INLINE: bool = true;
 
     fn name(&self) -> String {
-        "cpu".into()
+        match self.communicator.world() {
+            1 => "cpu".into(),
+            _ => format!("cpu, rank {}", self.communicator.rank()),
+        }
     }
 
     fn load_linear(&mut self, source: &LinearSource<'_>) -> Result<CpuWeight, BackendError> {
@@ -340,6 +351,24 @@ impl Backend for CpuBackend {
         expect_shape("logits output", op.out, rows.len(), op.head.out_features)?;
         let x = Input::new(op.x, rows);
         linear(&mut self.pool, self.isa, op.head, x, &mut self.inputs[0], op.out.shared())
+    }
+
+    fn all_reduce(&mut self, op: AllReduce<'_, Self>) -> Result<(), BackendError> {
+        if self.communicator.world() == 1 {
+            return Ok(());
+        }
+        let tokens = self.step.num_tokens();
+        expect_shape("all_reduce", op.buf, tokens, op.buf.cols)?;
+        let values = &mut op.buf.values[..tokens * op.buf.cols];
+        self.communicator.all_reduce(values).map_err(|error| failed(error.to_string()))
+    }
+
+    fn all_gather(&mut self, op: AllGather<'_, Self>) -> Result<(), BackendError> {
+        let rows = self.step.logit_rows.len();
+        expect_shape("all_gather input", op.part, rows, op.part.cols)?;
+        expect_shape("all_gather output", op.out, rows, op.out.cols)?;
+        let (part, out) = (&op.part.values[..rows * op.part.cols], &mut op.out.values[..rows * op.out.cols]);
+        self.communicator.all_gather(part, out, rows).map_err(|error| failed(error.to_string()))
     }
 
     fn sample(

@@ -4,8 +4,8 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use quire_backend::{
-    AddNorm, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout, Linear, LinearSource,
-    Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
+    AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout,
+    Linear, LinearSource, Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
 };
 use quire_core::{ExecError, LateInputs, ModelRunnerOutput, StepId, TensorView};
 
@@ -517,6 +517,14 @@ impl Backend for Cuda {
     fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError> {
         self.alive()?;
         self.logit_rows(&op)
+    }
+
+    fn all_reduce(&mut self, _: AllReduce<'_, Self>) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn all_gather(&mut self, _: AllGather<'_, Self>) -> Result<(), BackendError> {
+        Err(self.refused("a model split over several GPUs is not supported on CUDA yet".into()))
     }
 
     fn sample(

@@ -12,7 +12,6 @@ use quire_core::{
 use quire_cpu::{CpuBackend, Isa, Precision};
 use quire_engine::EngineCore;
 use quire_model::Checkpoint;
-use quire_runner::ModelRunner;
 use quire_scheduler::SchedulerConfig;
 
 use super::args::BenchModelArgs;
@@ -20,9 +19,9 @@ use super::report::{format_word, slug};
 use super::{Progress, as_failure};
 use crate::args::{EngineArgs, ExecutorArg};
 use crate::config::{Config, Machine};
-use crate::loading::cpu_backend;
 use crate::machine;
 use crate::model::ModelSource;
+use crate::ranks::{self, cpu_backends};
 use crate::units::Bytes;
 use crate::{Failure, Result};
 
@@ -81,9 +80,9 @@ impl Model {
         }
     }
 
-    /// The device under this model's settings, and what it is in words.
-    pub(crate) fn cpu(&self) -> Result<(CpuBackend, String)> {
-        cpu_backend(self.checkpoint.spec().dtype, self.config.threads)
+    /// The device under this model's settings, once for each rank, and what it is in words.
+    pub(crate) fn cpu(&self) -> Result<(Vec<CpuBackend>, String)> {
+        cpu_backends(self.checkpoint.spec().dtype, &self.config)
     }
 
     /// How products are computed on [`Model::cpu`].
@@ -91,12 +90,12 @@ impl Model {
         Precision::for_checkpoint(self.checkpoint.spec().dtype, Isa::detect())
     }
 
-    /// Loads the weights onto `backend`.
-    pub(crate) fn load<B: Backend>(&self, backend: B, progress: &mut Progress) -> Result<Harness> {
-        let runner = ModelRunner::load(backend, &self.checkpoint, &self.config.runner, |now| {
+    /// Loads the weights onto `backends`.
+    pub(crate) fn load<B: Backend>(&self, backends: Vec<B>, progress: &mut Progress) -> Result<Harness> {
+        let executor = ranks::load(backends, &self.checkpoint, &self.config, |now| {
             progress.say(|| format!("loading weights, {} %", now.done_bytes * 100 / now.total_bytes.max(1)));
         });
-        Ok(Harness::new(Box::new(runner.map_err(as_failure)?), self.config.limits.max_queued_requests))
+        Ok(Harness::new(executor.map_err(as_failure)?, self.config.limits.max_queued_requests))
     }
 
     /// `count` prompts of `len` random tokens.

@@ -49,8 +49,13 @@ pub(crate) fn kernels(args: &KernelsArgs, progress: &mut Progress) -> Result<Rep
     };
     let mut model_args = args.model.clone();
     model_args.engine.max_num_batched_tokens.get_or_insert(args.input_len.max(512).max(largest));
+    if args.model.engine.tensor_parallel_size > 1 {
+        return Err(Failure(
+            "--tensor-parallel-size: operations are timed on one rank; leave it at 1".into(),
+        ));
+    }
     let model = Model::open(&model_args, needs)?;
-    let (backend, device) = model.cpu()?;
+    let (backends, device) = model.cpu()?;
     let limits = Limits::measure(model.config.threads)?;
     let mut report = Report::new(model.config.threads, &device);
     report.machine("read_gb_s", limits.read_bytes_s / 1e9);
@@ -68,7 +73,8 @@ pub(crate) fn kernels(args: &KernelsArgs, progress: &mut Progress) -> Result<Rep
     report.text(&model.headline());
 
     let tally = SharedTally::default();
-    let mut harness = model.load(Timed::new(backend, tally.clone()), progress)?;
+    let timed = backends.into_iter().map(|backend| Timed::new(backend, tally.clone())).collect();
+    let mut harness = model.load(timed, progress)?;
     let steps = prefill(&mut harness, &model, args, &tally, progress)?;
     add_steps(&mut report, &model, &format!("prefill-{}", args.input_len), &steps, limits);
     for size in sizes {

@@ -15,10 +15,10 @@ pub(crate) fn throughput(args: &ThroughputArgs, progress: &mut Progress) -> Resu
     let len = args.input_len.saturating_add(args.output_len);
     let needs = Needs { num_requests: args.num_prompts, num_seqs, len, resident: false };
     let model = Model::open(&args.model, needs)?;
-    let (backend, device) = model.cpu()?;
+    let (backends, device) = model.cpu()?;
     let mut report = Report::new(model.config.threads, &device);
     report.text(&model.headline());
-    let mut harness = model.load(backend, progress)?;
+    let mut harness = model.load(backends, progress)?;
     let prompts = model.prompts(args.num_prompts, args.input_len);
 
     // Touches every weight and buffer once.

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use quire_backend::quant::row_bytes;
 use quire_backend::{
-    AddNorm, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout, Linear, LinearSource,
-    Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
+    AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout,
+    Linear, LinearSource, Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
 };
 use quire_core::{HostCopy, LateInputs, ModelRunnerOutput, StepId, TensorView};
 
@@ -280,6 +280,15 @@ impl<B: Backend> Backend for Timed<B> {
         let Logits { x, head, out } = op;
         let work = head.work(self.num_logit_rows);
         self.time(Op::LmHead, work, |inner| inner.logits(Logits { x, head: &head.inner, out }))
+    }
+
+    /// Takes no time: there is one rank.
+    fn all_reduce(&mut self, op: AllReduce<'_, Self>) -> Result<(), BackendError> {
+        self.inner.all_reduce(AllReduce { buf: op.buf })
+    }
+
+    fn all_gather(&mut self, op: AllGather<'_, Self>) -> Result<(), BackendError> {
+        self.inner.all_gather(AllGather { part: op.part, out: op.out })
     }
 
     fn sample(

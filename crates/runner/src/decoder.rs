@@ -4,8 +4,8 @@
 //! never move, so that the same calls can be recorded once and replayed.
 
 use quire_backend::{
-    Activation, AddNorm, Attention, AttnShape, Backend, BackendError, Embed, Linear, Logits, Mlp, MlpShape,
-    RopeAndCache,
+    Activation, AddNorm, AllGather, AllReduce, Attention, AttnShape, Backend, BackendError, Embed, Linear,
+    Logits, Mlp, MlpShape, RopeAndCache,
 };
 
 use crate::workspace::Workspace;
@@ -18,7 +18,7 @@ pub struct Decoder<B: Backend> {
     /// The distinct rotary tables of the layers.
     pub(crate) ropes: Vec<B::Rope>,
     pub(crate) final_norm: B::Norm,
-    /// `[vocab, hidden]`; `None` where the embedding table serves.
+    /// `[vocab, hidden]`, or this rank's rows of it; `None` where the embedding table serves.
     pub(crate) head: Option<B::Weight>,
     pub(crate) norm_eps: f32,
 }
@@ -67,15 +67,21 @@ impl<B: Backend> Decoder<B> {
             let has_delta = index > 0;
             self.add_norm(backend, ws, &layer.attn_norm, has_delta)?;
             self.attention(backend, ws, kv, &layer.attn, index)?;
+            backend.all_reduce(AllReduce { buf: &mut ws.delta })?;
             self.add_norm(backend, ws, &layer.mlp_norm, true)?;
             self.mlp(backend, ws, &layer.mlp)?;
+            backend.all_reduce(AllReduce { buf: &mut ws.delta })?;
         }
         if !wants_logits {
             return Ok(());
         }
         self.add_norm(backend, ws, &self.final_norm, true)?;
         let head = self.head.as_ref().unwrap_or(&self.embed);
-        backend.logits(Logits { x: &ws.hidden, head, out: &mut ws.logits })
+        let Some(part) = &mut ws.logits_part else {
+            return backend.logits(Logits { x: &ws.hidden, head, out: &mut ws.logits });
+        };
+        backend.logits(Logits { x: &ws.hidden, head, out: part })?;
+        backend.all_gather(AllGather { part, out: &mut ws.logits })
     }
 
     /// Adds what the layer before has made to the residual stream, and normalises it into `hidden`.

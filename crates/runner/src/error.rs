@@ -24,6 +24,22 @@ pub enum RunnerError {
         /// What it must be.
         rule: String,
     },
+    /// The model cannot be split over so many ranks.
+    #[error(
+        "the model cannot be split over {ranks} ranks ({why}); numbers of ranks that work: {}",
+        possible.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    )]
+    Ranks {
+        /// As asked for.
+        ranks: u32,
+        /// What does not come out even.
+        why: String,
+        /// What would do, up to 16.
+        possible: Vec<usize>,
+    },
+    /// A thread for a rank cannot be had.
+    #[error("cannot start a thread for a tensor-parallel rank: {0}")]
+    Thread(std::io::Error),
     /// The model has a form that this decoder does not run.
     #[error("layer {layer}: {what}")]
     Unsupported {

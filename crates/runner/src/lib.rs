@@ -8,7 +8,8 @@
 //! * a plan that contradicts the mirror is an error with the numbers in it, never a silent repair.
 //!
 //! Reading order: [`model_runner`] (one step), `input_batch.rs` and `block_tables.rs` (the mirror), `pass.rs` (a step
-//! as flat arrays), [`decoder`] (the forward pass); then [`config`], `workspace.rs`, [`load`], [`weights`], [`memory`].
+//! as flat arrays), [`decoder`] (the forward pass); then [`config`], `workspace.rs`, [`load`], [`weights`], [`memory`]; for
+//! several ranks, `sharding.rs` and [`tensor_parallel`].
 #![forbid(unsafe_code)]
 
 mod block_tables;
@@ -20,6 +21,8 @@ pub mod load;
 pub mod memory;
 pub mod model_runner;
 mod pass;
+mod sharding;
+pub mod tensor_parallel;
 pub mod weights;
 mod workspace;
 
@@ -29,4 +32,5 @@ pub use error::RunnerError;
 pub use load::LoadProgress;
 pub use memory::MemoryPlan;
 pub use model_runner::ModelRunner;
+pub use tensor_parallel::TensorParallel;
 pub use weights::WeightPlan;

@@ -6,10 +6,11 @@ use quire_backend::{Activation, AttnShape, Backend, LinearPart, LinearSource, Ml
 use quire_core::{QuantFormat, Shard};
 use quire_model::{
     Checkpoint, DenseFfn, Ffn, FfnShape, GlobalTensor, GqaSpec, Head, LayerTensor, Mixer, ModelError,
-    NormPlacement, QkNorm, RopeSpec, Tensor,
+    ModelSpec, NormPlacement, QkNorm, RopeSpec, Tensor,
 };
 
 use crate::decoder::{AttnLayer, Decoder, DecoderLayer, MlpLayer};
+use crate::sharding::{Part, spec_of_rank};
 use crate::weights::embed_format;
 use crate::{RunnerConfig, RunnerError};
 
@@ -22,11 +23,12 @@ pub struct LoadProgress {
     pub total_bytes: u64,
 }
 
-/// Loads every weight. `progress` is called after each merged tensor.
+/// Loads every weight, or what `shard` has of it. `progress` is called after each merged tensor.
 pub(crate) fn load_decoder<B: Backend>(
     backend: &mut B,
     checkpoint: &Checkpoint,
     config: &RunnerConfig,
+    shard: Shard,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Decoder<B>, RunnerError> {
     let spec = checkpoint.spec();
@@ -34,9 +36,12 @@ pub(crate) fn load_decoder<B: Backend>(
     let ignored = checkpoint.ignored_tensors();
     let used = checkpoint.tensors().into_iter().filter(|tensor| !ignored.contains(&tensor.name));
     let total_bytes = used.map(|tensor| tensor.bytes).sum();
+    let rank_spec = spec_of_rank(spec, config.quant, shard.world)?;
     let mut loader = Loader {
         backend,
         checkpoint,
+        rank_spec: &rank_spec,
+        shard,
         quant: config.quant,
         progress,
         done_bytes: 0,
@@ -44,13 +49,17 @@ pub(crate) fn load_decoder<B: Backend>(
         ropes: Vec::new(),
     };
 
-    let embed = loader.global_linear(GlobalTensor::Embed, "embed", embed_format(spec, config.quant))?;
+    let format = embed_format(spec, config.quant);
+    let embed = loader.global_linear(GlobalTensor::Embed, "embed", format, &Part::Whole)?;
     let layers = (0..spec.layers.len()).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
     let final_norm = checkpoint.global_tensor(GlobalTensor::FinalNorm)?;
     let final_norm = loader.norm("final_norm", &final_norm)?;
     let head = match spec.head {
-        Head::Tied => None,
-        Head::Own => Some(loader.global_linear(GlobalTensor::LmHead, "lm_head", config.quant)?),
+        Head::Tied if shard == Shard::WHOLE => None,
+        Head::Tied | Head::Own => {
+            let rows = Part::Rows(shard.range(spec.vocab_size));
+            Some(loader.global_linear(GlobalTensor::LmHead, "lm_head", config.quant, &rows)?)
+        }
     };
     let ropes = loader.load_ropes(config.max_model_len)?;
     loader.finish();
@@ -73,9 +82,19 @@ fn check_uniform(checkpoint: &Checkpoint) -> Result<(), RunnerError> {
     }
 }
 
+/// A tensor, and which part of it is this rank's.
+type Piece<'a> = (Tensor<'a>, Part);
+
+fn own_part<'a>((tensor, part): &'a Piece<'_>) -> Tensor<'a> {
+    part.cut(tensor)
+}
+
 struct Loader<'a, B: Backend> {
     backend: &'a mut B,
     checkpoint: &'a Checkpoint,
+    /// See [`spec_of_rank`].
+    rank_spec: &'a ModelSpec,
+    shard: Shard,
     quant: QuantFormat,
     progress: &'a mut dyn FnMut(LoadProgress),
     done_bytes: u64,
@@ -86,7 +105,7 @@ struct Loader<'a, B: Backend> {
 
 impl<B: Backend> Loader<'_, B> {
     fn layer(&mut self, layer: usize) -> Result<DecoderLayer<B>, RunnerError> {
-        let spec = &self.checkpoint.spec().layers[layer];
+        let spec = &self.rank_spec.layers[layer];
         let Mixer::Gqa(gqa) = &spec.mixer;
         let Ffn::Dense(ffn) = &spec.ffn;
         let NormPlacement::Pre = spec.norms;
@@ -146,12 +165,17 @@ impl<B: Backend> Loader<'_, B> {
         has_bias: bool,
     ) -> Result<B::Weight, RunnerError> {
         let checkpoint = self.checkpoint;
-        let tensor = |role| checkpoint.layer_tensor(layer, role);
-        let parts = parts
-            .iter()
-            .map(|&(weight, bias)| Ok((tensor(weight)?, if has_bias { Some(tensor(bias)?) } else { None })));
-        let parts: Vec<_> = parts.collect::<Result<_, ModelError>>()?;
-        self.linear(&format!("layers.{layer}.{name}"), &parts, self.quant)
+        let of_rank = |role| Part::of_layer_tensor(checkpoint.spec(), layer, role, self.shard);
+        let piece = |role| -> Result<Option<Piece<'_>>, ModelError> {
+            let Some(part) = of_rank(role) else { return Ok(None) };
+            Ok(Some((checkpoint.layer_tensor(layer, role)?, part)))
+        };
+        let mut pieces = Vec::with_capacity(parts.len());
+        for &(weight, bias) in parts {
+            let bias = if has_bias { piece(bias)? } else { None };
+            pieces.extend(piece(weight)?.map(|weight| (weight, bias)));
+        }
+        self.linear(&format!("layers.{layer}.{name}"), &pieces, self.quant)
     }
 
     fn global_linear(
@@ -159,27 +183,31 @@ impl<B: Backend> Loader<'_, B> {
         role: GlobalTensor,
         name: &str,
         quant: QuantFormat,
+        part: &Part,
     ) -> Result<B::Weight, RunnerError> {
         let tensor = self.checkpoint.global_tensor(role)?;
-        self.linear(name, &[(tensor, None)], quant)
+        self.linear(name, &[((tensor, part.clone()), None)], quant)
     }
 
+    /// Loads this rank's parts of these weights and biases.
     fn linear(
         &mut self,
         name: &str,
-        parts: &[(Tensor<'_>, Option<Tensor<'_>>)],
+        parts: &[(Piece<'_>, Option<Piece<'_>>)],
         quant: QuantFormat,
     ) -> Result<B::Weight, RunnerError> {
-        let views: Vec<_> = parts
+        let own: Vec<_> =
+            parts.iter().map(|(weight, bias)| (own_part(weight), bias.as_ref().map(own_part))).collect();
+        let views: Vec<_> = own
             .iter()
             .map(|(weight, bias)| LinearPart { weight: weight.view(), bias: bias.as_ref().map(Tensor::view) })
             .collect();
         let weight =
             self.backend.load_linear(&LinearSource { name, parts: &views, quant, shard: Shard::WHOLE })?;
-        parts.iter().for_each(|(weight, _)| self.checkpoint.release(weight));
-        let bytes = parts
-            .iter()
-            .map(|(weight, bias)| weight.data.len() + bias.as_ref().map_or(0, |bias| bias.data.len()));
+        parts.iter().for_each(|((weight, _), _)| self.checkpoint.release(weight));
+        let bytes = parts.iter().map(|((weight, _), bias)| {
+            weight.data.len() + bias.as_ref().map_or(0, |(bias, _)| bias.data.len())
+        });
         self.advance(bytes.sum());
         Ok(weight)
     }

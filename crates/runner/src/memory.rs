@@ -1,10 +1,12 @@
 //! Where the memory goes, computed from the model's shape before anything is loaded.
 
 use quire_backend::{KvLayerShape, KvLayout};
+use quire_core::Shard;
 use quire_model::{Mixer, ModelSpec};
 
+use crate::sharding::spec_of_rank;
 use crate::workspace::WorkspaceShape;
-use crate::{RunnerConfig, WeightPlan};
+use crate::{RunnerConfig, RunnerError, WeightPlan};
 
 /// Bytes by purpose. Backends may add padding of their own; what they pack differently differs by a few per cent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,9 +26,21 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// The plan of a model under these limits.
     pub fn new(spec: &ModelSpec, config: &RunnerConfig) -> Self {
+        Self::with_spec_of_rank(spec, config, 1)
+    }
+
+    /// The plan of each of `world` tensor-parallel ranks: of the first, which has most.
+    ///
+    /// # Errors
+    /// The model cannot be split so.
+    pub fn of_rank(spec: &ModelSpec, config: &RunnerConfig, world: u32) -> Result<Self, RunnerError> {
+        Ok(Self::with_spec_of_rank(&spec_of_rank(spec, config.quant, world)?, config, world))
+    }
+
+    fn with_spec_of_rank(spec: &ModelSpec, config: &RunnerConfig, world: u32) -> Self {
         Self {
-            weight_bytes: WeightPlan::new(spec, config.quant).bytes,
-            workspace_bytes: WorkspaceShape::new(spec, config).bytes(),
+            weight_bytes: WeightPlan::of_rank(spec, config.quant, world).bytes,
+            workspace_bytes: WorkspaceShape::new(spec, config, Shard { rank: 0, world }).bytes(),
             kv_block_bytes: kv_layout(spec, config).block_bytes() as u64,
             num_blocks: config.num_blocks,
             block_size: config.block_size,
@@ -108,6 +122,21 @@ mod tests {
         assert_eq!(plan.workspace_bytes, 4 * (32 * (3 * 64 + 128 + 64 + 256) + 32 * 100));
         assert_eq!(plan.total_bytes(), plan.weight_bytes + plan.workspace_bytes + 10 * plan.kv_block_bytes);
         assert_eq!(plan.kv_tokens(), 160);
+    }
+
+    #[test]
+    fn a_rank_has_its_part_of_the_plan() {
+        let (whole, rank) =
+            (MemoryPlan::new(&spec(), &config()), MemoryPlan::of_rank(&spec(), &config(), 2).unwrap());
+        assert_eq!(rank.kv_block_bytes * 2, whole.kv_block_bytes);
+        // The table of embeddings as a whole, half of the head and of the matrices, all norms.
+        let matrices = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128;
+        assert_eq!(rank.weight_bytes, matrices * 2 + 2 * (100 + 50) * 64 + 4 * (2 * 2 * 64 + 64));
+        // 32 tokens: residual, hidden, delta, half of the rest; 32 rows of 100 logits, and of 50.
+        assert_eq!(rank.workspace_bytes, 4 * (32 * (3 * 64 + 64 + 32 + 128) + 32 * 150));
+        // As many ranks as twice the key/value heads: two hold the same one.
+        assert_eq!(MemoryPlan::of_rank(&spec(), &config(), 4).unwrap().kv_block_bytes, rank.kv_block_bytes);
+        assert!(MemoryPlan::of_rank(&spec(), &config(), 3).is_err());
     }
 
     #[test]

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use quire_backend::{Backend, BackendError, GraphKey, KvLayout};
 use quire_core::{
-    ExecError, Executor, ExecutorLimits, HostCopy, LateInputs, ModelRunnerOutput, SchedulerOutput, Slot,
-    StepId,
+    ExecError, Executor, ExecutorLimits, HostCopy, LateInputs, ModelRunnerOutput, SchedulerOutput, Shard,
+    Slot, StepId,
 };
 use quire_model::Checkpoint;
 
@@ -19,6 +19,7 @@ use crate::input_batch::InputBatch;
 use crate::load::load_decoder;
 use crate::memory::kv_layout;
 use crate::pass::{Cursor, Pass};
+use crate::sharding::spec_of_rank;
 use crate::workspace::{Workspace, WorkspaceShape};
 use crate::{LoadProgress, MemoryPlan, RunnerConfig, RunnerError};
 
@@ -68,15 +69,30 @@ impl<B: Backend> ModelRunner<B> {
     /// # Errors
     /// A limit makes no sense, the checkpoint cannot be read, or the device cannot hold it.
     pub fn load(
+        backend: B,
+        checkpoint: &Checkpoint,
+        config: &RunnerConfig,
+        progress: impl FnMut(LoadProgress),
+    ) -> Result<Self, RunnerError> {
+        Self::load_shard(backend, checkpoint, config, Shard::WHOLE, progress)
+    }
+
+    /// The same for one rank of a tensor-parallel group, which `backend` must be a member of. The ranks of a group run the
+    /// same steps at the same time: see [`crate::TensorParallel`].
+    ///
+    /// # Errors
+    /// As for [`Self::load`], or the model cannot be split over so many ranks.
+    pub fn load_shard(
         mut backend: B,
         checkpoint: &Checkpoint,
         config: &RunnerConfig,
+        shard: Shard,
         mut progress: impl FnMut(LoadProgress),
     ) -> Result<Self, RunnerError> {
         config.validate()?;
-        let spec = checkpoint.spec();
-        let decoder = load_decoder(&mut backend, checkpoint, config, &mut progress)?;
-        let workspace = Workspace::new(&mut backend, &WorkspaceShape::new(spec, config))?;
+        let spec = &spec_of_rank(checkpoint.spec(), config.quant, shard.world)?;
+        let decoder = load_decoder(&mut backend, checkpoint, config, shard, &mut progress)?;
+        let workspace = Workspace::new(&mut backend, &WorkspaceShape::new(spec, config, shard))?;
         let kv_layout = kv_layout(spec, config);
         let kv = backend.alloc_kv(&kv_layout)?;
         let kv_groups: Vec<_> = spec.kv_groups().iter().map(|group| group.window).collect();
@@ -94,7 +110,7 @@ impl<B: Backend> ModelRunner<B> {
                 max_steps_in_flight: if B::INLINE { 1 } else { PIPELINE },
                 kv_groups,
             },
-            memory: MemoryPlan::new(spec, config),
+            memory: MemoryPlan::of_rank(checkpoint.spec(), config, shard.world)?,
             kv_layout,
             num_host_blocks: 0,
             in_flight: VecDeque::with_capacity(PIPELINE as usize),

@@ -4,6 +4,8 @@ use quire_backend::quant::row_bytes;
 use quire_core::{DType, QuantFormat};
 use quire_model::{Head, LayerTensor, ModelSpec};
 
+use crate::sharding::head_rows;
+
 /// The format of the table of input embeddings: a lookup gains nothing from quantization, but a table that is the output
 /// head, too, is as large as any layer and read as a whole.
 ///
@@ -35,12 +37,22 @@ pub struct WeightPlan {
 impl WeightPlan {
     /// The plan for a model.
     pub fn new(spec: &ModelSpec, quant: QuantFormat) -> Self {
+        Self::of_rank(spec, quant, 1)
+    }
+
+    /// The plan for one of `world` ranks, with the model as [`crate::sharding`] makes it for a rank.
+    pub(crate) fn of_rank(spec: &ModelSpec, quant: QuantFormat, world: u32) -> Self {
         let empty = Self { quant, num_weights: 0, bytes: 0, unquantized_bytes: 0, unquantized: Vec::new() };
         let mut plan = empty;
         let table = [spec.vocab_size, spec.hidden_size];
         plan.add(spec.dtype, &table, embed_format(spec, quant), "input embeddings");
-        if spec.head == Head::Own {
-            plan.add(spec.dtype, &table, quant, "output head");
+        if spec.head == Head::Own || world > 1 {
+            plan.add(
+                spec.dtype,
+                &[head_rows(spec.vocab_size, world), spec.hidden_size],
+                quant,
+                "output head",
+            );
         }
         plan.add(spec.dtype, &[spec.hidden_size], QuantFormat::None, "norms");
         for (tensor, shape) in (0..spec.layers.len()).flat_map(|layer| spec.layer_tensors(layer)) {

@@ -1,6 +1,7 @@
 //! The buffers of the forward pass: allocated once, for the largest step.
 
 use quire_backend::{Backend, BackendError, BufRole};
+use quire_core::Shard;
 use quire_model::{Ffn, FfnShape, Mixer, ModelSpec};
 
 use crate::RunnerConfig;
@@ -15,10 +16,13 @@ pub(crate) struct WorkspaceShape {
     mlp: usize,
     logit_rows: usize,
     vocab: usize,
+    /// Of the vocabulary, for a rank that has not all of it.
+    vocab_part: Option<usize>,
 }
 
 impl WorkspaceShape {
-    pub fn new(spec: &ModelSpec, config: &RunnerConfig) -> Self {
+    /// Of one rank; `spec` is as [`crate::sharding`] makes it for a rank.
+    pub fn new(spec: &ModelSpec, config: &RunnerConfig, shard: Shard) -> Self {
         let Mixer::Gqa(gqa) = &spec.layers[0].mixer;
         let Ffn::Dense(ffn) = &spec.layers[0].ffn;
         let attn = gqa.num_heads * gqa.head_dim;
@@ -33,13 +37,15 @@ impl WorkspaceShape {
             },
             logit_rows: config.max_logit_rows() as usize,
             vocab: spec.vocab_size,
+            vocab_part: (shard != Shard::WHOLE).then(|| shard.range(spec.vocab_size).len()),
         }
     }
 
     /// Bytes of all buffers, in f32.
     pub fn bytes(&self) -> u64 {
         let per_token = 3 * self.hidden + self.qkv + self.attn + self.mlp;
-        let elements = self.tokens as u64 * per_token as u64 + self.logit_rows as u64 * self.vocab as u64;
+        let per_logit_row = self.vocab + self.vocab_part.unwrap_or(0);
+        let elements = self.tokens as u64 * per_token as u64 + self.logit_rows as u64 * per_logit_row as u64;
         elements * size_of::<f32>() as u64
     }
 }
@@ -60,6 +66,8 @@ pub(crate) struct Workspace<B: Backend> {
     pub mlp: B::Buf,
     /// `[max_logit_rows, vocab]`.
     pub logits: B::Buf,
+    /// `[max_logit_rows, this rank's part of the vocabulary]`, where it has not all of it.
+    pub logits_part: Option<B::Buf>,
 }
 
 impl<B: Backend> Workspace<B> {
@@ -73,6 +81,10 @@ impl<B: Backend> Workspace<B> {
             attn: backend.alloc(BufRole::Hidden, tokens, shape.attn)?,
             mlp: backend.alloc(BufRole::Hidden, tokens, shape.mlp)?,
             logits: backend.alloc(BufRole::Logits, shape.logit_rows, shape.vocab)?,
+            logits_part: shape
+                .vocab_part
+                .map(|part| backend.alloc(BufRole::Logits, shape.logit_rows, part))
+                .transpose()?,
         })
     }
 }

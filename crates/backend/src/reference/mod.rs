@@ -19,8 +19,8 @@ pub use self::linear::RefWeight;
 use crate::convert::to_f32;
 use crate::step_input::StepBuffer;
 use crate::{
-    AddNorm, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout, Linear, LinearSource,
-    LogitKind, Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
+    AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Communicator, Embed, GraphKey,
+    KvLayout, Linear, LinearSource, LogitKind, Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
 };
 
 /// Activations `[rows, cols]`, row-major.
@@ -47,17 +47,23 @@ enum RowResult {
     Prompt(Slot, u32, TokenLogprobs),
 }
 
-/// The reference backend. Holds nothing but the current step.
+/// The reference backend. Holds nothing but the current step, and its place among the ranks.
 #[derive(Debug, Default)]
 pub struct RefBackend {
     step: StepBuffer,
     results: Vec<RowResult>,
+    communicator: Communicator,
 }
 
 impl RefBackend {
     /// Ready to load.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// As one rank of a group.
+    pub fn with_communicator(self, communicator: Communicator) -> Self {
+        Self { communicator, ..self }
     }
 }
 
@@ -217,6 +223,18 @@ impl Backend for RefBackend {
             op.head.apply(op.x.row(row.row as usize), op.out.row_mut(i));
         }
         Ok(())
+    }
+
+    fn all_reduce(&mut self, op: AllReduce<'_, Self>) -> Result<(), BackendError> {
+        let len = self.step.num_tokens() * op.buf.cols;
+        let summed = self.communicator.all_reduce(&mut op.buf.values[..len]);
+        summed.map_err(|error| failed(error.to_string()))
+    }
+
+    fn all_gather(&mut self, op: AllGather<'_, Self>) -> Result<(), BackendError> {
+        let rows = self.step.logit_rows.len();
+        let (part, out) = (&op.part.values[..rows * op.part.cols], &mut op.out.values[..rows * op.out.cols]);
+        self.communicator.all_gather(part, out, rows).map_err(|error| failed(error.to_string()))
     }
 
     fn sample(

@@ -3,7 +3,7 @@
 use quire_core::{DType, TokenId};
 use quire_cpu::{CpuBackend, CpuConfig, Isa, Precision};
 use quire_model::Checkpoint;
-use quire_runner::RunnerConfig;
+use quire_runner::{ModelRunner, RunnerConfig};
 use serde_json::Value;
 
 use crate::checkpoints::{families, floats, ids, list, max_error};
@@ -19,8 +19,10 @@ const LOGIT_TOLERANCE: f32 = 0.06;
 /// Relative, on perplexity.
 const PERPLEXITY_TOLERANCE: f64 = 0.005;
 
-fn backend() -> CpuBackend {
-    CpuBackend::new(CpuConfig { threads: 2, max_isa: Isa::detect(), precision: Precision::Bf16 }).unwrap()
+fn driver(checkpoint: &Checkpoint, config: &RunnerConfig) -> Driver<ModelRunner<CpuBackend>> {
+    let cpu = CpuConfig { threads: 2, max_isa: Isa::detect(), precision: Precision::Bf16 };
+    let backend = CpuBackend::new(cpu).unwrap();
+    Driver::on(ModelRunner::load(backend, checkpoint, config, |_| {}).unwrap(), config)
 }
 
 fn bf16_kv(max_model_len: u32) -> RunnerConfig {
@@ -36,7 +38,7 @@ fn assert_greedy(
     what: &str,
 ) -> usize {
     let reliable = margins.iter().take_while(|&&margin| margin > MIN_MARGIN).count().min(want.len());
-    let mut driver = Driver::on(backend(), checkpoint, &bf16_kv(512));
+    let mut driver = driver(checkpoint, &bf16_kv(512));
     let seq = driver.add(prompt, &greedy());
     driver.run(&[seq], usize::MAX, |_| reliable);
     assert_eq!(driver.seqs[seq].output(), &want[..reliable], "{what}");
@@ -50,7 +52,7 @@ fn golden_checkpoints_keep_their_tokens() {
         for case in &family.cases {
             for prompt in &case.prompts {
                 let config = bf16_kv(case.max_model_len);
-                let mut driver = Driver::on(backend(), &family.checkpoint, &config);
+                let mut driver = driver(&family.checkpoint, &config);
                 let seq = driver.add(&prompt.ids, &greedy());
                 let mut logits = Vec::new();
                 for part in prompt.ids.chunks(50) {
@@ -106,7 +108,7 @@ fn demo_model_keeps_its_answers_and_its_perplexity() {
 fn perplexity(checkpoint: &Checkpoint, kv_dtype: DType, ids: &[TokenId]) -> f64 {
     let tokens = ids.len() as u32;
     let config = RunnerConfig { max_num_batched_tokens: tokens, kv_dtype, ..config(tokens, 16) };
-    let mut driver = Driver::on(backend(), checkpoint, &config);
+    let mut driver = driver(checkpoint, &config);
     let seq = driver.add(ids, &greedy());
     driver.step(&[(seq, ids.len())]);
     let logprobs = &driver.seqs[seq].logprobs[1..ids.len()];

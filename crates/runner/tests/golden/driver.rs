@@ -1,9 +1,8 @@
-//! A scheduler of no intelligence: does to a [`ModelRunner`] exactly what a test asks for.
+//! A scheduler of no intelligence: does to an executor exactly what a test asks for.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use quire_backend::Backend;
 use quire_backend::reference::RefBackend;
 use quire_core::{
     BlockCopy, BlockId, DType, Executor, GrownTable, LateInputs, LogitRows, ModelRunnerOutput, NewSeq,
@@ -13,24 +12,50 @@ use quire_cpu::{CpuBackend, CpuConfig};
 use quire_model::Checkpoint;
 use quire_runner::{ModelRunner, RunnerConfig};
 
-/// A backend that the same tests run on.
-pub trait TestBackend: Backend {
-    fn make() -> Self;
+/// What the same tests run on.
+pub trait TestBackend: Executor {
+    const NAME: &'static str;
+
+    /// Whether the model can be split so; everything else runs every model.
+    fn takes(_: &Checkpoint) -> bool {
+        true
+    }
+
+    fn load(checkpoint: &Checkpoint, config: &RunnerConfig) -> Self;
+
+    /// Of the last pass.
+    fn logits(&mut self) -> Vec<f32>;
 }
 
-impl TestBackend for RefBackend {
-    fn make() -> Self {
-        Self::new()
+impl TestBackend for ModelRunner<RefBackend> {
+    const NAME: &'static str = "reference";
+
+    fn load(checkpoint: &Checkpoint, config: &RunnerConfig) -> Self {
+        Self::load(RefBackend::new(), checkpoint, config, |_| {}).unwrap()
+    }
+
+    fn logits(&mut self) -> Vec<f32> {
+        self.read_logits().unwrap()
     }
 }
 
-impl TestBackend for CpuBackend {
-    /// With another number of threads each time, which must not show anywhere.
-    fn make() -> Self {
-        static MADE: AtomicUsize = AtomicUsize::new(0);
-        let threads = 1 + MADE.fetch_add(1, Ordering::Relaxed) % 3;
-        Self::new(CpuConfig { threads, ..CpuConfig::default() }).unwrap()
+impl TestBackend for ModelRunner<CpuBackend> {
+    const NAME: &'static str = "cpu";
+
+    fn load(checkpoint: &Checkpoint, config: &RunnerConfig) -> Self {
+        Self::load(cpu(), checkpoint, config, |_| {}).unwrap()
     }
+
+    fn logits(&mut self) -> Vec<f32> {
+        self.read_logits().unwrap()
+    }
+}
+
+/// With another number of threads each time, which must not show anywhere.
+pub fn cpu() -> CpuBackend {
+    static MADE: AtomicUsize = AtomicUsize::new(0);
+    let threads = 1 + MADE.fetch_add(1, Ordering::Relaxed) % 3;
+    CpuBackend::new(CpuConfig { threads, ..CpuConfig::default() }).unwrap()
 }
 
 /// Limits that fit the small models.
@@ -51,6 +76,29 @@ pub fn greedy() -> Arc<SamplingParams> {
     let params =
         SamplingParams { prompt_logprobs: Some(1), logprobs: Some(1), ..SamplingParams::greedy(1000) };
     Arc::new(params)
+}
+
+/// A first step that samples after a prompt of so many tokens, in blocks of 16.
+pub fn first_step(len: usize) -> SchedulerOutput {
+    let new = NewSeq {
+        slot: Slot(0),
+        request: RequestId(0),
+        index: 0,
+        tokens: (0..len as TokenId).collect(),
+        prompt_len: len as u32,
+        params: Arc::new(SamplingParams::greedy(8)),
+        seed: 0,
+        block_tables: vec![(0..len.div_ceil(16) as u32).map(BlockId).collect()],
+        num_computed_tokens: 0,
+    };
+    let row = Scheduled {
+        slot: Slot(0),
+        num_computed_tokens: 0,
+        num_new_tokens: len as u32,
+        logits: LogitRows::Last,
+        sample: true,
+    };
+    SchedulerOutput { new: vec![new], scheduled: vec![row], ..SchedulerOutput::default() }
 }
 
 /// A sequence as the driver keeps it.
@@ -82,9 +130,9 @@ impl Seq {
     }
 }
 
-/// Drives one runner.
-pub struct Driver<B: Backend> {
-    runner: ModelRunner<B>,
+/// Drives one executor.
+pub struct Driver<B> {
+    runner: B,
     block_size: usize,
     step: u64,
     pub seqs: Vec<Seq>,
@@ -100,12 +148,11 @@ pub struct Driver<B: Backend> {
 
 impl<B: TestBackend> Driver<B> {
     pub fn new(checkpoint: &Checkpoint, config: &RunnerConfig) -> Self {
-        Self::on(B::make(), checkpoint, config)
+        Self::on(B::load(checkpoint, config), config)
     }
 
-    /// On this backend.
-    pub fn on(backend: B, checkpoint: &Checkpoint, config: &RunnerConfig) -> Self {
-        let runner = ModelRunner::load(backend, checkpoint, config, |_| {}).unwrap();
+    /// On this one.
+    pub fn on(runner: B, config: &RunnerConfig) -> Self {
         let scattered = |i: u64| i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
         let mut free_blocks: Vec<_> = (0..config.num_blocks).map(BlockId).collect();
         free_blocks.sort_by_key(|block| scattered(u64::from(block.0) + 1));
@@ -221,7 +268,7 @@ impl<B: TestBackend> Driver<B> {
 
     /// Logits of the last pass.
     pub fn logits(&mut self) -> Vec<f32> {
-        self.runner.read_logits().unwrap()
+        self.runner.logits()
     }
 
     fn plan_row(&mut self, plan: &mut SchedulerOutput, seq: usize, count: usize) {

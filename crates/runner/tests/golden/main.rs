@@ -12,10 +12,10 @@
 macro_rules! test_on_each_backend {
     ($($name:ident),* $(,)?) => {
         mod reference {
-            $(#[test] fn $name() { super::$name::<quire_backend::reference::RefBackend>(); })*
+            $(#[test] fn $name() { super::$name::<quire_runner::ModelRunner<quire_backend::reference::RefBackend>>(); })*
         }
         mod cpu {
-            $(#[test] fn $name() { super::$name::<quire_cpu::CpuBackend>(); })*
+            $(#[test] fn $name() { super::$name::<quire_runner::ModelRunner<quire_cpu::CpuBackend>>(); })*
         }
     };
 }
@@ -28,4 +28,5 @@ mod families;
 mod invariance;
 mod prepacked;
 mod quantized;
+mod tensor_parallel;
 mod trained;

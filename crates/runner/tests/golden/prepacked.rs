@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use quire_core::{DType, QuantFormat};
 use quire_cpu::{CpuBackend, CpuConfig, Isa, PackFile, PackKey, Precision, Prepacked};
 use quire_model::Checkpoint;
-use quire_runner::RunnerConfig;
+use quire_runner::{ModelRunner, RunnerConfig};
 use serde_json::Value;
 
 use crate::checkpoints::{families, workspace};
@@ -25,7 +25,8 @@ fn logits(
         backend = backend.with_prepacked(prepacked.clone());
     }
     let config = RunnerConfig { quant, kv_dtype: DType::BF16, ..config(512, 16) };
-    let mut driver = Driver::on(backend, checkpoint, &config);
+    let runner = ModelRunner::load(backend, checkpoint, &config, |_| {}).unwrap();
+    let mut driver = Driver::on(runner, &config);
     let seq = driver.add(prompt, &greedy());
     let mut all = Vec::new();
     for part in prompt.chunks(config.max_logit_rows() as usize) {

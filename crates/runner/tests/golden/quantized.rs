@@ -43,7 +43,7 @@ fn tinystories_656k_keeps_its_quality<B: TestBackend>() {
     trained::<B>("tinystories-656k", &[int8(0.005, 0.002), int4(0.109, 0.087)]);
 }
 
-fn demo_model_keeps_its_quality<B: TestBackend>() {
+pub fn demo_model_keeps_its_quality<B: TestBackend>() {
     let reference: Value = serde_json::from_str(quire_demo_model::REFERENCE_JSON).unwrap();
     let checkpoint =
         Checkpoint::from_static(quire_demo_model::CONFIG_JSON, None, quire_demo_model::WEIGHTS).unwrap();
@@ -81,7 +81,7 @@ fn check<B: TestBackend>(
             tokens += text.len();
         }
         let (loss, divergence) = (perplexity / want - 1.0, sum / tokens as f64);
-        let backend = B::make().name();
+        let backend = B::NAME;
         println!(
             "{name:16} {backend:9} {quant:?}: perplexity {perplexity:.4} of {want:.4} ({:+.2} %); divergence \
              {divergence:.5} over {tokens} tokens",

@@ -32,7 +32,7 @@ fn agrees<B: TestBackend>(name: &str) {
     }
     let perplexity = perplexity::<B>(&checkpoint, &ids(&reference["eval_text"]["ids"]));
     let want = reference["eval_text"]["perplexity"].as_f64().unwrap();
-    let backend = B::make().name();
+    let backend = B::NAME;
     println!("{name:18} {backend:9} max |error| {worst:.2e}; perplexity {perplexity:.5}, expected {want}");
     assert!(worst <= TOLERANCE, "{name}: {worst}");
     assert!((perplexity - want).abs() <= 1e-4 * want, "{name}: perplexity {perplexity}, expected {want}");
