@@ -44,7 +44,10 @@ fn validate_prompt(prompt: &[TokenId], params: &SamplingParams, limits: &Limits)
     if prompt.is_empty() {
         return Err(RequestError::invalid("prompt", "must hold at least one token"));
     }
-    if let Some(id) = prompt.iter().find(|&&id| id >= limits.vocab_size) {
+    // Without an early end, many at once: prompts are long and their ids are right.
+    let highest = prompt.iter().copied().fold(0, TokenId::max);
+    if highest >= limits.vocab_size {
+        let id = prompt.iter().find(|&&id| id >= limits.vocab_size).unwrap_or(&highest);
         return Err(RequestError::invalid(
             "prompt",
             format!("token id {id} is outside the vocabulary of {} tokens", limits.vocab_size),

@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 
 use crate::dispatch::{Mailbox, Registry, SeqDelta};
 use crate::metrics::{EngineMetrics, Rejection};
+use crate::refusals::{Refusal, Refusals};
 use crate::sessions::Sessions;
 use crate::snapshot::{EngineSnapshot, SharedSnapshot};
 use crate::timeline::{Origin, Timeline, Timelines};
@@ -74,11 +75,14 @@ pub(crate) enum Command {
 pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) hasher: BlockHasher,
+    /// Whether anybody will ask for the addresses of a prompt's blocks.
+    pub(crate) caches_prefixes: bool,
     pub(crate) registry: Registry,
     pub(crate) snapshot: SharedSnapshot,
     pub(crate) metrics: EngineMetrics,
     pub(crate) sessions: Sessions,
     pub(crate) timelines: Timelines,
+    refusals: Refusals,
     /// Live continuations: accepted and not finished.
     pub(crate) live: AtomicU32,
     pub(crate) idle: Notify,
@@ -88,15 +92,22 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(limits: Limits, hasher: BlockHasher, metrics: EngineMetrics) -> Self {
+    pub(crate) fn new(
+        limits: Limits,
+        hasher: BlockHasher,
+        caches_prefixes: bool,
+        metrics: EngineMetrics,
+    ) -> Self {
         Self {
             limits,
             hasher,
+            caches_prefixes,
             registry: Registry::default(),
             snapshot: SharedSnapshot::default(),
             metrics,
             sessions: Sessions::default(),
             timelines: Timelines::default(),
+            refusals: Refusals::default(),
             live: AtomicU32::new(0),
             idle: Notify::new(),
             state: AtomicU8::new(EngineState::Ready as u8),
@@ -206,7 +217,7 @@ impl EngineClient {
         };
         request.validate(&shared.limits)?;
         self.admit(n)?;
-        if spec.cache_salt.is_some() {
+        if spec.cache_salt.is_some() && shared.caches_prefixes {
             request.block_hashes = shared.sessions.chain(&shared.hasher, salt, spec.session, &request.prompt);
         }
         let id = request.id;
@@ -235,6 +246,17 @@ impl EngineClient {
     /// ended long ago are forgotten.
     pub fn timelines(&self, name: &str, tenant: Option<TenantId>) -> Vec<Timeline> {
         self.shared.timelines.find(name, tenant)
+    }
+
+    /// Remembers a request that was refused before it was submitted, or when it was.
+    pub fn note_refusal(&self, refusal: Refusal) {
+        self.shared.refusals.add(refusal);
+    }
+
+    /// The requests of this name that were refused, oldest first: of one tenant, or of all. Only the latest of each
+    /// tenant are known.
+    pub fn refusals(&self, name: &str, tenant: Option<TenantId>) -> Vec<Refusal> {
+        self.shared.refusals.find(name, tenant)
     }
 
     fn unavailable(&self, state: &'static str) -> RequestError {

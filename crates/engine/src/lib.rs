@@ -8,7 +8,7 @@
 //! * every queue is bounded: admission bounds the inbox and the mailboxes, the step channel has a fixed capacity.
 //!
 //! Reading order: [`core`], [`thread`], [`dispatch`], [`client`], [`sessions`], [`snapshot`], [`metrics`],
-//! [`timeline`].
+//! [`timeline`], [`refusals`].
 #![forbid(unsafe_code)]
 
 pub mod client;
@@ -16,6 +16,7 @@ pub mod core;
 pub mod dispatch;
 mod host_metrics;
 pub mod metrics;
+pub mod refusals;
 pub mod sessions;
 pub mod snapshot;
 pub mod thread;

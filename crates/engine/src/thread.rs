@@ -50,7 +50,8 @@ impl Engine {
         config.scheduler.max_queued_requests =
             config.limits.max_num_seqs.saturating_add(config.limits.max_queued_requests);
         let metrics = EngineMetrics::new(&config.model_name);
-        let shared = Arc::new(Shared::new(config.limits, config.hasher, metrics));
+        let caches_prefixes = config.scheduler.enable_prefix_caching;
+        let shared = Arc::new(Shared::new(config.limits, config.hasher, caches_prefixes, metrics));
         let (inbox, commands) = mpsc::channel();
         let (steps, step_receiver) = async_mpsc::channel(STEP_CHANNEL_CAPACITY);
         let (recycle, recycled) = mpsc::channel();

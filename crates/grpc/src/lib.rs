@@ -7,7 +7,8 @@
 //!
 //! `build.rs` compiles `proto/` with protox, so no protoc is needed.
 //!
-//! Reading order: `proto/quire/v1/inference.proto`, [`service`], [`convert`], [`status`], [`server`], `observe`.
+//! Reading order: `proto/quire/v1/inference.proto`, [`service`], [`convert`], [`status`], [`server`], [`timeline`],
+//! `observe`.
 #![forbid(unsafe_code)]
 
 pub mod convert;
@@ -15,6 +16,7 @@ mod observe;
 pub mod server;
 pub mod service;
 pub mod status;
+pub mod timeline;
 
 pub use server::{ServerConfig, serve};
 

@@ -5,12 +5,13 @@ use quire_core::metric_names::{CLIENT_DISCONNECTS, GRPC_REQUESTS};
 use tonic::{Code, Response, Status};
 
 /// Every call there is; their series exist from the start.
-const RPCS: [&str; 5] = ["Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModelInfo"];
+const RPCS: [&str; 6] =
+    ["Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModelInfo", "GetRequestTimeline"];
 
 /// Creates the series that every scrape shows.
 pub(crate) fn create_series() {
     for rpc in RPCS {
-        counter!(GRPC_REQUESTS.name, "rpc" => rpc, "code" => name(Code::Ok)).increment(0);
+        counter!(GRPC_REQUESTS.name, "rpc" => rpc, "code" => code_name(Code::Ok)).increment(0);
     }
 }
 
@@ -28,7 +29,7 @@ impl Call {
     /// Counts the call; later ends do not count.
     pub(crate) fn end(&mut self, code: Code) {
         if std::mem::take(&mut self.is_open) {
-            counter!(GRPC_REQUESTS.name, "rpc" => self.rpc, "code" => name(code)).increment(1);
+            counter!(GRPC_REQUESTS.name, "rpc" => self.rpc, "code" => code_name(code)).increment(1);
         }
     }
 }
@@ -54,7 +55,7 @@ pub(crate) async fn observe<T>(
 }
 
 /// The code's name in the gRPC specification.
-const fn name(code: Code) -> &'static str {
+pub(crate) const fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
         Code::Cancelled => "CANCELLED",

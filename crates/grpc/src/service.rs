@@ -3,16 +3,17 @@
 use std::hash::{BuildHasher, RandomState};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use quire_llm::{Generation, Lifecycle, Llm, Prompt, RequestError};
+use quire_core::Micros;
+use quire_llm::{Generation, Lifecycle, Llm, Prompt, Refusal, RequestError};
 use quire_tenancy::{Access, Demand, Permit, Scope, Standing, Tenancy};
 use tokio_stream::Stream;
 use tonic::{Code, Request, Response, Status};
 
-use crate::observe::{Call, observe};
+use crate::observe::{Call, code_name, observe};
 use crate::proto::inference_server::Inference;
-use crate::{convert, proto, status};
+use crate::{convert, proto, status, timeline};
 
 /// Longest accepted `x-request-id`.
 const MAX_REQUEST_ID: usize = 128;
@@ -75,16 +76,50 @@ impl InferenceService {
     }
 
     async fn start(&self, request: Request<proto::GenerateRequest>) -> Result<Started, Status> {
-        let id = self.request_id(&request);
+        let received = Instant::now();
+        let (id, access) = (self.request_id(&request), access(&request)?);
+        let started = self.let_in(request, &id, &access).await;
+        started.map_err(|status| self.note_refusal(status, &id, &access, received))
+    }
+
+    /// Remembers that a request was not let in, if that is what the status says, and says under which id.
+    fn note_refusal(&self, mut status: Status, id: &str, access: &Access, received: Instant) -> Status {
+        let refuses = [Code::ResourceExhausted, Code::Unavailable, Code::DeadlineExceeded];
+        let Some(llm) = self.lifecycle.loaded().filter(|_| refuses.contains(&status.code())) else {
+            return status;
+        };
+        let engine = llm.engine();
+        let refused = engine.now();
+        let took = u64::try_from(received.elapsed().as_micros()).unwrap_or(u64::MAX);
+        engine.note_refusal(Refusal {
+            name: id.into(),
+            tenant: access.tenant().id(),
+            received: Micros(refused.0.saturating_sub(took)),
+            refused,
+            code: code_name(status.code()),
+            message: status.message().to_owned(),
+            retry_after: status::retry_after(&status),
+        });
+        if let Ok(id) = id.parse() {
+            status.metadata_mut().insert("x-request-id", id);
+        }
+        status
+    }
+
+    async fn let_in(
+        &self,
+        request: Request<proto::GenerateRequest>,
+        id: &str,
+        access: &Access,
+    ) -> Result<Started, Status> {
         let timeout = timeout(&request)?;
-        let access = access(&request)?;
         let message = request.into_inner();
         let denied = |denied| status::denied(&denied);
-        access.require(Scope::Infer).and_then(|()| self.tenancy.precheck(&access)).map_err(denied)?;
-        let (llm, model) = self.llm_named(&message.model, &access)?;
+        access.require(Scope::Infer).and_then(|()| self.tenancy.precheck(access)).map_err(denied)?;
+        let (llm, model) = self.llm_named(&message.model, access)?;
         let mut generate = convert::request(message).map_err(|error| status::of(&error))?;
         let tenant = access.tenant();
-        generate.request_id = Some(id.as_str().into());
+        generate.request_id = Some(id.into());
         generate.tenant = tenant.id();
         generate.priority = tenant.priority(generate.priority);
         generate.cache_namespace = access.cache_namespace();
@@ -93,10 +128,10 @@ impl InferenceService {
         let prepared = llm.prepare(generate).await.map_err(|error| status::of(&error))?;
         let mut demand = Demand::default();
         demand.add(prepared.prompt_tokens(), prepared.n(), prepared.max_tokens());
-        let permit = self.tenancy.admit(&access, demand).await.map_err(denied)?;
+        let permit = self.tenancy.admit(access, demand).await.map_err(denied)?;
         let meter = permit.meter(prepared.prompt_tokens(), prepared.n());
         let generation = llm.start(prepared, Some(meter)).await.map_err(|error| status::of(&error))?;
-        Ok(Started { id, model, generation, standing: *permit.standing() })
+        Ok(Started { id: id.to_owned(), model, generation, standing: *permit.standing() })
     }
 
     async fn answer(
@@ -115,6 +150,27 @@ impl InferenceService {
         });
         status::insert_standing(response.metadata_mut(), &standing);
         Ok(response)
+    }
+
+    /// Nothing tells what never was from what is somebody else's.
+    fn timeline(
+        &self,
+        access: &Access,
+        message: &proto::GetRequestTimelineRequest,
+    ) -> Result<Response<proto::RequestTimeline>, Status> {
+        let sees_all = access.require(Scope::Admin).is_ok();
+        if !sees_all {
+            access.require(Scope::Infer).map_err(|denied| status::denied(&denied))?;
+        }
+        let tenant = (!sees_all).then(|| access.tenant().id());
+        let id = &message.id;
+        let stories = self.lifecycle.loaded().and_then(|llm| llm.stories(id, tenant));
+        let stories = stories.ok_or_else(|| {
+            Status::not_found(format!(
+                "no request `{id}` of yours is known here; those that ended long ago are forgotten"
+            ))
+        })?;
+        Ok(Response::new(timeline::message(stories)))
     }
 
     fn model_info(&self, access: &Access) -> Result<Response<proto::ModelInfo>, Status> {
@@ -243,6 +299,13 @@ impl Inference for InferenceService {
         request: Request<proto::GetModelInfoRequest>,
     ) -> Result<Response<proto::ModelInfo>, Status> {
         observe("GetModelInfo", async { self.model_info(&access(&request)?) }).await
+    }
+
+    async fn get_request_timeline(
+        &self,
+        request: Request<proto::GetRequestTimelineRequest>,
+    ) -> Result<Response<proto::RequestTimeline>, Status> {
+        observe("GetRequestTimeline", async { self.timeline(&access(&request)?, request.get_ref()) }).await
     }
 }
 

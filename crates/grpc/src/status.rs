@@ -59,6 +59,12 @@ pub fn insert_standing(metadata: &mut MetadataMap, standing: &Standing) {
     }
 }
 
+/// What [`retry`] says, as far as HTTP would: in seconds.
+pub(crate) fn retry_after(status: &Status) -> Option<Duration> {
+    let seconds = status.metadata().get("retry-after")?.to_str().ok()?.parse().ok()?;
+    Some(Duration::from_secs(seconds))
+}
+
 fn retry(code: Code, message: String, after: Duration) -> Status {
     let mut metadata = MetadataMap::new();
     let seconds = u64::try_from(after.as_nanos().div_ceil(1_000_000_000)).unwrap_or(u64::MAX).max(1);

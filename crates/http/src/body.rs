@@ -7,6 +7,7 @@ use axum::extract::{FromRequest, Request};
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use http_body::Body as _;
 use http_body_util::BodyExt;
 
 use crate::error::ApiError;
@@ -15,6 +16,9 @@ use crate::state::AppState;
 
 /// A body that is not here by then never comes.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Bytes for which room is made on a client's word; larger bodies grow.
+const MAX_ROOM: usize = 1 << 20;
 
 /// Bytes of a body that is too large which are read for the sake of an orderly answer.
 const DISCARD_BYTES: usize = 64 << 20;
@@ -32,11 +36,13 @@ impl FromRequest<AppState> for JsonFields {
         state.llm()?;
         check_content_type(request.headers())?;
         let limit = state.config().max_body_bytes;
-        if declared_length(request.headers()).is_some_and(|length| length > limit as u64) {
+        let declared = declared_length(request.headers()).unwrap_or(0);
+        if declared > limit as u64 {
             discard(request.into_body()).await;
             return Err(ApiError::body_too_large(limit));
         }
-        let read = tokio::time::timeout(READ_TIMEOUT, read(request.into_body(), limit));
+        let room = usize::try_from(declared).map_or(MAX_ROOM, |declared| declared.min(MAX_ROOM));
+        let read = tokio::time::timeout(READ_TIMEOUT, read(request.into_body(), room, limit));
         let bytes = read.await.map_err(|_| ApiError::body_too_slow())??;
         Ok(Self(Fields::parse(&bytes)?))
     }
@@ -55,7 +61,8 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     Err(ApiError::unsupported_media_type(value))
 }
 
-async fn read(mut body: Body, limit: usize) -> Result<Bytes, ApiError> {
+/// All of the body; `room` is made for it at once.
+async fn read(mut body: Body, room: usize, limit: usize) -> Result<Bytes, ApiError> {
     let mut bytes = BytesMut::new();
     while let Some(frame) = body.frame().await {
         let frame =
@@ -65,6 +72,11 @@ async fn read(mut body: Body, limit: usize) -> Result<Bytes, ApiError> {
             discard(body).await;
             return Err(ApiError::body_too_large(limit));
         }
+        // Most bodies come in one piece, which need not be copied.
+        if bytes.is_empty() && body.is_end_stream() {
+            return Ok(data);
+        }
+        bytes.reserve(room.saturating_sub(bytes.len()).max(data.len()));
         bytes.extend_from_slice(&data);
     }
     Ok(bytes.freeze())

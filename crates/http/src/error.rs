@@ -1,6 +1,7 @@
 //! One table from errors to HTTP statuses and OpenAI's error bodies.
 
 use std::borrow::Cow;
+use std::time::Duration;
 
 use axum::response::{IntoResponse, Response};
 use http::header::{CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
@@ -146,6 +147,24 @@ impl ApiError {
     /// The status of the answer.
     pub fn status(&self) -> StatusCode {
         self.status
+    }
+
+    /// Code and message, if it says that a request was not let in: over a limit, too late, or nobody there to serve it.
+    /// What is wrong with a request itself is no refusal.
+    pub(crate) fn refusal(&self) -> Option<(&'static str, &str)> {
+        let refuses = [
+            StatusCode::PAYLOAD_TOO_LARGE,
+            StatusCode::TOO_MANY_REQUESTS,
+            StatusCode::SERVICE_UNAVAILABLE,
+            StatusCode::GATEWAY_TIMEOUT,
+        ];
+        let code = self.code.filter(|_| refuses.contains(&self.status))?;
+        Some((code, &self.message))
+    }
+
+    /// After how long the same request may be let in.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        self.retry_after.map(Duration::from_secs)
     }
 
     /// The JSON body, which is also the final event of a stream that fails.

@@ -7,6 +7,7 @@ use serde::de::{Deserialize, DeserializeOwned, Deserializer, Error, MapAccess, S
 use serde_json::{Map, Number, Value};
 
 use crate::error::ApiError;
+use crate::id_list;
 
 /// The fields that have not been taken yet. `null` is the same as absent.
 pub(crate) struct Fields {
@@ -26,6 +27,10 @@ pub(crate) struct Unsupported {
 
 impl Fields {
     pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
+        // A body that it cannot take apart is read again, for what is wrong with it.
+        if let Some(map) = split(body) {
+            return Ok(Self { map, path: String::new() });
+        }
         match serde_json::from_slice(body) {
             Ok(Object(map)) => Ok(Self { map, path: String::new() }),
             // Every value is taken as it is, so only the body itself can be of a wrong type.
@@ -207,6 +212,43 @@ impl<'de> Deserialize<'de> for Element {
     }
 }
 
+/// Takes an object apart, its lists of token ids by a reader of their own. `None`: it is not a whole JSON object, or an
+/// empty one.
+fn split(body: &[u8]) -> Option<HashMap<String, Field>> {
+    let mut map = HashMap::new();
+    let mut rest = skip_blanks(body).strip_prefix(b"{")?;
+    loop {
+        let name = value(&mut rest)?;
+        rest = skip_blanks(skip_blanks(rest).strip_prefix(b":")?);
+        let list = if rest.starts_with(b"[") { id_list::parse(rest) } else { None };
+        let field = match list {
+            Some((ids, length)) => {
+                rest = &rest[length..];
+                Field::Ids(ids)
+            }
+            None => value(&mut rest)?,
+        };
+        map.insert(name, field);
+        rest = skip_blanks(rest);
+        match rest.strip_prefix(b",") {
+            Some(next) => rest = next,
+            None => return skip_blanks(rest.strip_prefix(b"}")?).is_empty().then_some(map),
+        }
+    }
+}
+
+fn skip_blanks(json: &[u8]) -> &[u8] {
+    &json[id_list::blanks(json)..]
+}
+
+/// The value at the start of `json`, which is taken off it.
+fn value<'de, T: Deserialize<'de>>(json: &mut &'de [u8]) -> Option<T> {
+    let mut values = serde_json::Deserializer::from_slice(json).into_iter();
+    let value = values.next()?.ok()?;
+    *json = &json[values.byte_offset()..];
+    Some(value)
+}
+
 /// The fields of an object.
 struct Object(HashMap<String, Field>);
 
@@ -287,6 +329,46 @@ mod tests {
             let back = ids.map(|ids| serde_json::json!(ids)).or_else(|| fields.take_value("v"));
             assert_eq!(back, Some(serde_json::from_str(value).unwrap()));
         }
+    }
+
+    #[test]
+    fn bodies_are_taken_apart_as_by_a_json_parser() {
+        for body in [
+            " {\"a\":1,\"b\" : [1, 2],\n\"c\":{\"d\":[3]},\"e\\n\":\"x\"}\t",
+            "{\"a\":[1,2],\"a\":null}",
+            "{\"a\":[1,[2]],\"b\":[1,2.5],\"c\":-3,\"d\":1e3}",
+            "{}",
+            "{",
+            "",
+            "[1]",
+            "{\"a\"}",
+            "{\"a\":}",
+            "{\"a\":1,}",
+            "{\"a\":1 2}",
+            "{\"a\":[1,2}",
+            "{\"a\":1}}",
+            "{\"a\":1} x",
+            "{a:1}",
+            "{\"a\":01}",
+            "{\"a\":1x}",
+            "{\"a\":tru}",
+            "{\"a\":[1,2]x}",
+            "{,\"a\":1}",
+            "{\"a\":1\u{c}}",
+            "{1:2}",
+            "{null:2}",
+            "{\"a\":\"\u{1}\"}",
+            "{\"a\":1e999}",
+        ] {
+            let json = |map: HashMap<String, Field>| {
+                map.into_iter().map(|(name, field)| (name, field.into_value())).collect::<Map<_, _>>()
+            };
+            let expected = serde_json::from_str(body).ok().map(|Object(map)| json(map));
+            // An empty object is left to the parser.
+            let expected = expected.filter(|map| !map.is_empty());
+            assert_eq!(split(body.as_bytes()).map(json), expected, "{body:?}");
+        }
+        assert!(split(b"{\"a\":\"\xff\"}").is_none(), "text is UTF-8");
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //!   a client that goes away drops its stream, which cancels the request;
 //! * a panic fails the request it happened in.
 //!
-//! Reading order: [`state`], `router`, [`server`]; `openai/chat` and `openai/completions` with `fields` and
+//! Reading order: [`state`], `router`, [`server`] with `protocol`; `openai/chat` and `openai/completions` with `fields` and
 //! `openai/sampling`; then `sse`, [`error`], `health`, `observe`, `timeline`.
 #![forbid(unsafe_code)]
 
@@ -20,8 +20,10 @@ mod body;
 pub mod error;
 mod fields;
 mod health;
+mod id_list;
 mod observe;
 mod openai;
+mod protocol;
 mod router;
 pub mod server;
 mod sse;

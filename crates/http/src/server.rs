@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::net::IpAddr;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Poll, Waker};
@@ -11,14 +11,16 @@ use std::time::Duration;
 use axum::Router;
 use http::Request;
 use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
-use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
 use tower::Service;
 
 use crate::auth::Peer;
+use crate::protocol::{Protocol, recognize};
 use crate::router::router;
 use crate::state::AppState;
 
@@ -30,6 +32,10 @@ const MAX_HEADERS: usize = 100;
 
 /// Bytes of a request's head.
 const MAX_HEADER_BYTES: usize = 32 << 10;
+
+/// Bytes of a connection's input, and of its output, that are held at most; both begin with 8 KiB, and a long prompt makes
+/// one of them grow.
+const MAX_BUFFER_BYTES: usize = 128 << 10;
 
 /// How long a connection may be silent.
 #[derive(Clone, Copy)]
@@ -67,6 +73,7 @@ pub async fn serve(listener: TcpListener, state: AppState, shutdown: impl Future
 async fn accept(listener: TcpListener, app: Router, patience: Patience, shutdown: impl Future<Output = ()>) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let (closing, _) = watch::channel(());
+    let door = Arc::new(Door { app, patience, http1: http1(patience.idle), http2: http2() });
     let mut shutdown = pin!(shutdown);
     loop {
         let next = async {
@@ -77,11 +84,7 @@ async fn accept(listener: TcpListener, app: Router, patience: Patience, shutdown
         tokio::select! {
             (accepted, permit) = next => match accepted {
                 Ok((stream, peer)) => {
-                    let connection = connection(stream, peer.ip(), app.clone(), patience, closing.subscribe());
-                    tokio::spawn(async move {
-                        connection.await;
-                        drop(permit);
-                    });
+                    tokio::spawn(connection(stream, peer.ip(), Arc::clone(&door), closing.subscribe(), permit));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");
@@ -99,69 +102,118 @@ async fn accept(listener: TcpListener, app: Router, patience: Patience, shutdown
     }
 }
 
+/// What all connections share.
+struct Door {
+    app: Router,
+    patience: Patience,
+    http1: http1::Builder,
+    http2: http2::Builder<TokioExecutor>,
+}
+
 async fn connection(
     stream: TcpStream,
     peer: IpAddr,
-    app: Router,
-    patience: Patience,
+    door: Arc<Door>,
     mut closing: watch::Receiver<()>,
+    _permit: OwnedSemaphorePermit,
 ) {
     // Tokens are small writes; each is to leave at once.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
-    let spoke = Arc::new(AtomicBool::new(false));
+    let first_request = Instant::now() + door.patience.first;
+    let recognized = tokio::select! {
+        recognized = recognize(stream) => recognized,
+        () = tokio::time::sleep_until(first_request) => return,
+        _ = closing.changed() => return,
+    };
+    let (protocol, stream) = match recognized {
+        Ok(recognized) => recognized,
+        Err(error) => return tracing::debug!(%error, "a connection ended before it said anything"),
+    };
+    let watched = Watched { closing, first_request, spoke: Arc::default() };
     let service = {
-        let spoke = Arc::clone(&spoke);
-        tower::util::service_fn(move |mut request: Request<Incoming>| {
+        let (app, spoke) = (door.app.clone(), Arc::clone(&watched.spoke));
+        service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(Peer(peer));
             spoke.store(true, Ordering::Relaxed);
             app.clone().call(request)
         })
     };
-    let builder = builder(patience.idle);
-    let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
-    let mut connection = pin!(connection.into_owned());
-    let is_closing = closing.clone();
-    let mut close = pin!(closing.changed());
-    let mut first_request = pin!(tokio::time::sleep(patience.first));
-    let (mut closed, mut waits) = (false, true);
-    let mut registered: Option<Waker> = None;
-    // Called for every event of a stream. Signal and timer stay registered, so they are asked only when they may have
-    // something to say: what is not touched need not be fetched from memory.
-    let outcome = poll_fn(|cx| {
-        let is_known = registered.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
-        let may_close = !closed && (!is_known || is_closing.has_changed().unwrap_or(true));
-        if may_close && close.as_mut().poll(cx).is_ready() {
-            closed = true;
-            connection.as_mut().graceful_shutdown();
+    let stream = TokioIo::new(stream);
+    // On the heap: a task has room for the larger of the two, and most connections are of the smaller kind.
+    let outcome = match protocol {
+        Protocol::Http1 => {
+            let connection = Box::pin(door.http1.serve_connection(stream, service));
+            watched.drive(connection, http1::Connection::graceful_shutdown).await
         }
-        waits = waits && !spoke.load(Ordering::Relaxed);
-        // Not one whole request yet, not even enough to tell the protocol.
-        if waits && first_request.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Ok(()));
+        Protocol::Http2 => {
+            let connection = Box::pin(door.http2.serve_connection(stream, service));
+            watched.drive(connection, http2::Connection::graceful_shutdown).await
         }
-        if !is_known {
-            registered = Some(cx.waker().clone());
-        }
-        connection.as_mut().poll(cx)
-    });
-    let outcome = outcome.await;
+    };
     if let Err(error) = outcome {
         tracing::debug!(%error, "a connection ended with an error");
     }
 }
 
-fn builder(idle: Duration) -> Builder<TokioExecutor> {
-    let mut builder = Builder::new(TokioExecutor::new());
+/// What may end a connection from outside.
+struct Watched {
+    closing: watch::Receiver<()>,
+    /// When its first request's head must be whole.
+    first_request: Instant,
+    /// Whether it was.
+    spoke: Arc<AtomicBool>,
+}
+
+impl Watched {
+    async fn drive<C: Future<Output = hyper::Result<()>>>(
+        mut self,
+        mut connection: Pin<Box<C>>,
+        shut_down: fn(Pin<&mut C>),
+    ) -> hyper::Result<()> {
+        let is_closing = self.closing.clone();
+        let mut close = pin!(self.closing.changed());
+        let mut first_request = pin!(tokio::time::sleep_until(self.first_request));
+        let (mut closed, mut waits) = (false, true);
+        let mut registered: Option<Waker> = None;
+        // Called for every event of a stream. Signal and timer stay registered, so they are asked only when they may have
+        // something to say: what is not touched need not be fetched from memory.
+        poll_fn(|cx| {
+            let is_known = registered.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+            let may_close = !closed && (!is_known || is_closing.has_changed().unwrap_or(true));
+            if may_close && close.as_mut().poll(cx).is_ready() {
+                closed = true;
+                shut_down(connection.as_mut());
+            }
+            waits = waits && !self.spoke.load(Ordering::Relaxed);
+            // Not one whole request yet.
+            if waits && first_request.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            if !is_known {
+                registered = Some(cx.waker().clone());
+            }
+            connection.as_mut().poll(cx)
+        })
+        .await
+    }
+}
+
+fn http1(idle: Duration) -> http1::Builder {
+    let mut builder = http1::Builder::new();
     builder
-        .http1()
         .timer(TokioTimer::new())
         .max_headers(MAX_HEADERS)
-        .max_buf_size(MAX_HEADER_BYTES)
+        .max_header_size(MAX_HEADER_BYTES)
+        .max_buf_size(MAX_BUFFER_BYTES)
         .header_read_timeout(idle);
     builder
-        .http2()
+}
+
+fn http2() -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_HTTP2_STREAMS)
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS)

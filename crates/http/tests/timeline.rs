@@ -200,6 +200,58 @@ async fn only_its_tenant_and_administrators_see_a_request() {
 }
 
 #[tokio::test]
+async fn a_refusal_is_remembered_with_its_reason() {
+    let text = format!(
+        "[[tenants]]\nid = \"one\"\nlimits = {{ rpm = 6, max_tokens = 9 }}\n[[tenants.keys]]\nid = \"k\"\nsha256 = \"{}\"\n\
+         [[tenants]]\nid = \"two\"\n[[tenants.keys]]\nid = \"k\"\nsha256 = \"{}\"\n",
+        crate::tenants::digest("sk-one"),
+        crate::tenants::digest("sk-two"),
+    );
+    let file = TenantsFile::parse(&text, "tenants.toml").unwrap();
+    let server = Server::with(&Setup::default(), Tenancy::new(Keys::default(), file, None).unwrap());
+    let send = async |route: &str, id: &str, body: Value| {
+        let headers = [("authorization", "Bearer sk-one"), ("x-request-id", id)];
+        server.post_with(route, &headers, &body).await
+    };
+    let get = async |key: &str, id: &str| {
+        let authorization = format!("Bearer {key}");
+        let headers = [("authorization", authorization.as_str())];
+        ask(&server.app, Method::GET, &format!("/v1/requests/{id}/timeline"), &headers, "").await
+    };
+    let body = json!({ "prompt": [1], "max_tokens": 1 });
+    // What is wrong with a request itself is told to its client alone.
+    assert_eq!(send("/v1/completions", "wrong", json!({ "prompt": "" })).await.status.as_u16(), 400);
+    assert_eq!(get("sk-one", "wrong").await.status.as_u16(), 404);
+    let large = send("/v1/completions", "large", json!({ "prompt": [1], "max_tokens": 10 })).await;
+    let mut refused = Vec::new();
+    for at in 0..20 {
+        let answer = send("/v1/completions", &format!("r{at}"), body.clone()).await;
+        if answer.status.as_u16() != 200 {
+            refused.push((format!("r{at}"), answer));
+        }
+    }
+    let chat = json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 1 });
+    refused.push(("chat".into(), send("/v1/chat/completions", "chat", chat).await));
+    assert!(refused.len() > 5, "six a minute are fewer than twenty");
+    refused.push(("large".into(), large));
+    for (id, answer) in &refused {
+        let story = &get("sk-one", id).await.ok()["requests"][0];
+        let error = &answer.json()["error"];
+        assert_eq!(
+            (&story["state"], &story["message"]),
+            (&json!("refused"), &error["message"]),
+            "{id}: {story}"
+        );
+        assert_eq!(story["code"], error["code"], "{id}");
+        let retry_after =
+            answer.headers.get("retry-after").map(|value| value.to_str().unwrap().parse().unwrap());
+        assert_eq!(story["retry_after_s"].as_f64(), retry_after, "{id}");
+        assert!(story["refused_ms"].as_f64().unwrap() >= 0.0, "{id}");
+        assert_eq!(get("sk-two", id).await.status.as_u16(), 404, "{id}");
+    }
+}
+
+#[tokio::test]
 async fn a_wait_for_the_limits_is_told_from_the_queue() {
     let server = Server::start(&Setup::default());
     let request = GenerateRequest {

@@ -5,14 +5,15 @@
 //!
 //! Invariants:
 //! * the same request gives the same answer through every front end, because all of text handling happens here;
-//! * templates, tokenization and block hashing run in a bounded pool, never on an I/O thread;
+//! * templates and tokenization run in a bounded pool, never on an I/O thread; so does the hashing of a prompt that takes
+//!   longer than the way there;
 //! * what a choice reports (text, token ids, log-probabilities, usage) ends with the token that ended it, however
 //!   many more tokens the engine made before it heard of the end: results do not depend on timing;
 //! * however a stream is cut into pieces, the joined pieces are the same;
 //! * dropping a [`Generation`] cancels its request.
 //!
 //! Reading order: [`request`], [`llm`], [`params`], [`generation`], `choice`; then [`lifecycle`], [`logprobs`] and
-//! `pool`.
+//! `pool`; [`story`].
 #![forbid(unsafe_code)]
 
 mod choice;
@@ -23,6 +24,7 @@ pub mod logprobs;
 pub mod params;
 mod pool;
 pub mod request;
+pub mod story;
 
 pub use generation::{ChoiceDelta, Finish, Generation, StopReason, TokenUsage};
 pub use lifecycle::{Lifecycle, ServerState};
@@ -30,6 +32,6 @@ pub use llm::{Llm, LlmConfig, Prepared};
 pub use logprobs::{TokenLogprob, TopLogprob};
 pub use params::GenerationDefaults;
 pub use quire_core::{FinishReason, RequestError, TenantId, TokenId};
-pub use quire_engine::WaitCause;
-pub use quire_engine::timeline::{Entry, EntryKind, Timeline};
+pub use quire_engine::refusals::Refusal;
 pub use request::{ChatMessage, ChatPrompt, GenerateRequest, Prompt, SamplingOptions};
+pub use story::{Rejected, Stories, Story, StoryEvent};

@@ -1,11 +1,12 @@
 //! What a request's headers say: who asks, under which id, until when.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::extract::FromRequestParts;
 use http::request::Parts;
-use quire_llm::{GenerateRequest, Generation, Llm, Prepared, RequestError};
+use quire_core::Micros;
+use quire_llm::{GenerateRequest, Generation, Llm, Prepared, Refusal, RequestError};
 use quire_tenancy::{Access, Demand, Permit, Scope, Tenancy};
 
 use crate::error::ApiError;
@@ -23,6 +24,8 @@ pub(crate) struct Caller {
     pub(crate) request_id: RequestId,
     /// From now.
     pub(crate) timeout: Option<Duration>,
+    /// When its head was there.
+    received: Instant,
 }
 
 impl FromRequestParts<AppState> for Caller {
@@ -36,7 +39,8 @@ impl FromRequestParts<AppState> for Caller {
         };
         let timeout =
             parts.headers.get(TIMEOUT).map(|value| parse_timeout(value.to_str().ok())).transpose()?;
-        Ok(Self { access: access.clone(), request_id: request_id.clone(), timeout })
+        let (access, request_id) = (access.clone(), request_id.clone());
+        Ok(Self { access, request_id, timeout, received: Instant::now() })
     }
 }
 
@@ -71,6 +75,22 @@ impl Caller {
         let mut demand = Demand::default();
         prompts.iter().for_each(|prompt| demand.add(prompt.prompt_tokens(), prompt.n(), prompt.max_tokens()));
         Ok(tenancy.admit(&self.access, demand).await?)
+    }
+
+    /// Remembers, for whoever asks later, that the request was not let in, if that is what the error says.
+    pub(crate) fn note_refusal(&self, llm: &Llm, error: &ApiError) {
+        let Some((code, message)) = error.refusal() else { return };
+        let refused = llm.engine().now();
+        let took = u64::try_from(self.received.elapsed().as_micros()).unwrap_or(u64::MAX);
+        llm.engine().note_refusal(Refusal {
+            name: Arc::clone(&self.request_id.0),
+            tenant: self.access.tenant().id(),
+            received: Micros(refused.0.saturating_sub(took)),
+            refused,
+            code,
+            message: message.to_owned(),
+            retry_after: error.retry_after(),
+        });
     }
 }
 

@@ -4,7 +4,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use quire_llm::{ChoiceDelta, Finish, GenerateRequest, Generation, Llm, Prompt, TokenId};
-use quire_tenancy::Scope;
+use quire_tenancy::{Scope, Standing};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -68,6 +68,29 @@ fn drop_unused_tools(fields: &mut Fields) {
     }
 }
 
+/// From the body to an answer in the making, and how to render it.
+async fn enter(
+    state: &AppState,
+    llm: &Llm,
+    caller: &Caller,
+    fields: Fields,
+) -> Result<(Answer, StreamOptions, Generation, Standing), ApiError> {
+    caller.knock(Scope::Infer, state.tenancy())?;
+    let request = ChatCompletionRequest::parse(fields, llm, caller)?;
+    let answer = Answer {
+        id: format!("chatcmpl-{}", caller.request_id.0),
+        created: unix_time(),
+        model: request.model,
+        system_fingerprint: state.fingerprint().to_owned(),
+        with_logprobs: request.generate.logprobs.is_some(),
+        with_token_ids: request.generate.return_token_ids,
+    };
+    let prompt = llm.prepare(request.generate).await.map_err(chat_error)?;
+    let permit = caller.admit(state.tenancy(), std::slice::from_ref(&prompt)).await.map_err(chat_error)?;
+    let generation = start(llm, &permit, prompt).await.map_err(chat_error)?;
+    Ok((answer, request.stream, generation, *permit.standing()))
+}
+
 /// Answers a conversation.
 pub(crate) async fn create(
     State(state): State<AppState>,
@@ -75,25 +98,11 @@ pub(crate) async fn create(
     JsonFields(fields): JsonFields,
 ) -> Result<Response, ApiError> {
     let llm = state.llm()?;
-    caller.knock(Scope::Infer, state.tenancy())?;
-    let request = ChatCompletionRequest::parse(fields, llm, &caller)?;
-    let return_token_ids = request.generate.return_token_ids;
-    let answer = Answer {
-        id: format!("chatcmpl-{}", caller.request_id.0),
-        created: unix_time(),
-        model: request.model,
-        system_fingerprint: state.fingerprint().to_owned(),
-        with_logprobs: request.generate.logprobs.is_some(),
-        with_token_ids: return_token_ids,
-    };
-    let prompt = llm.prepare(request.generate).await.map_err(chat_error)?;
-    let permit = caller.admit(state.tenancy(), std::slice::from_ref(&prompt)).await.map_err(chat_error)?;
-    let generation = start(llm, &permit, prompt).await.map_err(chat_error)?;
-    let standing = *permit.standing();
-    drop(permit);
-    let response = if request.stream.stream {
-        let include_usage = request.stream.include_usage;
-        let events = stream::Chunks::new(vec![generation], answer, Shape::Chat, include_usage);
+    let entered = enter(&state, llm, &caller, fields).await;
+    let (answer, options, generation, standing) =
+        entered.inspect_err(|error| caller.note_refusal(llm, error))?;
+    let response = if options.stream {
+        let events = stream::Chunks::new(vec![generation], answer, Shape::Chat, options.include_usage);
         crate::sse::response(events, state.config().keep_alive)
     } else {
         whole(answer, generation).await?

@@ -6,7 +6,7 @@ use axum::response::{IntoResponse, Response};
 use quire_llm::{
     ChoiceDelta, Finish, GenerateRequest, Generation, Llm, Prepared, Prompt, RequestError, TokenId,
 };
-use quire_tenancy::{Permit, Scope};
+use quire_tenancy::{Permit, Scope, Standing};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -85,6 +85,21 @@ fn in_prompt(error: RequestError, index: usize, several: bool) -> ApiError {
     if several { error.in_element("prompt", index) } else { error }
 }
 
+/// From the body to answers in the making.
+async fn enter(
+    state: &AppState,
+    llm: &Llm,
+    caller: &Caller,
+    fields: Fields,
+) -> Result<(CompletionRequest, Vec<Generation>, Standing), ApiError> {
+    caller.knock(Scope::Infer, state.tenancy())?;
+    let mut request = CompletionRequest::parse(fields, llm, caller)?;
+    let prompts = request.prepare(llm).await?;
+    let permit = caller.admit(state.tenancy(), &prompts).await?;
+    let generations = submit(llm, &permit, prompts).await?;
+    Ok((request, generations, *permit.standing()))
+}
+
 /// Continues texts.
 pub(crate) async fn create(
     State(state): State<AppState>,
@@ -92,13 +107,8 @@ pub(crate) async fn create(
     JsonFields(fields): JsonFields,
 ) -> Result<Response, ApiError> {
     let llm = state.llm()?;
-    caller.knock(Scope::Infer, state.tenancy())?;
-    let mut request = CompletionRequest::parse(fields, llm, &caller)?;
-    let prompts = request.prepare(llm).await?;
-    let permit = caller.admit(state.tenancy(), &prompts).await?;
-    let generations = submit(llm, &permit, prompts).await?;
-    let standing = *permit.standing();
-    drop(permit);
+    let entered = enter(&state, llm, &caller, fields).await;
+    let (request, generations, standing) = entered.inspect_err(|error| caller.note_refusal(llm, error))?;
     let answer = Answer {
         id: format!("cmpl-{}", caller.request_id.0),
         created: unix_time(),
