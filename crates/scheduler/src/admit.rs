@@ -73,7 +73,7 @@ impl Scheduler {
             pass.blocked = Some(WaitCause::KvPressure);
             return;
         }
-        pass.blocked = None;
+        (pass.blocked, self.blocked) = (None, None);
         while pass.tokens > 0 {
             let Some(seq) = self.waiting.first(self.now, &self.fair) else { return };
             if before.is_some_and(|before| self.seqs.data(seq).key > before) {
@@ -81,7 +81,7 @@ impl Scheduler {
             }
             if self.free_slots.is_empty() {
                 pass.blocked = Some(WaitCause::BatchFull);
-                return self.note_blocked(seq);
+                return self.note_blocked(seq, pass);
             }
             // A preempted sequence whose last token is still on its way: it cannot be recomputed yet.
             if self.seqs.hot(seq).num_in_flight > 0 {
@@ -97,13 +97,13 @@ impl Scheduler {
             // A chunk now, whatever part of the prompt will be found in the cache.
             if self.chunk(seq, pass.tokens, pass) == 0 {
                 pass.blocked = Some(WaitCause::LatencyTarget);
-                return self.note_blocked(seq);
+                return self.note_blocked(seq, pass);
             }
             let Some(chunk) = self.place(seq, pass, out) else {
                 // Parked sequences may hold all there is; with nobody running nothing else would free it.
                 if self.num_parked == 0 || self.num_running > 0 || self.kv.pool().num_quarantined() > 0 {
                     pass.blocked = Some(WaitCause::KvPressure);
-                    return self.note_blocked(seq);
+                    return self.note_blocked(seq, pass);
                 }
                 self.release_parked();
                 continue;
@@ -112,7 +112,7 @@ impl Scheduler {
         }
         if let Some(seq) = self.waiting.first(self.now, &self.fair) {
             pass.blocked = Some(WaitCause::TokenBudget);
-            self.note_blocked(seq);
+            self.note_blocked(seq, pass);
         }
     }
 
@@ -236,6 +236,7 @@ impl Scheduler {
         }
         self.seqs.note_table(seq, last_hash);
         let (hot, data) = self.seqs.both_mut(seq);
+        self.fair.note_cost(hot.tenant, hot.num_tokens - hot.num_computed_tokens, 0);
         self.fair.entered(hot.tenant, data.table.live().len() as u32);
         out.new.push(NewSeq {
             slot,

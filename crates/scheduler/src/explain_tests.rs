@@ -45,7 +45,11 @@ fn a_request_that_has_a_place_at_once_never_waits() {
 
 #[test]
 fn each_that_waits_is_told_why_once() {
-    let mut rig = Rig::with(limits(), |config| config.limits.max_num_seqs = 1);
+    let mut rig = Rig::with(limits(), |config| {
+        config.limits.max_num_seqs = 1;
+        // The tenant in turn stays so.
+        config.fairness.quantum = 100.0;
+    });
     add(&mut rig, 1, 0, 0, 8, 10);
     step(&mut rig);
     // Two of the tenant that is in turn, one of another, one behind them all.

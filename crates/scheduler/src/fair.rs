@@ -16,9 +16,9 @@ const MAX_TENANTS: u32 = 1 << 16;
 /// Weights outside are clamped.
 const WEIGHTS: (f64, f64) = (1e-3, 1e6);
 
-/// A lead that costs nobody its place yet, in units of the dearest request. The bound on the gap is two of them, and
-/// what is in the batch adds to a lead before it can be corrected.
-const TOLERATED_LEAD: f64 = 0.5;
+/// A lead with which a tenant's sequences go on, in units of the dearest request. The bound on the gap is two of them,
+/// and a step adds to a lead before it can be corrected.
+const TOLERATED_LEAD: f64 = 1.0;
 
 /// What fairness means here.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -27,17 +27,18 @@ pub struct FairnessConfig {
     pub prompt_token_cost: f64,
     /// Cost of an output token.
     pub output_token_cost: f64,
-    /// The tenant served last stays in turn until it is so much ahead of the smallest counter: its requests often share
-    /// a prefix, which is still cached (deficit longest prefix match; Cao et al., arXiv 2501.14312). 0: strict VTC.
+    /// The tenant served last stays in turn until it is so much ahead of the smallest counter, in units of the dearest
+    /// request so far: its requests often share a prefix, which is still cached (deficit longest prefix match; Cao et
+    /// al., arXiv 2501.14312). 0: strict VTC.
     pub quantum: f64,
     /// Who waits longer, in microseconds, gets a place whatever its priority (every other one).
     pub max_queue_age: u64,
 }
 
 impl Default for FairnessConfig {
-    /// 1 and 2 as in the VTC paper, a quantum of 4,096, and 30 s.
+    /// 1 and 2 as in the VTC paper, a quarter of the dearest request, and 30 s.
     fn default() -> Self {
-        Self { prompt_token_cost: 1.0, output_token_cost: 2.0, quantum: 4096.0, max_queue_age: 30_000_000 }
+        Self { prompt_token_cost: 1.0, output_token_cost: 2.0, quantum: 0.25, max_queue_age: 30_000_000 }
     }
 }
 
@@ -148,7 +149,7 @@ impl FairShare {
         tenant.counter.0 += tenant.per_output_token;
     }
 
-    /// Takes note of what a request cost in all.
+    /// Takes note of what a request cost, in all or so far.
     pub(crate) fn note_cost(&mut self, tenant: TenantId, num_prompt_tokens: u32, num_output_tokens: u32) {
         let tenant = self.get(tenant);
         let cost = f64::from(num_prompt_tokens) * tenant.per_prompt_token
@@ -156,9 +157,14 @@ impl FairShare {
         self.max_cost = self.max_cost.max(cost);
     }
 
-    /// Whether `ahead` was served so much more than `behind` that it has to give up a place.
-    pub(crate) fn must_yield(&self, ahead: TenantId, behind: TenantId) -> bool {
-        self.lead(ahead, behind) >= 1.0
+    /// The counter beyond which a tenant is too far ahead of `behind`.
+    pub(crate) fn ceiling(&self, behind: TenantId) -> Counter {
+        Counter(self.counter(behind).0 + self.tolerance())
+    }
+
+    /// How far the tenant served last may be ahead and stay in turn.
+    pub(crate) fn quantum(&self) -> f64 {
+        self.config.quantum * self.max_cost
     }
 
     /// How many places `ahead` should give up to `behind` at once: one for each request it is ahead, or a quarter of
@@ -167,10 +173,13 @@ impl FairShare {
         (self.lead(ahead, behind) as u32).max(self.num_running(ahead) / 4)
     }
 
-    /// In units of what is tolerated: half the dearest request, or the quantum.
+    /// In units of what is tolerated.
     fn lead(&self, ahead: TenantId, behind: TenantId) -> f64 {
-        let lead = self.counter(ahead).0 - self.counter(behind).0;
-        lead / (TOLERATED_LEAD * self.max_cost).max(self.config.quantum).max(1.0)
+        (self.counter(ahead).0 - self.counter(behind).0) / self.tolerance()
+    }
+
+    fn tolerance(&self) -> f64 {
+        (TOLERATED_LEAD.max(self.config.quantum) * self.max_cost).max(1.0)
     }
 
     /// A tenant that comes back does not bring service it has not used.

@@ -17,7 +17,7 @@
 //! targets), [`fair`] and `waiting` (who is next), `sequence` and `sequence_table` (the state), `block_pool`,
 //! `prefix_cache`, `kv_cache` (the blocks), `reuse`, `history`, `duel`, `eviction` (which of them to keep),
 //! [`host_tier`], `kv_swap`, `swap` (a second pool in host memory), [`cache_replay`], [`scheduler`] (the parts and the way in), `schedule` (a step goes out), `admit` (prompts in it),
-//! `preempt` (who makes room), `fork` (continuations share a prompt), `update` (its results come back), `finish`,
+//! `pause` (who stands still), `preempt` (who makes room), `fork` (continuations share a prompt), `update` (its results come back), `finish`,
 //! `explain` (why somebody waits), `check`.
 #![forbid(unsafe_code)]
 
@@ -40,6 +40,7 @@ mod kv_cache;
 mod kv_swap;
 pub mod note;
 pub mod pacing;
+mod pause;
 pub mod policy;
 mod preempt;
 mod prefix_cache;

@@ -65,13 +65,16 @@ impl Scheduler {
         let decodes = |&at: &usize| !self.seqs.hot(self.running[at]).prefilling;
         let candidates = (from..self.running.len()).filter(decodes);
         let at = candidates.max_by_key(|&at| self.fair.counter(tenant(at)))?;
-        self.fair.must_yield(tenant(at), self.seqs.hot(waiting).tenant).then_some(at)
+        let ceiling = self.fair.ceiling(self.seqs.hot(waiting).tenant);
+        (self.fair.counter(tenant(at)) > ceiling).then_some(at)
     }
 
-    /// There is no slot, block or token for the first waiting sequence. If that is unfair, the next step makes place: in
-    /// this one the sequences of the batch have their rows.
-    pub(crate) fn note_blocked(&mut self, waiting: SeqIndex) {
+    /// There is no slot, block or token for the first waiting sequence. If that is unfair, tenants too far ahead stand
+    /// still in the next step, or make place: in this one the sequences of the batch have their rows.
+    pub(crate) fn note_blocked(&mut self, waiting: SeqIndex, pass: &Pass) {
+        self.blocked = Some(self.seqs.data(waiting).key);
         if self.fair.num_tenants() > 1
+            && self.is_idle(pass)
             && let Some(at) = self.unfair(waiting)
         {
             let ahead = self.seqs.hot(self.running[at]).tenant;

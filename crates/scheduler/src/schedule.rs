@@ -5,6 +5,7 @@ use quire_core::{GrownTable, LogitRows, Micros, Scheduled, SchedulerOutput, Slot
 use crate::cost::StepShape;
 use crate::event::SeqEvent;
 use crate::note::{NoteKind, WaitCause};
+use crate::pause::Pause;
 use crate::scheduler::{InFlightRow, InFlightStep, Scheduler};
 use crate::sequence::{SeqIndex, SeqState};
 
@@ -27,6 +28,9 @@ pub(crate) struct Pass {
     pub(crate) preempted: bool,
     /// What keeps out the first that waits.
     pub(crate) blocked: Option<WaitCause>,
+    /// Who stands still, and how many did.
+    pub(crate) pause: Option<Pause>,
+    pub(crate) num_paused: u32,
     pub(crate) prefill_tokens: u32,
     decode_tokens: u32,
     /// All decodes, and the prompts that have their rows.
@@ -67,6 +71,8 @@ impl Scheduler {
             starved: None,
             preempted: false,
             blocked: None,
+            pause: self.pause(),
+            num_paused: 0,
             prefill_tokens: 0,
             decode_tokens: 0,
             shape: StepShape::default(),
@@ -83,6 +89,10 @@ impl Scheduler {
         self.schedule_running(&mut pass, out);
         self.schedule_prompts(&mut pass, out, events);
         self.admit_waiting(None, &mut pass, out, events);
+        if out.scheduled.is_empty() && self.resume(&mut pass) {
+            self.schedule_running(&mut pass, out);
+            self.schedule_prompts(&mut pass, out, events);
+        }
         self.explain_waiting(pass.blocked);
         self.waiting.end_step();
         self.close_step(pass, out);
@@ -121,6 +131,10 @@ impl Scheduler {
             let Some(&seq) = self.running.get(at) else { return };
             at += 1;
             pass.next = at;
+            if self.is_paused(seq, pass) {
+                self.skip_paused(seq, pass);
+                continue;
+            }
             let hot = self.seqs.hot(seq);
             let (prefilling, start) = (hot.prefilling, hot.num_computed_tokens);
             if prefilling && self.pacing.is_some() {
@@ -157,8 +171,12 @@ impl Scheduler {
             return from;
         }
         let block_size = self.config.limits.block_size;
+        let pausing = pass.pause.is_some();
         let mut num_rows = 0;
         for &seq in self.running[from..].iter().take(pass.tokens as usize) {
+            if pausing && self.is_paused(seq, pass) {
+                break;
+            }
             let hot = self.seqs.hot_mut(seq);
             if !hot.decodes_in_place(block_size) {
                 break;

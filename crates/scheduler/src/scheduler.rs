@@ -119,6 +119,8 @@ pub struct Scheduler {
     pub(crate) fair: FairShare,
     /// Sequences that must leave the batch for somebody who was served far less.
     pub(crate) num_owed_places: u32,
+    /// The first that waited when the last step had no room for it.
+    pub(crate) blocked: Option<OrderKey>,
     pub(crate) num_followers: u32,
     /// Waiting sequences that hold blocks of their leader.
     pub(crate) num_parked: u32,
@@ -185,6 +187,7 @@ impl Scheduler {
             num_queued: 0,
             waiting: WaitingQueue::default(),
             num_owed_places: 0,
+            blocked: None,
             fair: FairShare::new(config.fairness, limits.num_blocks),
             num_followers: 0,
             num_parked: 0,

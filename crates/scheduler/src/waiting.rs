@@ -156,7 +156,7 @@ impl WaitingQueue {
             if let Some((of, last)) = self.last
                 && of == priority
                 && !self.skipped.contains(&last)
-                && fair.counter(last).0 <= counter.0 + fair.config().quantum
+                && fair.counter(last).0 <= counter.0 + fair.quantum()
                 && let Some(seq) = class.first_of(last)
             {
                 return Some(seq);

@@ -33,6 +33,8 @@ pub const BLOCK_SIZE: u32 = 16;
 const IDLE: u64 = 1000;
 /// Times at which the tenants' service is noted, until the last arrival.
 const NUM_SAMPLES: u64 = 200;
+/// They are no closer than this, in microseconds: a backlog that came at once is served for long after its last arrival.
+const MIN_PERIOD: u64 = 10_000;
 
 /// What serves the trace.
 #[derive(Clone, Copy, Debug)]
@@ -232,7 +234,10 @@ impl<'a> Clients<'a> {
             served: Vec::with_capacity(trace.len()),
             params: Arc::new(params),
             gaps: Gaps::default(),
-            accounts: Accounts::new(config.num_tenants.clamp(1, MAX_TENANTS), last_arrival / NUM_SAMPLES),
+            accounts: Accounts::new(
+                config.num_tenants.clamp(1, MAX_TENANTS),
+                (last_arrival / NUM_SAMPLES).max(MIN_PERIOD),
+            ),
             waits: Waits::default(),
         }
     }

@@ -256,7 +256,7 @@ fn random_tenants(rng: &mut Rng) -> Vec<TenantShare> {
 
 fn random_fairness(rng: &mut Rng) -> FairnessConfig {
     FairnessConfig {
-        quantum: *rng.pick(&[0.0, 20.0, 200.0, 4096.0]),
+        quantum: *rng.pick(&[0.0, 0.25, 2.0, 100.0]),
         max_queue_age: *rng.pick(&[300, 5000, 30_000_000, 30_000_000]),
         ..FairnessConfig::default()
     }

@@ -79,7 +79,6 @@ impl Mix {
         };
         let mut config = SchedulerConfig::new(limits, BlockHasher::new((1, 2), 16));
         config.max_queued_requests = 100_000;
-        config.fairness.quantum = 0.0;
         let mut scheduler = Scheduler::new(config);
         let share = |tenant: &Tenant| TenantShare { weight: tenant.weight, ..TenantShare::default() };
         scheduler.set_tenants(&tenants.iter().map(share).collect::<Vec<_>>());

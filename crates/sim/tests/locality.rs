@@ -20,7 +20,7 @@ fn backlog(config: &ServeConfig, num_requests: u64, prefix_blocks: u64) -> Vec<T
     (0..num_requests).map(request).collect()
 }
 
-/// Tokens of weighted service that a tenant may be ahead and stay in turn: for ever, until nothing of it waits.
+/// Dearest requests that a tenant may be ahead and stay in turn: for ever, until nothing of it waits.
 const GREEDY: f64 = 1e12;
 
 fn serve(num_tenants: u32, prefix_blocks: u64, pool_tokens: u32, quantum: f64) -> ServeReport {
@@ -57,6 +57,8 @@ fn loss(num_tenants: u32, prefix_blocks: u64, pool_tokens: u32) -> f64 {
         greedy.num_preemptions,
     );
     assert!(greedy.fairness.ratio() > fair.fairness.ratio(), "the greedy order is no fairer");
+    // Above two where the first requests of a tenant, of which none is cached, enter together.
+    assert!(fair.fairness.ratio() <= 2.5, "throughput is not bought with fairness");
     loss
 }
 
@@ -64,15 +66,22 @@ fn loss(num_tenants: u32, prefix_blocks: u64, pool_tokens: u32) -> f64 {
 fn fairness_costs_little_where_the_pool_holds_what_runs() {
     for (num_tenants, prefix_blocks, pool_tokens) in [(4, 4, 60_000), (16, 16, 400_000)] {
         let loss = loss(num_tenants, prefix_blocks, pool_tokens);
-        assert!(loss <= 5.0, "{loss:.1} % of the throughput");
+        assert!(loss <= 2.0, "{loss:.1} % of the throughput");
     }
 }
 
-/// Not the target of 5 %: where the batch does not fit the pool, places change hands by preemption.
 #[test]
-fn fairness_costs_more_where_it_does_not() {
+fn fairness_costs_little_where_the_batch_is_smaller_for_it() {
     for (num_tenants, prefix_blocks, pool_tokens) in [(16, 4, 60_000), (16, 16, 160_000)] {
         let loss = loss(num_tenants, prefix_blocks, pool_tokens);
-        assert!(loss <= 30.0, "{loss:.1} % of the throughput");
+        assert!(loss <= 4.0, "{loss:.1} % of the throughput");
     }
+}
+
+/// Not the target of 5 %: within two requests a tenant cannot use its prefix often enough, if it has to be computed again
+/// each time that the tenant is in turn.
+#[test]
+fn fairness_costs_more_where_the_pool_does_not_hold_the_prefixes() {
+    let loss = loss(64, 8, 200_000);
+    assert!(loss <= 26.0, "{loss:.1} % of the throughput");
 }
