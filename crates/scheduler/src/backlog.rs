@@ -6,8 +6,16 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use quire_core::{Micros, RequestId, TenantId};
+
+/// Over how long inflows are averaged, in microseconds.
+const MEMORY: f64 = 10_000_000.0;
+/// Over a few seconds a tenant may send so many times what it sends on average.
+const BURST: f64 = 3.0;
+/// An inflow that is no more than this part of the device has run dry.
+const DRY: f64 = 1e-3;
 
 type Queue = (Reverse<i8>, TenantId);
 
@@ -34,10 +42,27 @@ struct Line {
     work: f64,
 }
 
+/// How much work a tenant was promised lately: a sum that decays with [`MEMORY`].
+#[derive(Clone, Copy, Debug)]
+struct Inflow {
+    work: f64,
+    at: Micros,
+}
+
+impl Inflow {
+    /// What is left of the sum. Not an exponential, whose last bits differ between machines.
+    fn work_at(&self, now: Micros) -> f64 {
+        self.work / (1.0 + now.since(self.at).0 as f64 / MEMORY)
+    }
+}
+
 /// All of them.
 #[derive(Debug, Default)]
 pub(crate) struct Backlog {
     lines: BTreeMap<Queue, Line>,
+    inflows: BTreeMap<Queue, Inflow>,
+    /// The next inflow to be looked at for whether it has run dry.
+    next: Option<Queue>,
 }
 
 /// What a request finds when it comes.
@@ -59,6 +84,21 @@ impl Backlog {
         let line = self.lines.entry((place.priority, place.tenant)).or_default();
         line.prompts.insert((place.due, id), Prompt { work, is_late });
         line.work += work;
+    }
+
+    /// Takes note of work that was promised.
+    pub(crate) fn promised(&mut self, place: &Place, work: f64, now: Micros) {
+        let queue = (place.priority, place.tenant);
+        let inflow = self.inflows.entry(queue).or_insert(Inflow { work: 0.0, at: now });
+        *inflow = Inflow { work: inflow.work_at(now) + work, at: now };
+        // One other is looked at each time, so that there are never many that have run dry.
+        let from = self.next.map_or(Bound::Unbounded, Bound::Excluded);
+        self.next = self.inflows.range((from, Bound::Unbounded)).next().map(|(&queue, _)| queue);
+        if let Some(queue) = self.next
+            && self.inflows[&queue].work_at(now) < DRY * MEMORY
+        {
+            self.inflows.remove(&queue);
+        }
     }
 
     /// So much is left of a prompt; nothing: it goes. One that is not here is ignored.
@@ -113,15 +153,24 @@ impl Backlog {
         worst
     }
 
-    /// Work of others that is served before so much of the tenant's own.
+    /// Work of others that is served before so much of the tenant's own: what waits, and what comes meanwhile, if it
+    /// comes as it did lately; no more than its share in all.
     fn others(&self, new: &Newcomer<'_>, own_work: f64) -> f64 {
         let Place { priority, tenant, .. } = new.place;
-        let before = self.lines.range(..=(priority, TenantId(u32::MAX)));
-        let others = before.filter(|((of, whose), _)| *of != priority || *whose != tenant);
-        let work = |(&(of, whose), line): (&Queue, &Line)| {
-            if of == priority { line.work.min(own_work * (new.relative_share)(whose)) } else { line.work }
+        let upto = ..=(priority, TenantId(u32::MAX));
+        let is_other = |&(of, whose): &Queue| of != priority || whose != tenant;
+        let capped = |(of, whose): Queue, work: f64| {
+            if of == priority { work.min(own_work * (new.relative_share)(whose)) } else { work }
         };
-        others.map(work).sum()
+        let lines = self.lines.range(upto).filter(|(queue, _)| is_other(queue));
+        let waiting: f64 = lines.map(|(&queue, line)| capped(queue, line.work)).sum();
+        let meanwhile = BURST * new.slowdown * (own_work + waiting) / MEMORY;
+        let inflows = self.inflows.range(upto).filter(|(queue, _)| is_other(queue));
+        let coming = inflows.map(|(&queue, inflow)| {
+            let waits = self.lines.get(&queue).map_or(0.0, |line| line.work);
+            capped(queue, waits + meanwhile * inflow.work_at(new.now)) - capped(queue, waits)
+        });
+        waiting + coming.sum::<f64>()
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -188,5 +237,24 @@ mod tests {
             lateness(&backlog, place(0, 0, 600), 50.0, 1.0),
             100.0 + 50.0 + 50.0 + 8.0 + 150.0 - 600.0
         );
+    }
+
+    #[test]
+    fn what_others_will_send_goes_before_up_to_their_share() {
+        let mut backlog = Backlog::default();
+        let late = |backlog: &Backlog, tenant, work| lateness(backlog, place(0, tenant, 600), work, 1.0);
+        // A tenth of the device over the memory; in a burst three tenths.
+        backlog.promised(&place(0, 1, 500), 0.1 * MEMORY, Micros(100));
+        assert_eq!(late(&backlog, 0, 50.0), 100.0 + 50.0 + 0.3 * 50.0 - 600.0);
+        assert_eq!(late(&backlog, 1, 50.0), 100.0 + 50.0 - 600.0, "its own is no other's");
+        for _ in 0..20 {
+            backlog.promised(&place(0, 1, 500), 0.1 * MEMORY, Micros(100));
+        }
+        assert_eq!(late(&backlog, 0, 50.0), 100.0 + 50.0 + 50.0 - 600.0, "no more than its share");
+        // It ran dry long ago, and goes when another one's is noted.
+        for _ in 0..3 {
+            backlog.promised(&place(0, 2, 500), 1.0, Micros(1 << 40));
+        }
+        assert!(!backlog.inflows.contains_key(&(Reverse(0), TenantId(1))));
     }
 }

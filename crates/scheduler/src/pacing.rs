@@ -189,6 +189,11 @@ impl Pacing {
         self.by_start.insert((due.start_by, id));
     }
 
+    /// A request is let in, and may count on it.
+    pub(crate) fn promised(&mut self, due: &Due, now: Micros) {
+        self.backlog.promised(&due.place, due.work_us, now);
+    }
+
     /// The request has a place.
     pub(crate) fn started(&mut self, id: RequestId, due: &Due) {
         self.by_start.remove(&(due.start_by, id));

@@ -264,6 +264,7 @@ impl Scheduler {
         }
         if let (Some(pacing), Some(due)) = (&mut self.pacing, &due) {
             pacing.enqueue(request.id, due);
+            pacing.promised(due, self.now.max(request.arrival));
         }
         self.by_id.insert(request.id, entry);
         self.requests[entry as usize] =

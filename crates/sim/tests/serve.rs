@@ -68,6 +68,18 @@ fn a_host_tier_finds_more_and_keeps_the_targets() {
     assert!(with_tier.gaps.percentile_ms(99.0) <= 50.0);
 }
 
+/// What other tenants will send is counted before anything is promised.
+#[test]
+fn promises_are_kept_between_tenants() {
+    let trace = generate(GeneratedWorkload::Chat, 9, 1500);
+    let report = serve_trace(&trace, &ServeConfig { rate_scale: 2.4, num_tenants: 8, ..config() }).unwrap();
+    println!("{report}");
+    assert!(report.num_refused > 20, "too little load to tell: {report}");
+    let late = report.num_requests - report.num_good - report.num_refused;
+    assert!(late <= 15, "let in and late: {late}\n{report}");
+    assert!(report.max_refusal_wait <= 0.1, "{report}");
+}
+
 #[test]
 fn refusals_come_at_once_and_promises_are_kept() {
     for (workload, rate_scale) in [(GeneratedWorkload::Chat, 2.4), (GeneratedWorkload::Documents, 0.25)] {
