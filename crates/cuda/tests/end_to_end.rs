@@ -2,6 +2,8 @@
 //! embedded model against the reference backend, two steps in flight, what a step launches, and how failure ends.
 
 mod common;
+#[path = "end_to_end/ranks.rs"]
+mod ranks;
 #[path = "end_to_end/steps.rs"]
 mod steps;
 
@@ -14,7 +16,7 @@ use quire_cuda::blaslt::Element;
 use quire_cuda::{Cuda, CudaOptions};
 use quire_model::{Checkpoint, ModelSpec};
 use quire_runner::{ModelRunner, RunnerConfig};
-use steps::Steps;
+use steps::{Runner, Steps};
 
 /// Of a row of logits, norm over norm: activations are rounded to bf16, the reference keeps f32.
 const TOLERANCE: f32 = 1e-2;
@@ -75,14 +77,19 @@ fn margin(logits: &[f32]) -> f32 {
     sorted[0] - sorted[1]
 }
 
-/// Prefills and decodes on both; returns the worst error of a row of logits.
-fn compare(name: &str, gpu: &MockGpu, checkpoint: &Checkpoint, num_steps: usize) -> f32 {
+/// Prefills and decodes on the reference and on what `load` makes; returns the worst error of a row of logits.
+fn compare<R: Runner>(
+    name: &str,
+    load_runner: impl FnOnce(Element, DType) -> R,
+    checkpoint: &Checkpoint,
+    num_steps: usize,
+) -> f32 {
     let vocab = checkpoint.spec().vocab_size;
     let greedy = SamplingParams::greedy(100);
     let mut expected = Steps::new(load(RefBackend::new(), checkpoint, DType::F32), prompts(vocab), &greedy);
     let is_f16 = checkpoint.spec().dtype == DType::F16;
     let (element, kv_dtype) = if is_f16 { (Element::F16, DType::F16) } else { (Element::Bf16, DType::BF16) };
-    let mut got = Steps::new(load(cuda_with(gpu, element), checkpoint, kv_dtype), prompts(vocab), &greedy);
+    let mut got = Steps::new(load_runner(element, kv_dtype), prompts(vocab), &greedy);
     let mut worst = 0.0f32;
     for step in 0..num_steps {
         expected.step();
@@ -107,18 +114,27 @@ fn compare(name: &str, gpu: &MockGpu, checkpoint: &Checkpoint, num_steps: usize)
     worst
 }
 
+/// Names and checkpoints.
+fn golden() -> Vec<(String, Checkpoint)> {
+    let entries = std::fs::read_dir(repository().join("tests/data/golden")).expect("it is there");
+    let mut paths: Vec<_> = entries.map(|entry| entry.expect("it can be read").path()).collect();
+    paths.retain(|path| path.is_dir());
+    paths.sort();
+    assert!(paths.len() >= 10);
+    let open = |path: std::path::PathBuf| {
+        let name = path.file_name().expect("it is a folder").to_string_lossy().into_owned();
+        (name, Checkpoint::open(&path).expect("it is sound"))
+    };
+    paths.into_iter().map(open).collect()
+}
+
 #[test]
 fn golden_checkpoints_agree_with_the_reference() {
     let Some(gpu) = MockGpu::new() else { return };
-    let folder = repository().join("tests/data/golden");
-    let mut names: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-    names.retain(|path| path.is_dir());
-    names.sort();
-    assert!(names.len() >= 10);
     let mut errors = Vec::new();
-    for path in names {
-        let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        let worst = compare(&name, &gpu, &Checkpoint::open(&path).unwrap(), 4);
+    for (name, checkpoint) in golden() {
+        let on_gpu = |element, kv_dtype| load(cuda_with(&gpu, element), &checkpoint, kv_dtype);
+        let worst = compare(&name, on_gpu, &checkpoint, 4);
         println!("{name:20} relative error {worst:.1e}");
         errors.push((name, worst));
     }
@@ -130,7 +146,9 @@ fn golden_checkpoints_agree_with_the_reference() {
 fn the_embedded_model_agrees_with_the_reference() {
     let Some(gpu) = MockGpu::new() else { return };
     gpu.delay(true);
-    let worst = compare("quire-demo", &gpu, &demo(), 2);
+    let checkpoint = demo();
+    let on_gpu = |element, kv_dtype| load(cuda_with(&gpu, element), &checkpoint, kv_dtype);
+    let worst = compare("quire-demo", on_gpu, &checkpoint, 2);
     println!("quire-demo relative error {worst:.1e}");
     assert!(worst <= TOLERANCE, "{worst}");
 }
