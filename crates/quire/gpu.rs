@@ -29,9 +29,6 @@ pub(crate) fn choose(args: &EngineArgs, dtype: DType) -> Result<Option<Gpu>> {
 fn unsuited(args: &EngineArgs, dtype: DType) -> Option<String> {
     let quant = args.quantize.format();
     let kv = kv_dtype(args, dtype);
-    if args.tensor_parallel_size > 1 {
-        return Some("--tensor-parallel-size is not supported on CUDA yet".into());
-    }
     if quant == QuantFormat::Fp8 {
         return Some("--quantize fp8 is not supported on CUDA yet; use int8 or int4".into());
     }
@@ -75,16 +72,18 @@ mod built_in {
     /// `(name, fatbin)` of each source in `kernels/`, compiled by build.rs.
     const IMAGES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cuda_images.rs"));
 
-    /// A GPU that is ready to load.
+    /// A GPU that is ready to load, or several that share a model.
     pub(crate) struct Gpu {
-        backend: Cuda,
+        /// By rank; at least one.
+        backends: Vec<Cuda>,
+        /// Bytes, on the fullest.
         free: u64,
     }
 
     impl Gpu {
         pub const IS_BUILT_IN: bool = true;
 
-        /// Opens the first GPU. The error is the reason, in words.
+        /// Opens the first GPU, or as many as the model is to be split over. The error is the reason, in words.
         pub fn open(args: &EngineArgs, dtype: DType) -> Result<Self, String> {
             let activations = if dtype == DType::F16 { Element::F16 } else { Element::Bf16 };
             let options = CudaOptions {
@@ -93,22 +92,29 @@ mod built_in {
                 algorithm_cache: cache_folder(),
                 ..CudaOptions::default()
             };
-            let backend = Cuda::new(IMAGES, options).map_err(|error| error.to_string())?;
-            let (free, _) = backend.context().memory().map_err(|error| error.to_string())?;
-            Ok(Self { backend, free })
+            let ordinals: Vec<_> = (0..args.tensor_parallel_size).collect();
+            let backends = Cuda::group(IMAGES, &options, &ordinals).map_err(|error| error.to_string())?;
+            let memory = |backend: &Cuda| backend.context().memory().map(|(free, _)| free);
+            let free = backends.iter().map(memory).collect::<Result<Vec<_>, _>>();
+            let free = free.map_err(|error| error.to_string())?.into_iter().min().unwrap_or(0);
+            Ok(Self { backends, free })
         }
 
-        /// Device memory that nobody uses.
+        /// Device memory that nobody uses, on each GPU.
         pub fn free_memory(&self) -> Bytes {
             Bytes(self.free)
         }
 
         /// Where it computes, in one line.
         pub fn describe(&self) -> String {
-            let context = self.backend.context();
+            let context = self.backends[0].context();
             let (major, minor) = context.compute_capability();
-            let (ordinal, name) = (context.ordinal(), context.name());
-            format!("cuda:{ordinal}, {name}, compute capability {major}.{minor}, {} free", Bytes(self.free))
+            let (name, free) = (context.name(), Bytes(self.free));
+            let ordinals = match self.backends.len() {
+                1 => "cuda:0".to_owned(),
+                several => format!("cuda:0 to {}, each", several - 1),
+            };
+            format!("{ordinals}, {name}, compute capability {major}.{minor}, {free} free")
         }
 
         /// Loads the model onto it.
@@ -118,7 +124,7 @@ mod built_in {
             config: &Config,
             progress: impl FnMut(LoadProgress),
         ) -> Result<Box<dyn Executor>, RunnerError> {
-            ranks::load(vec![self.backend], checkpoint, config, progress)
+            ranks::load(self.backends, checkpoint, config, progress)
         }
     }
 

@@ -1,4 +1,4 @@
-// See engine.h. One `Engine` a host thread, made at its first launch and kept: its fibers' stacks are reused.
+// See engine.h. One `Engine` a host thread, made at its first launch and kept to its end: its fibers' stacks are reused.
 
 #include "engine.h"
 
@@ -99,6 +99,12 @@ struct SharedArray {
 
 class Engine {
 public:
+    // Threads of ranks come and go, and stacks are many.
+    ~Engine() {
+        for (Fiber& fiber : fibers_) {
+            if (fiber.context.stack) munmap(static_cast<char*>(fiber.context.stack) - kGuardBytes, kStackBytes);
+        }
+    }
     int run(size_t kernel, uint3 grid, uint3 block, uint32_t smem, const void* params, uint64_t seed);
     [[noreturn]] void fail(const char* message);
     void barrier(uint32_t id, uint32_t count);

@@ -17,6 +17,7 @@ use crate::driver::{
     Arena, Context, CudaError, DeviceSlice, Graph, LaunchShape, Modules, Pinned, Stream, Unavailable,
 };
 use crate::kernels::{DECODE_ROWS, Kernels};
+use crate::nccl::Communicator;
 use crate::options::CudaOptions;
 use crate::params::{StepPlanParams, UpdateTablesParams};
 use crate::quantized::QuantizedRows;
@@ -36,6 +37,8 @@ const PLAN_THREADS: u32 = 256;
 #[derive(Debug)]
 pub struct Cuda {
     pub(crate) graphs: Graphs,
+    /// `None`: the only GPU. NCCL wants graphs dropped before it.
+    pub(crate) communicator: Option<Communicator>,
     pub(crate) kernels: Kernels,
     pub(crate) blas: BlasLt,
     pub(crate) sampler: SamplerState,
@@ -61,6 +64,8 @@ pub struct Cuda {
     pub(crate) mlp_hidden: DeviceSlice,
     pub(crate) gathered: DeviceSlice,
     pub(crate) quantized_rows: QuantizedRows,
+    /// Logits of all ranks, one rank after the other.
+    pub(crate) logit_parts: DeviceSlice,
 
     pub(crate) layout: Layout,
     /// Rows that are launched: the step's, or those of its bucket.
@@ -121,18 +126,49 @@ impl Cuda {
     /// # Errors
     /// Why this GPU cannot be used; never panics without a driver.
     pub fn new(images: &[(&str, &[u8])], options: CudaOptions) -> Result<Self, Unavailable> {
+        let context = Self::context_for(images, options.ordinal)?;
+        Self::open(images, options, context, None).map_err(|error| Unavailable::Failed(error.to_string()))
+    }
+
+    /// Takes several GPUs as the ranks of one group, by rank; `options.ordinal` does not count.
+    ///
+    /// # Errors
+    /// As for [`Self::new`], or there is no NCCL for more than one.
+    pub fn group(
+        images: &[(&str, &[u8])],
+        options: &CudaOptions,
+        ordinals: &[u32],
+    ) -> Result<Vec<Self>, Unavailable> {
+        let context = |&ordinal: &u32| Self::context_for(images, ordinal);
+        let contexts = ordinals.iter().map(context).collect::<Result<Vec<_>, _>>()?;
+        let mut communicators = match &contexts[..] {
+            [] | [_] => Vec::new(),
+            several => Communicator::group(several)?,
+        }
+        .into_iter();
+        let open = |context: Arc<Context>| {
+            let options = CudaOptions { ordinal: context.ordinal(), ..options.clone() };
+            let opened = Self::open(images, options, context, communicators.next());
+            opened.map_err(|error| Unavailable::Failed(error.to_string()))
+        };
+        contexts.into_iter().map(open).collect()
+    }
+
+    /// A GPU, once everything else is known to be there.
+    fn context_for(images: &[(&str, &[u8])], ordinal: u32) -> Result<Arc<Context>, Unavailable> {
         if images.is_empty() {
             return Err(Unavailable::NoKernels);
         }
-        let context = Context::new(options.ordinal)?;
+        let context = Context::new(ordinal)?;
         probe_cublaslt()?;
-        Self::open(images, options, context).map_err(|error| Unavailable::Failed(error.to_string()))
+        Ok(context)
     }
 
     fn open(
         images: &[(&str, &[u8])],
         options: CudaOptions,
         context: Arc<Context>,
+        communicator: Option<Communicator>,
     ) -> Result<Self, CudaError> {
         let modules = Modules::load(&context, images)?;
         let kernels = Kernels::find(&modules, options.activations)?;
@@ -146,6 +182,7 @@ impl Cuda {
         let null = DeviceSlice::NULL;
         Ok(Self {
             graphs: Graphs::default(),
+            communicator,
             kernels,
             blas,
             sampler: SamplerState::empty(),
@@ -167,6 +204,7 @@ impl Cuda {
             mlp_hidden: null,
             gathered: null,
             quantized_rows: QuantizedRows::default(),
+            logit_parts: null,
             layout: Layout::new(0, 0),
             rows: 0,
             logit_launch_rows: 0,
@@ -205,10 +243,13 @@ impl Cuda {
         })
     }
 
-    /// Whether the device has not failed.
+    /// Whether the device has not failed, nor one that it works with.
     pub(crate) fn alive(&self) -> Result<(), BackendError> {
         match &self.poison {
             Some(error) => Err(BackendError::Device(error.clone())),
+            None if self.communicator.as_ref().is_some_and(Communicator::is_broken) => {
+                Err(self.refused("another tensor-parallel rank has stopped".into()))
+            }
             None => Ok(()),
         }
     }
@@ -429,6 +470,17 @@ impl Cuda {
     }
 }
 
+impl Drop for Cuda {
+    /// What is enqueued reads and writes memory that goes next. It may wait for a rank that will never come, so this one
+    /// leaves its group first.
+    fn drop(&mut self) {
+        self.graphs.clear();
+        self.communicator = None;
+        let _ = self.stream.synchronize();
+        let _ = self.copies.synchronize();
+    }
+}
+
 impl Backend for Cuda {
     type Buf = CudaBuf;
     type Weight = CudaWeight;
@@ -519,12 +571,14 @@ impl Backend for Cuda {
         self.logit_rows(&op)
     }
 
-    fn all_reduce(&mut self, _: AllReduce<'_, Self>) -> Result<(), BackendError> {
-        Ok(())
+    fn all_reduce(&mut self, op: AllReduce<'_, Self>) -> Result<(), BackendError> {
+        self.alive()?;
+        self.sum_rows(&op)
     }
 
-    fn all_gather(&mut self, _: AllGather<'_, Self>) -> Result<(), BackendError> {
-        Err(self.refused("a model split over several GPUs is not supported on CUDA yet".into()))
+    fn all_gather(&mut self, op: AllGather<'_, Self>) -> Result<(), BackendError> {
+        self.alive()?;
+        self.gather_logits(&op)
     }
 
     fn sample(

@@ -11,8 +11,8 @@
 //! * once the device has failed, every call fails with the first error.
 //!
 //! Reading order: [`driver`], [`blaslt`], [`params`], `kernels.rs`, `backend.rs` (a step), `step.rs` and `slots.rs` (what
-//! is sent), `ops.rs`, `quantized.rs`, `attention.rs`, `sampling.rs` (what
-//! is launched), `load.rs` and `buffers.rs`.
+//! is sent), `ops.rs`, `quantized.rs`, `attention.rs`, `sampling.rs` (what is launched), `load.rs` and `buffers.rs`;
+//! `nccl.rs` and `ranks.rs` for several GPUs.
 
 mod attention;
 mod backend;
@@ -22,10 +22,12 @@ pub mod driver;
 pub mod int_weights;
 mod kernels;
 mod load;
+mod nccl;
 mod ops;
 mod options;
 pub mod params;
 mod quantized;
+mod ranks;
 mod sampling;
 mod slots;
 mod staging;

@@ -304,6 +304,8 @@ impl Cuda {
         if let Some(results) = self.sampler.results.get(flight.ring) {
             let arrived = results.arrived.synchronize();
             self.check(arrived)?;
+            // What waited for a rank that has stopped in the meantime is not worth reading.
+            self.alive()?;
         }
         out.step = step;
         if !flight.rows.is_empty() {

@@ -2,6 +2,8 @@
 //! embedded model against the reference backend, two steps in flight, what a step launches, and how failure ends.
 
 mod common;
+#[path = "end_to_end/ranks.rs"]
+mod ranks;
 #[path = "end_to_end/steps.rs"]
 mod steps;
 
@@ -14,7 +16,7 @@ use quire_cuda::blaslt::Element;
 use quire_cuda::{Cuda, CudaOptions};
 use quire_model::{Checkpoint, ModelSpec};
 use quire_runner::{ModelRunner, RunnerConfig};
-use steps::Steps;
+use steps::{Runner, Steps};
 
 /// Of a row of logits, norm over norm: activations are rounded to bf16, the reference keeps f32.
 const TOLERANCE: f32 = 1e-2;
@@ -58,6 +60,15 @@ fn load_as<B: Backend>(backend: B, checkpoint: &Checkpoint, config: &RunnerConfi
     ModelRunner::load(backend, checkpoint, config, |_| {}).expect("the checkpoint loads")
 }
 
+fn load_on(gpu: &MockGpu, checkpoint: &Checkpoint, config: &RunnerConfig) -> ModelRunner<Cuda> {
+    load_as(cuda_with(gpu, element(checkpoint)), checkpoint, config)
+}
+
+/// Of activations: as the checkpoint is.
+fn element(checkpoint: &Checkpoint) -> Element {
+    if checkpoint.spec().dtype == DType::F16 { Element::F16 } else { Element::Bf16 }
+}
+
 /// As the checkpoint is.
 fn own_config(checkpoint: &Checkpoint) -> RunnerConfig {
     config(if checkpoint.spec().dtype == DType::F16 { DType::F16 } else { DType::BF16 })
@@ -89,10 +100,11 @@ fn margin(logits: &[f32]) -> f32 {
     sorted[0] - sorted[1]
 }
 
-/// Prefills and decodes on both, the reference with a cache in f32; returns the worst error of a row of logits.
-fn compare(
+/// Prefills and decodes on `runner` and on the reference, which has a cache in f32; returns the worst error of a row of
+/// logits.
+fn compare<R: Runner>(
     name: &str,
-    gpu: &MockGpu,
+    runner: R,
     checkpoint: &Checkpoint,
     config: &RunnerConfig,
     num_steps: usize,
@@ -102,10 +114,7 @@ fn compare(
     let exact = RunnerConfig { kv_dtype: DType::F32, ..*config };
     let reference = load_as(RefBackend::new(), checkpoint, &exact);
     let mut expected = Steps::new(reference, prompts(vocab), &greedy);
-    let is_f16 = checkpoint.spec().dtype == DType::F16;
-    let element = if is_f16 { Element::F16 } else { Element::Bf16 };
-    let cuda = load_as(cuda_with(gpu, element), checkpoint, config);
-    let mut got = Steps::new(cuda, prompts(vocab), &greedy);
+    let mut got = Steps::new(runner, prompts(vocab), &greedy);
     let mut worst = 0.0f32;
     for step in 0..num_steps {
         expected.step();
@@ -152,7 +161,8 @@ fn golden_checkpoints_agree_with_the_reference() {
     let Some(gpu) = MockGpu::new() else { return };
     let mut errors = Vec::new();
     for (name, checkpoint) in golden_checkpoints() {
-        let worst = compare(&name, &gpu, &checkpoint, &own_config(&checkpoint), 4);
+        let config = own_config(&checkpoint);
+        let worst = compare(&name, load_on(&gpu, &checkpoint, &config), &checkpoint, &config, 4);
         println!("{name:20} relative error {worst:.1e}");
         errors.push((name, worst));
     }
@@ -167,7 +177,7 @@ fn quantized_checkpoints_agree_with_the_reference() {
     for (i, (name, checkpoint)) in golden_checkpoints().into_iter().enumerate() {
         let quant = [QuantFormat::Int8, QuantFormat::Int4][i % 2];
         let config = RunnerConfig { quant, ..own_config(&checkpoint) };
-        let worst = compare(&name, &gpu, &checkpoint, &config, 2);
+        let worst = compare(&name, load_on(&gpu, &checkpoint, &config), &checkpoint, &config, 2);
         println!("{name:20} {:4} relative error {worst:.1e}", quant.name());
         errors.push((name, quant, worst));
     }
@@ -179,7 +189,8 @@ fn quantized_checkpoints_agree_with_the_reference() {
 fn the_embedded_model_agrees_with_the_reference() {
     let Some(gpu) = MockGpu::new() else { return };
     gpu.delay(true);
-    let worst = compare("quire-demo", &gpu, &demo(), &config(DType::BF16), 2);
+    let (checkpoint, config) = (demo(), config(DType::BF16));
+    let worst = compare("quire-demo", load_on(&gpu, &checkpoint, &config), &checkpoint, &config, 2);
     println!("quire-demo relative error {worst:.1e}");
     assert!(worst <= TOLERANCE, "{worst}");
 }
@@ -189,7 +200,8 @@ fn the_embedded_model_agrees_with_the_reference() {
 fn the_embedded_model_agrees_in_8_bits() {
     let Some(gpu) = MockGpu::new() else { return };
     let config = RunnerConfig { quant: QuantFormat::Int8, ..config(DType::BF16) };
-    let worst = compare("quire-demo", &gpu, &demo(), &config, 2);
+    let checkpoint = demo();
+    let worst = compare("quire-demo", load_on(&gpu, &checkpoint, &config), &checkpoint, &config, 2);
     println!("quire-demo int8 relative error {worst:.1e}");
     assert!(worst <= QUANTIZED_TOLERANCE, "{worst}");
     if gpu.is_mock() {
@@ -204,7 +216,8 @@ fn the_embedded_model_agrees_in_8_bits() {
 #[test]
 fn fp8_keys_and_values_move_logits_by_less_than_their_rounding() {
     let Some(gpu) = MockGpu::new() else { return };
-    let worst = compare("quire-demo", &gpu, &demo(), &config(DType::F8E4M3), 2);
+    let (checkpoint, config) = (demo(), config(DType::F8E4M3));
+    let worst = compare("quire-demo", load_on(&gpu, &checkpoint, &config), &checkpoint, &config, 2);
     println!("quire-demo fp8 cache relative error {worst:.1e}");
     assert!(TOLERANCE < worst && worst <= 1.0 / 16.0, "{worst}");
     if gpu.is_mock() {

@@ -101,6 +101,11 @@ impl Context {
         Ok(())
     }
 
+    /// To be called after a library that may have bound a context by itself.
+    pub(crate) fn forget_bound() {
+        BOUND.set(0);
+    }
+
     /// Free and total bytes of device memory.
     ///
     /// # Errors

@@ -37,6 +37,11 @@ pub enum Unavailable {
     /// cuBLASLt is missing.
     #[error("libcublasLt.so.13 was not found; install the CUDA 13 libraries or set LD_LIBRARY_PATH")]
     NoCublasLt,
+    /// NCCL is missing, and several GPUs are to work together.
+    #[error(
+        "libnccl.so.2 was not found, which a model split over GPUs needs; install NCCL for CUDA 13 or set LD_LIBRARY_PATH"
+    )]
+    NoNccl,
     /// Initialisation failed.
     #[error("the CUDA driver does not start: {0}")]
     Failed(String),

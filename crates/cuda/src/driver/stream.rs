@@ -67,6 +67,47 @@ impl Stream {
         check("cuMemcpyDtoDAsync", status)
     }
 
+    /// Enqueues a copy of a rectangle within the device: `rows` rows of `width` bytes, that many bytes apart on each side.
+    ///
+    /// # Panics
+    /// It is not inside both slices.
+    pub fn copy_rows(
+        &self,
+        (from, from_pitch): (DeviceSlice, usize),
+        (to, to_pitch): (DeviceSlice, usize),
+        width: usize,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        if width == 0 || rows == 0 {
+            return Ok(());
+        }
+        let inside =
+            |slice: DeviceSlice, pitch: usize| width <= pitch && (rows - 1) * pitch + width <= slice.bytes();
+        assert!(inside(from, from_pitch) && inside(to, to_pitch), "{rows} rows of {width} bytes");
+        self.bind()?;
+        let device = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+        let rectangle = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: device,
+            srcHost: std::ptr::null(),
+            srcDevice: from.address(),
+            srcArray: std::ptr::null_mut(),
+            srcPitch: from_pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: device,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: to.address(),
+            dstArray: std::ptr::null_mut(),
+            dstPitch: to_pitch,
+            WidthInBytes: width,
+            Height: rows,
+        };
+        // SAFETY: both sides hold the rectangle, in arenas that outlive the work enqueued on them.
+        check("cuMemcpy2DAsync", unsafe { sys::cuMemcpy2DAsync_v2(&raw const rectangle, self.raw) })
+    }
+
     /// Enqueues filling with one byte.
     pub fn fill(&self, to: DeviceSlice, byte: u8) -> Result<(), CudaError> {
         self.bind()?;

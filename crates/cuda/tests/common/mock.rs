@@ -1,4 +1,4 @@
-//! The double of the driver and of cuBLASLt: built, loaded where cudarc will look for them, and controlled from here.
+//! The doubles of the driver, of cuBLASLt and of NCCL: built, loaded where the backend will look for them, and controlled from here.
 //!
 //! Each [`MockGpu`] is a device of its own, so tests run side by side.
 //!
@@ -46,6 +46,7 @@ pub struct MockCounters {
     pub direct_launches: u64,
     pub pdl_launches: u64,
     pub matmuls: u64,
+    pub collectives: u64,
     pub graph_launches: u64,
     pub graph_nodes: u64,
     pub host_to_device: u64,
@@ -67,6 +68,7 @@ pub struct MockCounters {
 struct Mock {
     driver: Library,
     _cublaslt: Library,
+    _nccl: Library,
 }
 
 /// One device of the double, for one test.
@@ -178,7 +180,7 @@ impl MockGpu {
 fn load() -> Option<Mock> {
     let kernels = HostKernels::load()?;
     let compiler = compiler()?;
-    // cudarc opens libraries by these names; what has one of them as its soname and is open already is what it gets.
+    // The backend opens libraries by these names; what has one of them as its soname and is open already is what it gets.
     let driver = open(&build(&compiler, "cuda", "libcuda.so"));
     let cublaslt = open(&build(&compiler, "cublaslt", "libcublasLt.so"));
     // SAFETY: cuda.cpp has this function, and expects these two with these types.
@@ -187,7 +189,8 @@ fn load() -> Option<Mock> {
         let set = set.expect("cuda.cpp has it");
         set(kernels.symbol("quire_kernels"), kernels.symbol("quire_emulate"));
     }
-    Some(Mock { driver, _cublaslt: cublaslt })
+    let nccl = open(&build(&compiler, "nccl", "libnccl.so.2"));
+    Some(Mock { driver, _cublaslt: cublaslt, _nccl: nccl })
 }
 
 fn build(compiler: &str, source: &str, soname: &str) -> PathBuf {

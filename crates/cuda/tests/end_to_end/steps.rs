@@ -8,11 +8,32 @@ use quire_core::{
     BlockId, ExecError, Executor, GrownTable, LateInputs, LogitRows, ModelRunnerOutput, NewSeq, RequestId,
     SamplingParams, Scheduled, SchedulerOutput, Slot, StepId, TokenId,
 };
-use quire_runner::ModelRunner;
+use quire_runner::{ModelRunner, TensorParallel};
+
+/// What steps run on.
+pub trait Runner: Executor {
+    /// Of the last pass.
+    fn logits(&mut self) -> Result<Vec<f32>, ExecError>;
+}
+
+impl<B: Backend> Runner for ModelRunner<B> {
+    fn logits(&mut self) -> Result<Vec<f32>, ExecError> {
+        self.read_logits()
+    }
+}
+
+impl Runner for TensorParallel {
+    fn logits(&mut self) -> Result<Vec<f32>, ExecError> {
+        let mut all = self.read_logits()?;
+        let bits = |logits: &[f32]| logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert!(all.iter().all(|logits| bits(logits) == bits(&all[0])), "ranks differ");
+        Ok(all.swap_remove(0))
+    }
+}
 
 /// A runner and its sequences. Sequence `s` lives in slot `s`.
-pub struct Steps<B: Backend> {
-    runner: ModelRunner<B>,
+pub struct Steps<R> {
+    runner: R,
     prompts: Vec<Vec<TokenId>>,
     params: Vec<Arc<SamplingParams>>,
     outputs: Vec<Vec<TokenId>>,
@@ -28,8 +49,8 @@ pub struct Steps<B: Backend> {
     forced: Vec<usize>,
 }
 
-impl<B: Backend> Steps<B> {
-    pub fn new(runner: ModelRunner<B>, prompts: Vec<Vec<TokenId>>, params: &SamplingParams) -> Self {
+impl<R: Runner> Steps<R> {
+    pub fn new(runner: R, prompts: Vec<Vec<TokenId>>, params: &SamplingParams) -> Self {
         let n = prompts.len();
         let seeded = |s: usize| Arc::new(SamplingParams { seed: params.seed + s as u64, ..params.clone() });
         Self {
@@ -72,10 +93,10 @@ impl<B: Backend> Steps<B> {
 
     /// `[sequences, vocab]` of the last step.
     pub fn logits(&mut self) -> Vec<f32> {
-        self.runner.read_logits().expect("the device lives")
+        self.runner.logits().expect("the device lives")
     }
 
-    pub fn into_runner(self) -> ModelRunner<B> {
+    pub fn into_runner(self) -> R {
         self.runner
     }
 

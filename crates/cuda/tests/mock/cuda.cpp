@@ -138,6 +138,8 @@ bool pinned(const Device& d, const void* address, size_t bytes) {
 int step(Stream& s) {
     Work work = std::move(s.pending.front());
     s.pending.pop_front();
+    // A device that has failed does nothing any more.
+    if (s.device->error != OK) return s.device->error;
     int result = work();
     if (result != OK && s.device->error == OK) s.device->error = result;
     return result;
@@ -213,6 +215,10 @@ void mock_delay(int ordinal, int on) { device(ordinal).delayed = on; }
 void mock_idle(int ordinal, int on) { device(ordinal).idle = on; }
 int mock_is_idle(void* stream) { return static_cast<Stream*>(stream)->device->idle; }
 void mock_count_matmul(void* stream) { static_cast<Stream*>(stream)->device->counters.matmuls++; }
+void mock_count_collective(void* stream) { static_cast<Stream*>(stream)->device->counters.collectives++; }
+int mock_is_device_memory(void* stream, const void* address, size_t bytes) {
+    return inside(static_cast<Stream*>(stream)->device->memory, uintptr_t(address), bytes);
+}
 void mock_fail(int ordinal, long after, int error) {
     device(ordinal).fail_after = after;
     device(ordinal).fail_with = error;
@@ -358,6 +364,36 @@ int cuMemcpyDtoDAsync_v2(uintptr_t to, uintptr_t from, size_t bytes, void* strea
     return push(s, [&d, to, from, bytes] {
         return copy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes,
                     &d.counters.device_to_device);
+    });
+}
+struct Rectangle {
+    size_t src_x, src_y;
+    int src_type;
+    const void* src_host;
+    uintptr_t src;
+    void* src_array;
+    size_t src_pitch, dst_x, dst_y;
+    int dst_type;
+    void* dst_host;
+    uintptr_t dst;
+    void* dst_array;
+    size_t dst_pitch, width, height;
+};
+int cuMemcpy2DAsync_v2(const Rectangle* given, void* stream) {
+    STREAM;
+    Rectangle r = *given;
+    if (r.src_type != 2 || r.dst_type != 2 || r.src_x || r.src_y || r.dst_x || r.dst_y) return INVALID_VALUE;
+    if (!r.height || r.width > r.src_pitch || r.width > r.dst_pitch) return INVALID_VALUE;
+    size_t skipped = r.height - 1;
+    if (!inside(d.memory, r.src, skipped * r.src_pitch + r.width)) return INVALID_VALUE;
+    if (!inside(d.memory, r.dst, skipped * r.dst_pitch + r.width)) return INVALID_VALUE;
+    return push(s, [&d, r] {
+        d.counters.device_to_device++;
+        for (size_t row = 0; row < r.height && !d.idle; ++row) {
+            std::memcpy(reinterpret_cast<void*>(r.dst + row * r.dst_pitch),
+                        reinterpret_cast<void*>(r.src + row * r.src_pitch), r.width);
+        }
+        return int(OK);
     });
 }
 int cuMemsetD8Async(uintptr_t to, unsigned char value, size_t bytes, void* stream) {

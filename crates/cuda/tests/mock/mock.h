@@ -1,4 +1,4 @@
-// The test double of a CUDA driver, as seen by the double of cuBLASLt and by the tests (common/mock.rs mirrors Counters).
+// The test double of a CUDA driver, as seen by the doubles of cuBLASLt and NCCL and by the tests (common/mock.rs mirrors Counters).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -12,6 +12,7 @@ struct MockCounters {
     uint64_t direct_launches;  // cuLaunchKernelEx outside a capture
     uint64_t pdl_launches;     // launches with programmatic stream serialization, captured ones counted once
     uint64_t matmuls;          // replayed ones included
+    uint64_t collectives;      // of NCCL, replayed ones included
     uint64_t graph_launches;
     uint64_t graph_nodes;      // nodes replayed
     uint64_t host_to_device;   // copies, replayed ones included
@@ -30,6 +31,6 @@ struct MockCounters {
     uint64_t live_graphs;  // graphs and executable graphs
 };
 
-// Puts work onto a stream, or into the graph that captures it. 0 or a CUresult. For the double of cuBLASLt.
+// Puts work onto a stream, or into the graph that captures it. 0 or a CUresult. For the doubles of cuBLASLt and NCCL.
 int mock_enqueue(void* stream, const std::function<int()>* work);
 }

@@ -1,0 +1,130 @@
+//! A model split over two GPUs of the double, with the double of NCCL between them.
+
+use std::time::{Duration, Instant};
+
+use quire_core::{DType, SamplingParams};
+use quire_cuda::blaslt::Element;
+use quire_cuda::{Cuda, CudaOptions};
+use quire_model::Checkpoint;
+use quire_runner::tensor_parallel::load_ranks;
+use quire_runner::{MemoryPlan, TensorParallel};
+
+use crate::common::build::repository;
+use crate::common::{MockGpu, mock};
+use crate::steps::Steps;
+use crate::{GOLDEN_TOLERANCE, compare, config, element, golden_checkpoints, own_config, prompts};
+
+/// Two GPUs of one test; `None` without the double: one real GPU is all that there is then.
+fn pair() -> Option<[MockGpu; 2]> {
+    let gpus = [MockGpu::new()?, MockGpu::new()?];
+    gpus[0].is_mock().then_some(gpus)
+}
+
+fn load(
+    gpus: &[MockGpu; 2],
+    checkpoint: &Checkpoint,
+    activations: Element,
+    kv_dtype: DType,
+) -> TensorParallel {
+    let options = CudaOptions { activations, arena_chunk: 0, ..CudaOptions::default() };
+    let ordinals = gpus.each_ref().map(MockGpu::ordinal);
+    let backends = Cuda::group(mock::images(), &options, &ordinals).expect("the doubles are GPUs");
+    let runners = load_ranks(backends, checkpoint, &config(kv_dtype), |_| {}).expect("the checkpoint loads");
+    TensorParallel::new(runners).expect("threads can be had")
+}
+
+fn qwen3() -> Checkpoint {
+    Checkpoint::open(&repository().join("tests/data/golden/qwen3")).expect("it is sound")
+}
+
+/// All but the one with three heads. The last of the four steps is replayed from a graph.
+#[test]
+fn golden_checkpoints_agree_on_two_gpus() {
+    let Some(gpus) = pair() else { return };
+    gpus.iter().for_each(|gpu| gpu.delay(true));
+    let mut errors = Vec::new();
+    for (name, checkpoint) in golden_checkpoints() {
+        if MemoryPlan::of_rank(checkpoint.spec(), &config(DType::BF16), 2).is_err() {
+            continue;
+        }
+        let config = own_config(&checkpoint);
+        let runner = load(&gpus, &checkpoint, element(&checkpoint), config.kv_dtype);
+        let worst = compare(&name, runner, &checkpoint, &config, 4);
+        println!("{name:20} relative error {worst:.1e}");
+        errors.push((name, worst));
+    }
+    assert!(errors.len() >= 11, "{errors:?}");
+    assert!(errors.iter().all(|(_, worst)| *worst <= GOLDEN_TOLERANCE), "{errors:?}");
+    for gpu in &gpus {
+        assert!(gpu.counters().graph_launches > 0, "steps were recorded");
+        gpu.assert_nothing_left();
+    }
+}
+
+#[test]
+fn two_steps_in_flight_and_company_change_no_token_on_two_gpus() {
+    let Some(gpus) = pair() else { return };
+    gpus.iter().for_each(|gpu| gpu.delay(true));
+    let checkpoint = qwen3();
+    let vocab = checkpoint.spec().vocab_size;
+    let params = SamplingParams { seed: 7, top_p: 0.9, ..SamplingParams::default() };
+    let runner = || load(&gpus, &checkpoint, Element::Bf16, DType::BF16);
+    let mut one = Steps::new(runner(), prompts(vocab), &params);
+    (0..12).for_each(|_| one.step());
+    let mut two = Steps::new(runner(), prompts(vocab), &params);
+    two.pipelined(12);
+    assert_eq!(one.outputs(), two.outputs());
+    let mut alone = Steps::new(runner(), vec![prompts(vocab)[3].clone()], &params);
+    alone.reseed(3);
+    alone.pipelined(12);
+    assert_eq!(one.outputs()[3], alone.outputs()[0]);
+}
+
+/// What one GPU launches; two sums a layer; and for the logits a copy to the place of the rank, a gather, and a copy out of
+/// the place of each rank.
+#[test]
+fn a_steady_step_of_two_gpus_is_one_graph_each() {
+    let Some(gpus) = pair() else { return };
+    let checkpoint = qwen3();
+    let runner = load(&gpus, &checkpoint, Element::Bf16, DType::BF16);
+    let mut steps = Steps::new(runner, prompts(checkpoint.spec().vocab_size), &SamplingParams::greedy(100));
+    (0..4).for_each(|_| steps.step());
+    let before = gpus.each_ref().map(MockGpu::counters);
+    steps.step();
+    let after = gpus.each_ref().map(MockGpu::counters);
+    let layers = checkpoint.spec().layers.len() as u64;
+    for (before, after) in before.iter().zip(&after) {
+        assert_eq!(after.graph_launches - before.graph_launches, 1);
+        assert_eq!(after.graph_nodes - before.graph_nodes, 9 * layers + 6 + 2 * layers + 4);
+        assert_eq!(after.collectives - before.collectives, 2 * layers + 1);
+        assert_eq!(after.matmuls - before.matmuls, 4 * layers + 1);
+        assert_eq!(after.launches - before.launches, 5 * layers + 5 + 2);
+        assert_eq!(after.device_to_device - before.device_to_device, 3);
+        assert_eq!(after.synchronizations - before.synchronizations, 2);
+        assert_eq!(after.allocations, before.allocations);
+    }
+}
+
+/// The other GPU waits for the one that has failed, in a sum that never comes.
+#[test]
+fn a_gpu_that_fails_ends_the_step_of_both() {
+    let checkpoint = qwen3();
+    for (failing, after) in [(1, 0), (0, 9), (1, 40)] {
+        let Some(gpus) = pair() else { return };
+        // As on a real GPU, what is enqueued waits on the stream, not in the call.
+        gpus.iter().for_each(|gpu| gpu.delay(true));
+        let runner = load(&gpus, &checkpoint, Element::Bf16, DType::BF16);
+        let mut steps =
+            Steps::new(runner, prompts(checkpoint.spec().vocab_size), &SamplingParams::greedy(100));
+        // One step: the next ones launch by themselves, so that the fault strikes among them.
+        steps.step();
+        gpus[failing].fail_after(after, mock::ILLEGAL_ADDRESS);
+        let begin = Instant::now();
+        let error = steps.try_step().expect_err("a device has failed");
+        assert!(error.message.contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{error}");
+        assert_eq!(error.device, format!("cuda:{}", gpus[failing].ordinal()));
+        assert_eq!(steps.try_step(), Err(error), "and so for ever");
+        drop(steps);
+        assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+    }
+}
