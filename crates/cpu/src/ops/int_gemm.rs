@@ -22,6 +22,9 @@ const GROUP_QUADS: usize = 128 * 1024;
 /// Tokens of a group at least.
 const MIN_GROUP: usize = 192;
 
+/// Up to so many rows the sums of nibbles are too few to hide the latency of a dot product.
+const FEW: usize = 4;
+
 /// A product.
 #[derive(Clone, Copy)]
 pub(crate) struct IntGemm<'a> {
@@ -268,8 +271,8 @@ unsafe fn column<D: ByteDot, const M: usize>(panel: *const u32, quads: usize, x:
 struct Nibbles<'a, 'b, F, T>(&'b Piece<'a, F, T>);
 
 impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
-    /// So do those of one group.
-    const SHARE: (usize, usize) = (1, 3);
+    /// Of one panel at a time, beside sums of integers and those of one group.
+    const SHARE: (usize, usize) = (2, 3);
 
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, _: Turn) {
@@ -336,8 +339,8 @@ impl NibblePanel {
         }
     }
 
-    /// Adds `step * Σ (code - zero) * x` over one group of inputs. Low and high nibbles have sums of their own, as one
-    /// after the other would wait for the latency of the dot product.
+    /// Adds `step * Σ (code - zero) * x` over one group of inputs. For a few rows low and high nibbles have sums of their
+    /// own, as one after the other would wait for the latency of the dot product.
     #[inline(always)]
     unsafe fn add_group<D: ByteDot, const M: usize>(
         self,
@@ -346,26 +349,36 @@ impl NibblePanel {
         group: usize,
         x: ByteRows,
     ) {
-        // SAFETY: the caller's.
+        // SAFETY: the caller's; a prefetch may touch any address.
         unsafe {
             let mut lows = [D::splat_int(0); M];
             let mut highs = lows;
+            self.fetch_ahead::<D>(group);
             for v in 0..INT4_VECTORS {
-                let codes = self.codes.add((group * INT4_VECTORS + v) * PANEL);
-                let [low, high] = D::nibbles(D::load(codes));
-                D::prefetch(codes.wrapping_add(STREAM_AHEAD));
+                let [low, high] = D::nibbles(D::load(self.codes.add((group * INT4_VECTORS + v) * PANEL)));
                 for r in 0..M {
                     let quads = x.quads.add(group * INT4_QUADS + v + r * x.stride);
                     lows[r] = D::dot_bytes(lows[r], low, quads);
+                    let highs = if M <= FEW { &mut highs } else { &mut lows };
                     highs[r] = D::dot_bytes(highs[r], high, quads.add(INT4_VECTORS));
                 }
             }
             let [step, zero] = D::steps_and_zeros(self.codes.add(steps_at + group * (PANEL / 4)).cast());
             for r in 0..M {
+                let dot = if M <= FEW { D::add_int(lows[r], highs[r]) } else { lows[r] };
                 let offset = D::mul_int(zero, D::splat_int(*x.sums.add(r * x.small_groups + group)));
-                let dot = D::mul_int(step, D::sub_int(D::add_int(lows[r], highs[r]), offset));
-                totals[r] = D::add_int(totals[r], dot);
+                totals[r] = D::add_int(totals[r], D::mul_int(step, D::sub_int(dot, offset)));
             }
+        }
+    }
+
+    /// Asks for what comes [`STREAM_AHEAD`] later: of every group its codes and its share of the steps behind them.
+    #[inline(always)]
+    unsafe fn fetch_ahead<D: ByteDot>(self, group: usize) {
+        let ahead = self.codes.wrapping_add(STREAM_AHEAD + group * (INT4_VECTORS * PANEL + PANEL / 4));
+        for line in 0..=INT4_VECTORS {
+            // SAFETY: a prefetch may touch any address.
+            unsafe { D::prefetch(ahead.wrapping_add(line * PANEL)) };
         }
     }
 }
