@@ -3,7 +3,7 @@
 mod common;
 
 use common::{MockGpu, mock};
-use quire_backend::conformance::{Support, Tolerance, run_kv_dtype, run_quantized_with, run_with};
+use quire_backend::conformance::{Support, Tolerance, run_kv_dtype, run_quantized_with, run_ranks, run_with};
 use quire_core::{DType, QuantFormat};
 use quire_cuda::{Cuda, CudaOptions};
 
@@ -45,4 +45,17 @@ fn quantized_layers_equal_the_reference() {
         });
     }
     gpu.assert_nothing_left();
+}
+
+#[test]
+fn ranks_conform() {
+    let Some(first) = MockGpu::new().filter(MockGpu::is_mock) else { return };
+    let gpus = [Some(first), MockGpu::new(), MockGpu::new()].map(|gpu| gpu.expect("there was one before"));
+    gpus.iter().for_each(|gpu| gpu.delay(true));
+    let ordinals = gpus.each_ref().map(MockGpu::ordinal);
+    run_ranks(|world| {
+        let group = Cuda::group(mock::images(), &options(&gpus[0]), &ordinals[..world]);
+        group.expect("the doubles are GPUs")
+    });
+    gpus.iter().for_each(MockGpu::assert_nothing_left);
 }
