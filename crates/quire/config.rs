@@ -199,7 +199,7 @@ fn check_supported(args: &EngineArgs, spec: &ModelSpec, machine: &Machine) -> Re
             "splitting a model over GPUs is not supported yet; leave it at 1",
         );
     }
-    if args.quantize == Quantize::Fp8 {
+    if args.quantize == Quantize::Fp8 && !is_on_gpu {
         return fail("quantize", "fp8 weights are not supported on cpu; use int8 or int4");
     }
     if args.batch_invariant == Switch::Off && !is_on_gpu {

@@ -11,14 +11,15 @@
 //! * once the device has failed, every call fails with the first error.
 //!
 //! Reading order: [`driver`], [`blaslt`], [`params`], `kernels.rs`, `backend.rs` (a step), `step.rs` and `slots.rs` (what
-//! is sent), `ops.rs`, `quantized.rs`, `attention.rs`, `sampling.rs` (what
-//! is launched), `load.rs` and `buffers.rs`.
+//! is sent), `ops.rs`, `quantized.rs`, `fp8.rs`, `attention.rs`,
+//! `sampling.rs` (what is launched), `load.rs` and `buffers.rs`.
 
 mod attention;
 mod backend;
 pub mod blaslt;
 mod buffers;
 pub mod driver;
+mod fp8;
 pub mod int_weights;
 mod kernels;
 mod load;
@@ -28,6 +29,7 @@ pub mod params;
 mod quantized;
 mod sampling;
 mod slots;
+mod source_rows;
 mod staging;
 mod step;
 
