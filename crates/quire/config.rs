@@ -196,7 +196,7 @@ fn check_supported(args: &EngineArgs, spec: &ModelSpec, machine: &Machine) -> Re
             "no GPU can be used here; use cpu, or a build with --features cuda on a machine with one",
         );
     }
-    if args.quantize == Quantize::Fp8 {
+    if args.quantize == Quantize::Fp8 && !is_on_gpu {
         return fail("quantize", "fp8 weights are not supported on cpu; use int8 or int4");
     }
     if args.batch_invariant == Switch::Off && !is_on_gpu {

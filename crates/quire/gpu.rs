@@ -1,6 +1,6 @@
 //! Where a model runs: on a GPU, where this build and this machine have one, else on the processor; and why.
 
-use quire_core::{DType, QuantFormat};
+use quire_core::DType;
 
 use crate::args::{Device, EngineArgs, ExecutorArg};
 use crate::{Failure, Result};
@@ -27,11 +27,7 @@ pub(crate) fn choose(args: &EngineArgs, dtype: DType) -> Result<Option<Gpu>> {
 
 /// What was asked for that only the processor can do.
 fn unsuited(args: &EngineArgs, dtype: DType) -> Option<String> {
-    let quant = args.quantize.format();
     let kv = kv_dtype(args, dtype);
-    if quant == QuantFormat::Fp8 {
-        return Some("--quantize fp8 is not supported on CUDA yet; use int8 or int4".into());
-    }
     if kv != DType::F8E4M3 && kv != activation_dtype(dtype) {
         return Some(format!("--kv-cache-dtype {kv} is not supported on CUDA; use auto or fp8"));
     }

@@ -98,4 +98,43 @@ typedef struct QuireIntEmbedParams {
     int32_t reserved;
 } QuireIntEmbedParams;
 
+#define QUIRE_FP8_THREADS 256
+
+/// quire_quantize_fp8_{bf16,f16}: activations to e4m3, as `quantize_fp8` of the backend crate, to the bit. Grid (rows, 1, 1),
+/// block QUIRE_FP8_THREADS.
+typedef struct QuireFp8QuantizeParams {
+    /// act [M, x_stride].
+    const void* x;
+    /// e4m3 [M, q_stride], zeros beyond K.
+    uint8_t* q;
+    /// f32 [M].
+    float* scales;
+    const int32_t* num_rows;
+    int32_t in_features;
+    int32_t x_stride;
+    /// K, rounded up to a multiple of 16.
+    int32_t q_stride;
+    int32_t reserved;
+} QuireFp8QuantizeParams;
+
+/// quire_embed_fp8: out[t] = scale * value of row id, to the bit as the reference. Grid (rows, 1, 1), block
+/// QUIRE_FP8_THREADS.
+typedef struct QuireFp8EmbedParams {
+    /// e4m3 [vocab, stride].
+    const uint8_t* weight;
+    /// f32 [vocab].
+    const float* w_scales;
+    /// As in QuireIntEmbedParams.
+    const int32_t* token_ids;
+    const int32_t* last_tokens;
+    /// f32 [T, hidden].
+    float* out;
+    const int32_t* num_rows;
+    int32_t hidden;
+    int32_t stride;
+    /// Ids outside 0..vocab give rows of NaN.
+    int32_t vocab;
+    int32_t reserved;
+} QuireFp8EmbedParams;
+
 #endif

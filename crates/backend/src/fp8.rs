@@ -21,7 +21,8 @@ pub fn from_f32(x: f32) -> u8 {
         return sign | MAX_CODE;
     }
     let exponent = ((magnitude.to_bits() >> 23) as i32 - 127).max(MIN_EXPONENT);
-    let ulps = (magnitude / 2f32.powi(exponent - 3)).round_ties_even() as i32;
+    let ulp = f32::from_bits(((exponent - 3 + 127) as u32) << 23);
+    let ulps = (magnitude / ulp).round_ties_even() as i32;
     // Codes count the numbers from zero on: eight to a power of two, which a number of eight units begins.
     sign | ((exponent - MIN_EXPONENT) * 8 + ulps) as u8
 }

@@ -1,4 +1,4 @@
-//! Weights in 8 and 4 bits, activations in 8: the codec that defines the numbers of quantized layers.
+//! Weights in 8 and 4 bits, activations in 8: the codecs that define the numbers of quantized layers.
 //!
 //! All products are of 8-bit integers, so their sums are exact and any order of summation gives the same bits; floats
 //! appear once per [`ACT_GROUP`] inputs and once per output channel. With `a` the scales of the activations and `w` the
@@ -14,12 +14,18 @@
 //!   of llama.cpp's K-quants; here the multiples are small enough for the whole weight to be an 8-bit integer.
 //!   4.25 bits a weight, and a scale a row.
 //!
+//! With fp8, weights and activations are of [`fp8`], with one scale per channel and one per row, by the largest:
+//!
+//! ```text
+//! y[n] = (Σ_k x[k] · v[n][k]) · a · w[n] + bias[n]      the sum in f32, in any order
+//! ```
+//!
 //! Numbers below [`TINY`] count as zero, so that no reciprocal overflows.
 
 use quire_core::{DType, QuantFormat};
 
-use crate::BackendError;
 use crate::convert::tensor_error;
+use crate::{BackendError, fp8};
 
 /// Inputs that share an int4 step and zero.
 pub const INT4_GROUP: usize = 32;
@@ -79,6 +85,25 @@ fn quantize_group(x: &[f32], q: &mut [i8]) -> f32 {
         *q = (x * inverse + ULP_IS_ONE).to_bits() as i8;
     }
     max / LIMIT
+}
+
+/// Quantizes a row of weights or of activations: `x ≈ scale * q` with `q` in e4m3, the largest at 448. Returns the scale,
+/// `max|x| / 448`; it is not finite if a number is not, and `q` then mean nothing.
+///
+/// # Panics
+/// If `q` is not as long as `x`.
+pub fn quantize_fp8(x: &[f32], q: &mut [u8]) -> f32 {
+    assert_eq!(x.len(), q.len(), "one code per number");
+    let max = max_magnitude(x);
+    if max < TINY {
+        q.fill(0);
+        return 0.0;
+    }
+    let inverse = fp8::MAX / max;
+    for (q, x) in q.iter_mut().zip(x) {
+        *q = fp8::from_f32(x * inverse);
+    }
+    max / fp8::MAX
 }
 
 /// `step * (q - zero)` of an int4 code, in `-127..=127` for every code that [`quantize_int4`] makes.

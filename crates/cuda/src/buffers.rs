@@ -4,10 +4,10 @@
 use std::cell::OnceCell;
 
 use half::{bf16, f16};
-use quire_backend::{BackendError, KvLayout};
+use quire_backend::{BackendError, KvLayout, fp8};
 use quire_core::DType;
 
-use crate::blaslt::{Element, Gemm};
+use crate::blaslt::{Element, Gemm, Operand};
 use crate::driver::DeviceSlice;
 use crate::quantized::IntMatrix;
 
@@ -26,7 +26,7 @@ pub struct CudaBuf {
 pub struct CudaWeight {
     pub(crate) name: String,
     pub(crate) matrix: CudaMatrix,
-    /// `[out_features]`, or null: of the activations' type beside a dense matrix, f32 beside others.
+    /// `[out_features]`, or null: f32 beside integers, of the activations' type beside others.
     pub(crate) bias: DeviceSlice,
     pub(crate) out_features: usize,
     pub(crate) in_features: usize,
@@ -36,13 +36,18 @@ pub struct CudaWeight {
 #[derive(Debug)]
 pub(crate) enum CudaMatrix {
     Dense(DenseMatrix),
+    /// Of [`Element::E4m3`]; activations are rounded to it, too.
+    Fp8(DenseMatrix),
     Int(IntMatrix),
 }
 
-/// `[out_features, in_features]` of the activations' type.
+/// `[out_features, in_features]`, for cuBLASLt.
 #[derive(Debug)]
 pub(crate) struct DenseMatrix {
-    pub data: DeviceSlice,
+    pub data: Operand,
+    pub element: Element,
+    /// Elements between rows.
+    pub stride: usize,
     /// Its product, described at the first use: into activations, and into f32 (see [`Self::gemm`]).
     pub gemms: [OnceCell<Gemm>; 2],
 }
@@ -171,6 +176,7 @@ pub(crate) fn encode(values: impl Iterator<Item = f32>, element: Element, out: &
         Element::Bf16 => values.for_each(|v| out.extend_from_slice(&bf16::from_f32(v).to_le_bytes())),
         Element::F16 => values.for_each(|v| out.extend_from_slice(&f16::from_f32(v).to_le_bytes())),
         Element::F32 => values.for_each(|v| out.extend_from_slice(&v.to_le_bytes())),
+        Element::E4m3 => values.for_each(|v| out.push(fp8::from_f32(v))),
     }
 }
 
@@ -181,5 +187,6 @@ pub(crate) fn decode(bytes: &[u8], element: Element) -> Vec<f32> {
         Element::Bf16 => halves().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
         Element::F16 => halves().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
         Element::F32 => bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+        Element::E4m3 => bytes.iter().map(|&code| fp8::to_f32(code)).collect(),
     }
 }

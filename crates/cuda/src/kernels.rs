@@ -6,8 +6,9 @@ use crate::driver::{CudaError, Function, LaunchShape, Modules};
 use crate::int_weights::{Bits, PANEL};
 use crate::params::{
     ActParams, AddNormParams, AttentionParams, AttentionPlanParams, CopyPagesParams, CountTokensParams,
-    EmbedParams, GatherRowsParams, IntEmbedParams, IntGemmParams, LogitsParams, LogprobsParams,
-    QuantizeParams, RopeCacheParams, SampleParams, StepPlanParams, UpdateTablesParams,
+    EmbedParams, Fp8EmbedParams, Fp8QuantizeParams, GatherRowsParams, IntEmbedParams, IntGemmParams,
+    LogitsParams, LogprobsParams, QuantizeParams, RopeCacheParams, SampleParams, StepPlanParams,
+    UpdateTablesParams,
 };
 
 const ROW_THREADS: u32 = 256;
@@ -78,6 +79,8 @@ pub struct Kernels {
     pub act: Pair<ActParams>,
     pub gather_rows: Function<GatherRowsParams>,
     pub quantize: Function<QuantizeParams>,
+    pub quantize_fp8: Function<Fp8QuantizeParams>,
+    pub embed_fp8: Function<Fp8EmbedParams>,
     int8: IntKernels,
     int4: IntKernels,
     pub copy_pages: Function<CopyPagesParams>,
@@ -125,6 +128,8 @@ impl Kernels {
             act: pair(modules, "quire_act", act)?,
             gather_rows: modules.function(&format!("quire_gather_rows_{act}"), 0)?,
             quantize: modules.function(&format!("quire_quantize_{act}"), 0)?,
+            quantize_fp8: modules.function(&format!("quire_quantize_fp8_{act}"), 0)?,
+            embed_fp8: modules.function("quire_embed_fp8", 0)?,
             int8: IntKernels::find(modules, 8, act)?,
             int4: IntKernels::find(modules, 4, act)?,
             copy_pages: modules.function("quire_copy_pages", 0)?,

@@ -11,14 +11,15 @@
 //! * once the device has failed, every call fails with the first error.
 //!
 //! Reading order: [`driver`], [`blaslt`], [`params`], `kernels.rs`, `backend.rs` (a step), `step.rs` and `slots.rs` (what
-//! is sent), `ops.rs`, `quantized.rs`, `attention.rs`, `sampling.rs` (what is launched), `load.rs` and `buffers.rs`;
-//! `nccl.rs` and `ranks.rs` for several GPUs.
+//! is sent), `ops.rs`, `quantized.rs`, `fp8.rs`, `attention.rs`, `sampling.rs` (what is launched), `load.rs` and
+//! `buffers.rs`; `nccl.rs` and `ranks.rs` for several GPUs.
 
 mod attention;
 mod backend;
 pub mod blaslt;
 mod buffers;
 pub mod driver;
+mod fp8;
 pub mod int_weights;
 mod kernels;
 mod load;
@@ -30,6 +31,7 @@ mod quantized;
 mod ranks;
 mod sampling;
 mod slots;
+mod source_rows;
 mod staging;
 mod step;
 

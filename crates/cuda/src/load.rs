@@ -52,12 +52,10 @@ impl Cuda {
             QuantFormat::Int4 => {
                 CudaMatrix::Int(self.int_matrix(source, Bits::Four, out_features, in_features)?)
             }
-            QuantFormat::Fp8 => {
-                return Err(tensor_error(name, "--quantize fp8 is not supported on CUDA yet"));
-            }
+            QuantFormat::Fp8 => CudaMatrix::Fp8(self.fp8_matrix(source, out_features, in_features)?),
         };
         let bias_element = match matrix {
-            CudaMatrix::Dense(_) => self.options.activations,
+            CudaMatrix::Dense(_) | CudaMatrix::Fp8(_) => self.options.activations,
             CudaMatrix::Int(_) => Element::F32,
         };
         let bias = self.bias_of(source, out_features, bias_element)?;
@@ -71,15 +69,16 @@ impl Cuda {
         in_features: usize,
     ) -> Result<DenseMatrix, BackendError> {
         let name = source.name;
-        let element = self.options.activations.size();
-        let data = self.take(name, out_features * in_features * element)?;
+        let element = self.options.activations;
+        let data = self.take(name, out_features * in_features * element.size())?;
         let mut done = 0;
         for part in source.parts {
-            let bytes = part.weight.num_elements() * element;
+            let bytes = part.weight.num_elements() * element.size();
             self.send_tensor(name, &part.weight, data.part(done, bytes))?;
             done += bytes;
         }
-        Ok(DenseMatrix { data, gemms: [const { OnceCell::new() }; 2] })
+        let gemms = [const { OnceCell::new() }; 2];
+        Ok(DenseMatrix { data: data.into(), element, stride: in_features, gemms })
     }
 
     /// The biases of all parts; zeros where a part has none. Null if none has.

@@ -3,7 +3,7 @@
 use quire_backend::{Activation, AddNorm, BackendError, Embed, Linear, Logits, Mlp, MlpShape, RopeAndCache};
 
 use crate::Cuda;
-use crate::blaslt::{Element, GemmShape};
+use crate::blaslt::{Element, GemmShape, Operand};
 use crate::buffers::{CudaBuf, CudaKv, CudaMatrix, CudaWeight, DenseMatrix, KvElement};
 use crate::driver::{CudaError, DeviceSlice, Function, LaunchShape};
 use crate::kernels::Kernels;
@@ -63,7 +63,8 @@ impl Cuda {
         let (table, out) = (op.table, &op.out);
         self.expect("embed", out, self.rows, table.in_features, Element::F32)?;
         let data = match &table.matrix {
-            CudaMatrix::Dense(dense) => dense.data,
+            CudaMatrix::Dense(dense) => dense.data.data,
+            CudaMatrix::Fp8(dense) => return self.embed_fp8(table, dense, out.slice),
             CudaMatrix::Int(matrix) => return self.embed_int(table, matrix, out.slice),
         };
         let params = EmbedParams {
@@ -116,14 +117,15 @@ impl Cuda {
         rows: Rows,
     ) -> Result<(), BackendError> {
         match &weight.matrix {
-            CudaMatrix::Dense(dense) => self.dense_product(x, weight, dense, out, rows.launched),
+            CudaMatrix::Dense(dense) => self.dense_product(x.into(), weight, dense, out, rows.launched),
+            CudaMatrix::Fp8(dense) => self.fp8_product(x, weight, dense, out, rows),
             CudaMatrix::Int(matrix) => self.int_product(x, weight, matrix, out, rows),
         }
     }
 
-    fn dense_product(
+    pub(crate) fn dense_product(
         &mut self,
-        x: DeviceSlice,
+        x: Operand,
         weight: &CudaWeight,
         dense: &DenseMatrix,
         out: &CudaBuf,
@@ -133,12 +135,12 @@ impl Cuda {
         if cell.get().is_none() {
             let shape = GemmShape {
                 n: weight.out_features,
-                k: weight.in_features,
-                x_stride: weight.in_features,
+                k: dense.stride,
+                x_stride: dense.stride,
                 out_stride: out.stride,
-                input: self.options.activations,
+                input: dense.element,
                 output: out.element,
-                has_bias: weight.bias != DeviceSlice::NULL,
+                bias: (weight.bias != DeviceSlice::NULL).then_some(self.options.activations),
             };
             let planned = self.blas.plan(shape, dense.data, weight.bias, &self.stream);
             let gemm = self.check(planned.map_err(|error| CudaError {

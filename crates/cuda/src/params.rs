@@ -227,6 +227,30 @@ params! {
         num_items: i32,
         reserved: [i32; 4],
     }
+    /// `quire_quantize_fp8_*`.
+    Fp8QuantizeParams = "QuireFp8QuantizeParams" {
+        x: u64,
+        q: u64,
+        scales: u64,
+        num_rows: u64,
+        in_features: i32,
+        x_stride: i32,
+        q_stride: i32,
+        reserved: i32,
+    }
+    /// `quire_embed_fp8`.
+    Fp8EmbedParams = "QuireFp8EmbedParams" {
+        weight: u64,
+        w_scales: u64,
+        token_ids: u64,
+        last_tokens: u64,
+        out: u64,
+        num_rows: u64,
+        hidden: i32,
+        stride: i32,
+        vocab: i32,
+        reserved: i32,
+    }
     /// `quire_attention_{decode,prefill}_*`.
     AttentionParams = "QuireAttentionParams" {
         q: u64,

@@ -2,12 +2,9 @@
 //! [`quire_backend::quant`].
 
 use std::ops::Range;
-use std::thread;
 
-use quire_backend::convert::{matrix_shape, to_f32};
-use quire_backend::quant::{ACT_GROUP, check_finite};
+use quire_backend::quant::ACT_GROUP;
 use quire_backend::{BackendError, LinearSource};
-use quire_core::TensorView;
 
 use crate::Cuda;
 use crate::blaslt::Element;
@@ -15,9 +12,9 @@ use crate::buffers::{CudaBuf, CudaWeight};
 use crate::driver::DeviceSlice;
 use crate::int_weights::{Bits, IntWeights, PANEL};
 use crate::kernels::Kernels;
-use crate::load::PIECE;
 use crate::ops::Rows;
 use crate::params::{IntEmbedParams, IntGemmParams, QuantizeParams};
+use crate::source_rows::{for_each_row, on_all_cores, pieces};
 use crate::step::Layout;
 
 /// A matrix of [`IntWeights`] on the device.
@@ -33,12 +30,12 @@ pub(crate) struct IntMatrix {
 }
 
 /// Activations in 8 bits, of one operation at a time; made at the first use.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct QuantizedRows {
-    /// `[rows, groups * 256]`.
-    values: DeviceSlice,
-    /// `[rows, groups]` f32.
-    scales: DeviceSlice,
+    /// A byte an input, rows padded as the product wants it.
+    pub values: DeviceSlice,
+    /// f32: of a row in fp8, or of each of its groups in integers.
+    pub scales: DeviceSlice,
 }
 
 impl Default for QuantizedRows {
@@ -64,20 +61,19 @@ impl Cuda {
         for (slice, bytes) in slices.iter_mut().zip(sizes).filter(|(_, bytes)| *bytes > 0) {
             *slice = self.take(name, panels * bytes)?;
         }
-        let rows_of_piece = (PIECE / in_features).max(1).next_multiple_of(PANEL);
-        let pieces: Vec<Range<usize>> = (0..out_features)
-            .step_by(rows_of_piece)
-            .map(|first| first..(first + rows_of_piece).min(out_features))
-            .collect();
-        let threads = thread::available_parallelism().map_or(1, usize::from);
-        for pieces in pieces.chunks(threads) {
-            for (rows, packed) in pieces.iter().zip(pack_all(source, bits, pieces, in_features)) {
-                let packed = packed?;
+        let pack = |rows: Range<usize>| {
+            let mut packed = IntWeights::new(bits, rows.len(), in_features);
+            for_each_row(source, rows.clone(), |n, row| packed.set_row(n - rows.start, row))?;
+            Ok((rows.start / PANEL, packed))
+        };
+        for pieces in pieces(out_features, in_features, PANEL) {
+            for packed in on_all_cores(&pieces, pack) {
+                let (panel, packed) = packed?;
                 let scales: Vec<u8> = packed.scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
                 let parts = [&packed.weights, &packed.steps, &scales];
                 for ((bytes, slice), size) in parts.into_iter().zip(slices).zip(sizes) {
                     if !bytes.is_empty() {
-                        self.send(bytes, slice.part(rows.start / PANEL * size, bytes.len()))?;
+                        self.send(bytes, slice.part(panel * size, bytes.len()))?;
                     }
                 }
             }
@@ -96,8 +92,8 @@ impl Cuda {
         rows: Rows,
     ) -> Result<(), BackendError> {
         let groups = matrix.groups;
-        self.reserve_quantized_rows(rows.launched, groups)?;
-        let QuantizedRows { values, scales } = self.quantized_rows;
+        let room = self.quantized_rows(rows.launched, groups * ACT_GROUP, groups)?;
+        let QuantizedRows { values, scales } = room;
         let quantize = QuantizeParams {
             x: x.address(),
             q: values.address(),
@@ -157,60 +153,22 @@ impl Cuda {
         self.check(launched)
     }
 
-    fn reserve_quantized_rows(&mut self, rows: usize, groups: usize) -> Result<(), BackendError> {
-        let groups = rows.max(self.max_rows) * groups;
-        let have = &self.quantized_rows;
-        if have.values.bytes() < groups * ACT_GROUP || have.scales.bytes() < groups * size_of::<f32>() {
-            self.quantized_rows = QuantizedRows {
-                values: self.take("activations", groups * ACT_GROUP)?,
-                scales: self.take("activations", groups * size_of::<f32>())?,
-            };
+    /// Room for rows of so many bytes and so many scales.
+    pub(crate) fn quantized_rows(
+        &mut self,
+        rows: usize,
+        row_bytes: usize,
+        row_scales: usize,
+    ) -> Result<QuantizedRows, BackendError> {
+        let rows = rows.max(self.max_rows);
+        let (values, scales) = (rows * row_bytes, rows * row_scales * size_of::<f32>());
+        let have = self.quantized_rows;
+        if have.values.bytes() < values {
+            self.quantized_rows.values = self.take("activations", values)?;
         }
-        Ok(())
-    }
-}
-
-/// The pieces of a layer, a thread each.
-fn pack_all(
-    source: &LinearSource<'_>,
-    bits: Bits,
-    pieces: &[Range<usize>],
-    in_features: usize,
-) -> Vec<Result<IntWeights, BackendError>> {
-    thread::scope(|scope| {
-        let pack = |rows: &Range<usize>| {
-            let rows = rows.clone();
-            scope.spawn(move || pack(source, bits, rows, in_features))
-        };
-        let workers: Vec<_> = pieces.iter().map(pack).collect();
-        let join = |worker: thread::ScopedJoinHandle<'_, _>| {
-            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        workers.into_iter().map(join).collect()
-    })
-}
-
-/// Some rows of a layer, counted over all its parts. The first begins a panel.
-fn pack(
-    source: &LinearSource<'_>,
-    bits: Bits,
-    rows: Range<usize>,
-    in_features: usize,
-) -> Result<IntWeights, BackendError> {
-    let name = source.name;
-    let mut packed = IntWeights::new(bits, rows.len(), in_features);
-    let mut part_begin = 0;
-    for part in source.parts {
-        let (part_rows, _) = matrix_shape(name, &part.weight)?;
-        let part_end = part_begin + part_rows;
-        let row_bytes = in_features * part.weight.dtype.size();
-        for n in rows.start.max(part_begin)..rows.end.min(part_end) {
-            let data = &part.weight.data[(n - part_begin) * row_bytes..][..row_bytes];
-            let row = to_f32(name, &TensorView { dtype: part.weight.dtype, shape: &[in_features], data })?;
-            check_finite(name, n, &row)?;
-            packed.set_row(n - rows.start, &row);
+        if have.scales.bytes() < scales {
+            self.quantized_rows.scales = self.take("activations", scales)?;
         }
-        part_begin = part_end;
+        Ok(self.quantized_rows)
     }
-    Ok(packed)
 }

@@ -36,10 +36,10 @@ fn conforms_with_fp8_keys_and_values() {
 }
 
 #[test]
-fn quantized_layers_equal_the_reference() {
+fn quantized_layers_agree_with_the_reference() {
     let Some(gpu) = MockGpu::new() else { return };
     gpu.delay(true);
-    for quant in [QuantFormat::Int8, QuantFormat::Int4] {
+    for quant in [QuantFormat::Int8, QuantFormat::Int4, QuantFormat::Fp8] {
         run_quantized_with(quant, SUPPORT, || {
             Cuda::new(mock::images(), options(&gpu)).expect("the double is a GPU")
         });

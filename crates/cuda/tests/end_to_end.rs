@@ -24,6 +24,8 @@ const TOLERANCE: f32 = 1e-2;
 const GOLDEN_TOLERANCE: f32 = 3e-2;
 /// The same where activations are quantized too: a difference in the last bit of bf16 may move a code by one of 127.
 const QUANTIZED_TOLERANCE: f32 = 4e-2;
+/// Of a model in fp8 against the model as it is: four roundings of a product, in quadrature.
+const FP8_TOLERANCE: f32 = 0.1;
 /// Of the golden checkpoints the worst row has 0.083. That the layers themselves are right to the bit is for the
 /// conformance suite to say.
 const GOLDEN_QUANTIZED_TOLERANCE: f32 = 0.1;
@@ -100,8 +102,8 @@ fn margin(logits: &[f32]) -> f32 {
     sorted[0] - sorted[1]
 }
 
-/// Prefills and decodes on `runner` and on the reference, which has a cache in f32; returns the worst error of a row of
-/// logits.
+/// Prefills and decodes on `runner` and on the reference, which has a cache in f32 and, where layers are in fp8, layers as
+/// they come; returns the worst error of a row of logits.
 fn compare<R: Runner>(
     name: &str,
     runner: R,
@@ -111,7 +113,8 @@ fn compare<R: Runner>(
 ) -> f32 {
     let vocab = checkpoint.spec().vocab_size;
     let greedy = SamplingParams::greedy(100);
-    let exact = RunnerConfig { kv_dtype: DType::F32, ..*config };
+    let quant = if config.quant == QuantFormat::Fp8 { QuantFormat::None } else { config.quant };
+    let exact = RunnerConfig { kv_dtype: DType::F32, quant, ..*config };
     let reference = load_as(RefBackend::new(), checkpoint, &exact);
     let mut expected = Steps::new(reference, prompts(vocab), &greedy);
     let mut got = Steps::new(runner, prompts(vocab), &greedy);
@@ -195,6 +198,18 @@ fn the_embedded_model_agrees_with_the_reference() {
     assert!(worst <= TOLERANCE, "{worst}");
 }
 
+/// Against the layers as they are: their rounding is what a user notices. Numbers of e4m3 move by a twenty-eighth in the
+/// root mean square, those of weights and of activations, so each product by a twentieth.
+#[test]
+fn the_embedded_model_agrees_in_fp8() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let config = RunnerConfig { quant: QuantFormat::Fp8, ..config(DType::BF16) };
+    let checkpoint = demo();
+    let worst = compare("quire-demo", load_on(&gpu, &checkpoint, &config), &checkpoint, &config, 2);
+    println!("quire-demo fp8 relative error {worst:.1e}");
+    assert!(worst <= FP8_TOLERANCE, "{worst}");
+}
+
 /// With layers so wide that prefill takes the kernel for many rows.
 #[test]
 fn the_embedded_model_agrees_in_8_bits() {
@@ -231,7 +246,12 @@ fn company_changes_no_bit_of_quantized_layers_and_caches() {
     let Some(gpu) = MockGpu::new() else { return };
     let checkpoint = Checkpoint::open(&repository().join("tests/data/golden/qwen3")).unwrap();
     let vocab = checkpoint.spec().vocab_size;
-    for (quant, kv_dtype) in [(QuantFormat::Int8, DType::BF16), (QuantFormat::Int4, DType::F8E4M3)] {
+    let formats = [
+        (QuantFormat::Int8, DType::BF16),
+        (QuantFormat::Int4, DType::F8E4M3),
+        (QuantFormat::Fp8, DType::F8E4M3),
+    ];
+    for (quant, kv_dtype) in formats {
         let config = RunnerConfig { quant, ..config(kv_dtype) };
         let runner = || load_as(cuda(&gpu), &checkpoint, &config);
         let greedy = SamplingParams::greedy(100);

@@ -286,6 +286,64 @@ fn dequantized(bits: Bits, row: &[f32]) -> Vec<f32> {
     }
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Fp8QuantizeParams {
+    x: *const u16,
+    q: *mut u8,
+    scales: *mut f32,
+    num_rows: *const i32,
+    in_features: i32,
+    x_stride: i32,
+    q_stride: i32,
+    reserved: i32,
+}
+
+#[test]
+fn quantized_products_in_fp8_begin_with_the_codes_of_the_reference() {
+    let Some(kernels) = HostKernels::load() else { return };
+    for (k, rows) in [(1usize, 3usize), (16, 2), (50, 5), (264, 4), (2309, 2)] {
+        let (stride, num_rows) = (k.next_multiple_of(16), rows as i32);
+        let mut rng = Rng(k as u32);
+        let magnitudes = [1.0, 300.0, 0.0, 1e-31, 1e-3];
+        let random: Vec<f32> = (0..k * rows).map(|i| magnitudes[i / k % 5] * rng.signed()).collect();
+        for is_f16 in [false, true] {
+            let bits =
+                |x: &f32| if is_f16 { f16::from_f32(*x).to_bits() } else { bf16::from_f32(*x).to_bits() };
+            let value =
+                |x: &u16| if is_f16 { f16::from_bits(*x).to_f32() } else { bf16::from_bits(*x).to_f32() };
+            let x: Vec<u16> = random.iter().map(bits).collect();
+            let (mut q, mut scales) = (vec![0xFF; (rows + 1) * stride], vec![f32::NAN; rows + 1]);
+            let params = Fp8QuantizeParams {
+                x: x.as_ptr(),
+                q: q.as_mut_ptr(),
+                scales: scales.as_mut_ptr(),
+                num_rows: &raw const num_rows,
+                in_features: k as i32,
+                x_stride: k as i32,
+                q_stride: stride as i32,
+                reserved: 0,
+            };
+            let name = if is_f16 { "quire_quantize_fp8_f16" } else { "quire_quantize_fp8_bf16" };
+            kernels.launch(name, [rows as u32 + 1, 1, 1], [256, 1, 1], 0, &params, 2);
+            for (row, x) in x.chunks(k).enumerate() {
+                let x: Vec<f32> = x.iter().map(value).collect();
+                let mut codes = vec![0; stride];
+                let scale = quant::quantize_fp8(&x, &mut codes[..k]);
+                assert_eq!(scales[row], scale, "{name}, {k} inputs, row {row}");
+                // A zero may lose its sign.
+                let same = |(have, want): (&u8, &u8)| have == want || (have | want) & 0x7F == 0;
+                let have = &q[row * stride..][..stride];
+                assert!(
+                    have.iter().zip(&codes).all(same),
+                    "{name}, {k} inputs, row {row}: {have:x?} {codes:x?}"
+                );
+            }
+            assert!(q[rows * stride..].iter().all(|&code| code == 0xFF), "rows beyond the last");
+        }
+    }
+}
+
 #[test]
 fn sanitizers_find_nothing() {
     under_sanitizers("quantized_products");

@@ -2,7 +2,7 @@
 //!
 //! * Values: every operation of a small two-layer decoder, over a grid of odd shapes, within a tolerance.
 //! * Batch invariance: the same rows computed alone, in any batch, in any chunks, in any blocks, give the same bits.
-//! * Quantized layers ([`run_quantized`]): the same numbers as the reference, exactly.
+//! * Quantized layers ([`run_quantized`]): the same numbers as the reference, in integers exactly.
 //! * The host tier ([`run_host_copies`]): blocks come back as they went.
 //! * Ranks ([`run_ranks`]): sums and gathers, exactly.
 //! * Sampling: the same ids as the reference, and the same bits alone and in a batch.
@@ -149,5 +149,6 @@ mod tests {
         });
         super::run_quantized(QuantFormat::Int8, RefBackend::new);
         super::run_quantized(QuantFormat::Int4, RefBackend::new);
+        super::run_quantized(QuantFormat::Fp8, RefBackend::new);
     }
 }

@@ -4,7 +4,7 @@ use quire_core::{QuantFormat, Shard};
 
 use crate::convert::{matrix_shape, tensor_error, to_f32};
 use crate::quant::{self, ACT_GROUP, INT4_GROUP};
-use crate::{BackendError, LinearSource};
+use crate::{BackendError, LinearSource, fp8};
 
 /// A linear layer.
 #[derive(Clone, Debug)]
@@ -23,6 +23,11 @@ enum Matrix {
     /// An element is its value times the scale of its row. Of int4, these are the values, not the codes.
     Quantized {
         values: Vec<i8>,
+        scales: Vec<f32>,
+    },
+    /// The same with numbers of fp8.
+    Fp8 {
+        values: Vec<f32>,
         scales: Vec<f32>,
     },
 }
@@ -56,7 +61,7 @@ impl RefWeight {
             QuantFormat::None => Matrix::Float(weights),
             QuantFormat::Int8 => Matrix::quantize(name, &weights, in_features, quant::quantize_int8)?,
             QuantFormat::Int4 => Matrix::quantize(name, &weights, in_features, int4_values)?,
-            QuantFormat::Fp8 => return Err(tensor_error(name, "fp8 weights are not supported here")),
+            QuantFormat::Fp8 => Matrix::quantize_fp8(name, &weights, in_features)?,
         };
         Ok(Self { matrix, bias: biases, in_features })
     }
@@ -76,6 +81,11 @@ impl RefWeight {
                     *out = scales[i] * f32::from(value);
                 }
             }
+            Matrix::Fp8 { values, scales } => {
+                for (out, &value) in out.iter_mut().zip(&values[range]) {
+                    *out = scales[i] * value;
+                }
+            }
         }
     }
 
@@ -84,6 +94,7 @@ impl RefWeight {
         match &self.matrix {
             Matrix::Float(weights) => self.apply_float(weights, x, out),
             Matrix::Quantized { values, scales } => self.apply_quantized(values, scales, x, out),
+            Matrix::Fp8 { values, scales } => self.apply_fp8(values, scales, x, out),
         }
     }
 
@@ -109,9 +120,30 @@ impl RefWeight {
             *out = sum * scales[n] + self.bias[n];
         }
     }
+
+    /// As [`quant`] defines, with the sum in f64.
+    fn apply_fp8(&self, values: &[f32], scales: &[f32], x: &[f32], out: &mut [f32]) {
+        let mut codes = vec![0; x.len()];
+        let x_scale = f64::from(quant::quantize_fp8(x, &mut codes));
+        let x: Vec<_> = codes.into_iter().map(fp8::to_f32).collect();
+        for (n, (out, row)) in out.iter_mut().zip(values.chunks_exact(self.in_features)).enumerate() {
+            let dot: f64 = row.iter().zip(&x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum();
+            *out = (dot * x_scale * f64::from(scales[n]) + f64::from(self.bias[n])) as f32;
+        }
+    }
 }
 
 impl Matrix {
+    fn quantize_fp8(name: &str, weights: &[f32], in_features: usize) -> Result<Self, BackendError> {
+        let (mut codes, mut scales) = (vec![0; weights.len()], Vec::new());
+        let rows = weights.chunks_exact(in_features).zip(codes.chunks_exact_mut(in_features));
+        for (i, (row, codes)) in rows.enumerate() {
+            quant::check_finite(name, i, row)?;
+            scales.push(quant::quantize_fp8(row, codes));
+        }
+        Ok(Self::Fp8 { values: codes.into_iter().map(fp8::to_f32).collect(), scales })
+    }
+
     /// `row_codec` fills in the values of a row and returns its scale.
     fn quantize(
         name: &str,

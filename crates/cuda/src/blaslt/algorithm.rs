@@ -2,7 +2,7 @@
 
 use cudarc::cublaslt::{result, sys};
 
-use super::{BlasLt, Gemm, WORKSPACE_BYTES, lt, size_of_bytes};
+use super::{BlasLt, Element, Gemm, Operand, WORKSPACE_BYTES, lt, size_of_bytes};
 use crate::driver::{Arena, CudaError, DeviceSlice, Event, Pinned, Stream};
 
 /// Suggestions asked for.
@@ -116,7 +116,7 @@ impl BlasLt {
     pub(super) fn choose_timed(
         &self,
         gemm: &Gemm,
-        x: DeviceSlice,
+        x: Operand,
         out: DeviceSlice,
         m: usize,
         stream: &Stream,
@@ -168,9 +168,11 @@ struct Sample {
     x: DeviceSlice,
     /// One row of it, at an address as aligned as a layer's input has.
     single: DeviceSlice,
+    /// Ones, for fp8.
+    scales: DeviceSlice,
     out: DeviceSlice,
     host: std::cell::RefCell<Pinned>,
-    /// Frees the two slices.
+    /// Frees the slices.
     _arena: Arena,
 }
 
@@ -182,16 +184,26 @@ impl Sample {
         let mut arena = Arena::new(lt.context.clone(), 0);
         let (x, single) = (arena.alloc(x_bytes)?, arena.alloc(x_bytes / COMPARED_ROWS)?);
         let out = arena.alloc(out_bytes)?;
-        let mut host = Pinned::new(&lt.context, x_bytes.max(out_bytes))?;
+        let scales = arena.alloc(COMPARED_ROWS * size_of::<f32>())?;
+        let mut host = Pinned::new(&lt.context, x_bytes.max(out_bytes).max(scales.bytes()))?;
+        for bytes in host.as_mut_slice().chunks_exact_mut(4) {
+            bytes.copy_from_slice(&1f32.to_le_bytes());
+        }
+        host.upload(scales.bytes(), scales, stream)?;
+        stream.synchronize()?;
         for (i, bytes) in host.as_mut_slice().chunks_exact_mut(2).enumerate() {
-            // Numbers between -2 and 2 in bf16 as well as in f16, in no particular order.
+            // Numbers between -2 and 2, in no particular order.
             let random = (i as u32).wrapping_mul(0x9E37_79B9).rotate_left(13).wrapping_mul(0x85EB_CA6B) >> 16;
-            let bits = if shape.input == super::Element::F16 { 0x3800 } else { 0x3F00 };
-            bytes.copy_from_slice(&((random as u16 & 0x807F) | bits).to_le_bytes());
+            let (mask, bits) = match shape.input {
+                Element::E4m3 => (0x8787, 0x3838),
+                Element::F16 => (0x807F, 0x3800),
+                _ => (0x807F, 0x3F00),
+            };
+            bytes.copy_from_slice(&((random as u16 & mask) | bits).to_le_bytes());
         }
         host.upload(x_bytes, x, stream)?;
         stream.synchronize()?;
-        Ok(Self { x, single, out, host: host.into(), _arena: arena })
+        Ok(Self { x, single, scales, out, host: host.into(), _arena: arena })
     }
 
     /// Whether each of some rows comes out of a product of one row as of one of many.
@@ -206,13 +218,14 @@ impl Sample {
         let x_row = shape.x_stride * shape.input.size();
         let (out_row, out_bytes) = (shape.out_stride * shape.output.size(), shape.n * shape.output.size());
         let mut host = self.host.borrow_mut();
-        lt.enqueue(gemm, algorithm, self.x, self.out, COMPARED_ROWS, stream)?;
+        let operand = |data| Operand { data, scales: self.scales };
+        lt.enqueue(gemm, algorithm, operand(self.x), self.out, COMPARED_ROWS, stream)?;
         host.download(self.out, stream)?;
         stream.synchronize()?;
         let many = host.as_slice()[..COMPARED_ROWS * out_row].to_vec();
         for row in [0, 9, COMPARED_ROWS - 1] {
             stream.copy(self.x.part(row * x_row, x_row), self.single)?;
-            lt.enqueue(gemm, algorithm, self.single, self.out, 1, stream)?;
+            lt.enqueue(gemm, algorithm, operand(self.single), self.out, 1, stream)?;
             host.download(self.out.part(0, out_bytes), stream)?;
             stream.synchronize()?;
             if host.as_slice()[..out_bytes] != many[row * out_row..][..out_bytes] {

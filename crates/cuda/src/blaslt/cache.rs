@@ -49,11 +49,11 @@ impl AlgorithmCache {
     }
 }
 
-/// `n k x_stride out_stride input output has_bias bucket` and the algorithm's eight words in hexadecimal.
+/// `n k x_stride out_stride input output bias bucket` (bias: 0, or its element's number and one) and the algorithm's eight words in hexadecimal.
 fn line((shape, bucket): &Key, algorithm: &Algorithm) -> String {
-    let GemmShape { n, k, x_stride, out_stride, input, output, has_bias } = *shape;
-    let (input, output, has_bias) = (input as u8, output as u8, u8::from(has_bias));
-    let mut line = format!("{n} {k} {x_stride} {out_stride} {input} {output} {has_bias} {bucket}");
+    let GemmShape { n, k, x_stride, out_stride, input, output, bias } = *shape;
+    let (input, output, bias) = (input as u8, output as u8, bias.map_or(0, |bias| bias as u8 + 1));
+    let mut line = format!("{n} {k} {x_stride} {out_stride} {input} {output} {bias} {bucket}");
     for word in algorithm.data {
         let _ = write!(line, " {word:x}");
     }
@@ -71,7 +71,10 @@ fn parse(line: &str) -> Option<(Key, Algorithm)> {
         out_stride: number()?,
         input: element(number()?)?,
         output: element(number()?)?,
-        has_bias: number()? == 1,
+        bias: match number()? {
+            0 => None,
+            bias => Some(element(bias - 1)?),
+        },
     };
     let bucket = u32::try_from(number()?).ok()?;
     let mut data = [0; 8];
@@ -82,7 +85,9 @@ fn parse(line: &str) -> Option<(Key, Algorithm)> {
 }
 
 fn element(index: usize) -> Option<Element> {
-    [Element::Bf16, Element::F16, Element::F32].into_iter().find(|&element| element as usize == index)
+    [Element::Bf16, Element::F16, Element::F32, Element::E4m3]
+        .into_iter()
+        .find(|&element| element as usize == index)
 }
 
 #[cfg(test)]
@@ -99,7 +104,7 @@ mod tests {
             out_stride: n,
             input: Element::F16,
             output: Element::F32,
-            has_bias: n == 1,
+            bias: (n == 1).then_some(Element::F16),
         };
         let algorithm = |word| Algorithm { data: [word, 0, u64::MAX, 3, 4, 5, 6, 7] };
         let cache = AlgorithmCache::open(&folder, "NVIDIA H200/x", 130_100);

@@ -35,6 +35,8 @@ pub enum Element {
     F16,
     /// Single precision.
     F32,
+    /// FP8 with a scale for each row.
+    E4m3,
 }
 
 impl Element {
@@ -43,6 +45,7 @@ impl Element {
         match self {
             Self::Bf16 | Self::F16 => 2,
             Self::F32 => 4,
+            Self::E4m3 => 1,
         }
     }
 
@@ -51,6 +54,7 @@ impl Element {
             Self::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
             Self::F16 => sys::cudaDataType_t::CUDA_R_16F,
             Self::F32 => sys::cudaDataType_t::CUDA_R_32F,
+            Self::E4m3 => sys::cudaDataType_t::CUDA_R_8F_E4M3,
         }
     }
 }
@@ -70,8 +74,23 @@ pub struct GemmShape {
     pub input: Element,
     /// Of the result.
     pub output: Element,
-    /// Whether a bias (of type `input`) is added.
-    pub has_bias: bool,
+    /// Of the bias that is added, if one is.
+    pub bias: Option<Element>,
+}
+
+/// One side of a product.
+#[derive(Clone, Copy, Debug)]
+pub struct Operand {
+    /// Dense rows.
+    pub data: DeviceSlice,
+    /// f32, one for each row of [`Element::E4m3`]; else null.
+    pub scales: DeviceSlice,
+}
+
+impl From<DeviceSlice> for Operand {
+    fn from(data: DeviceSlice) -> Self {
+        Self { data, scales: DeviceSlice::NULL }
+    }
 }
 
 /// How algorithms are chosen.
@@ -105,7 +124,7 @@ unsafe impl Send for BlasLt {}
 pub struct Gemm {
     shape: GemmShape,
     desc: sys::cublasLtMatmulDesc_t,
-    weight: DeviceSlice,
+    weight: Operand,
     a: sys::cublasLtMatrixLayout_t,
     b: sys::cublasLtMatrixLayout_t,
     d: sys::cublasLtMatrixLayout_t,
@@ -152,11 +171,11 @@ impl BlasLt {
     pub fn plan(
         &mut self,
         shape: GemmShape,
-        weight: DeviceSlice,
+        weight: impl Into<Operand>,
         bias: DeviceSlice,
         stream: &Stream,
     ) -> Result<Gemm, CudaError> {
-        let gemm = Gemm::new(shape, weight, bias)?;
+        let gemm = Gemm::new(shape, weight.into(), bias)?;
         if self.selection == Selection::Invariant && !self.choices.contains_key(&(shape, 0)) {
             let algorithm = self.choose_invariant(&gemm, stream)?;
             self.choices.insert((shape, 0), algorithm);
@@ -172,11 +191,12 @@ impl BlasLt {
     pub fn matmul(
         &mut self,
         gemm: &Gemm,
-        x: DeviceSlice,
+        x: impl Into<Operand>,
         out: DeviceSlice,
         m: usize,
         stream: &Stream,
     ) -> Result<(), CudaError> {
+        let x = x.into();
         let bucket = match self.selection {
             Selection::Invariant => 0,
             Selection::Timed { .. } => bucket_of(m),
@@ -200,7 +220,7 @@ impl BlasLt {
         &self,
         gemm: &Gemm,
         algorithm: &sys::cublasLtMatmulAlgo_t,
-        x: DeviceSlice,
+        x: Operand,
         out: DeviceSlice,
         m: usize,
         stream: &Stream,
@@ -208,9 +228,13 @@ impl BlasLt {
         let shape = &gemm.shape;
         let x_bytes = ((m - 1) * shape.x_stride + shape.k) * shape.input.size();
         assert!(
-            x_bytes <= x.bytes() && m * shape.n * shape.output.size() <= out.bytes(),
+            x_bytes <= x.data.bytes() && m * shape.n * shape.output.size() <= out.bytes(),
             "{m} rows of {shape:?}"
         );
+        if shape.input == Element::E4m3 {
+            assert!(m * size_of::<f32>() <= x.scales.bytes(), "scales of {m} rows of {shape:?}");
+            gemm.set_x_scales(x.scales)?;
+        }
         gemm.set_rows(m)?;
         stream.bind()?;
         let (alpha, beta) = (1.0f32, 0.0f32);
@@ -222,9 +246,9 @@ impl BlasLt {
                 gemm.desc,
                 size_of_bytes(&alpha).0,
                 size_of_bytes(&beta).0,
-                gemm.weight.address() as *const _,
+                gemm.weight.data.address() as *const _,
                 gemm.a,
-                x.address() as *const _,
+                x.data.address() as *const _,
                 gemm.b,
                 out.address() as *const _,
                 gemm.d,
@@ -249,8 +273,8 @@ impl Drop for BlasLt {
 }
 
 impl Gemm {
-    fn new(shape: GemmShape, weight: DeviceSlice, bias: DeviceSlice) -> Result<Self, CudaError> {
-        assert!(shape.n * shape.k * shape.input.size() <= weight.bytes(), "weight of {shape:?}");
+    fn new(shape: GemmShape, weight: Operand, bias: DeviceSlice) -> Result<Self, CudaError> {
+        assert!(shape.n * shape.k * shape.input.size() <= weight.data.bytes(), "weight of {shape:?}");
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let (n, k) = (shape.n as u64, shape.k as u64);
         let layout = |element: Element, rows, cols, ld: usize| {
@@ -270,11 +294,20 @@ impl Gemm {
             d: layout(shape.output, n, 1, shape.out_stride)?,
         };
         gemm.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &1i32)?;
-        if shape.has_bias {
+        if shape.input == Element::E4m3 {
+            assert!(shape.n * size_of::<f32>() <= weight.scales.bytes(), "scales of {shape:?}");
+            let mode = sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as u32;
+            gemm.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode)?;
+            gemm.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode)?;
+            gemm.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &weight.scales.address())?;
+            // Each product has its own; the library wants one when it is asked for algorithms.
+            gemm.set_x_scales(weight.scales)?;
+        }
+        if let Some(element) = shape.bias {
             let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
             gemm.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
             gemm.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.address())?;
-            gemm.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(shape.input.raw() as u32))?;
+            gemm.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(element.raw() as u32))?;
         }
         Ok(gemm)
     }
@@ -289,6 +322,11 @@ impl Gemm {
         // SAFETY: the descriptor lives, the value has the length given.
         let outcome = unsafe { result::set_matmul_desc_attribute(self.desc, attribute, pointer, bytes) };
         lt("cublasLtMatmulDescSetAttribute", outcome)
+    }
+
+    fn set_x_scales(&self, scales: DeviceSlice) -> Result<(), CudaError> {
+        let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER;
+        self.set(attribute, &scales.address())
     }
 
     fn set_rows(&self, m: usize) -> Result<(), CudaError> {

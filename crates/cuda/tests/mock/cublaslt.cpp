@@ -2,6 +2,7 @@
 //
 // It offers two algorithms. The first, which it recommends for few columns, splits K and therefore adds in another
 // order: whoever promises the same bytes for every batch must not take it.
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
@@ -14,7 +15,7 @@ extern "C" int mock_is_idle(void* stream);
 namespace {
 
 enum Status { OK = 0, NOT_SUPPORTED = 15, INVALID_VALUE = 7 };
-enum Type { F32 = 0, F16 = 2, BF16 = 14 };
+enum Type { F32 = 0, F16 = 2, BF16 = 14, E4M3 = 28 };
 enum Epilogue { PLAIN = 1, BIAS = 4 };
 
 struct Layout {
@@ -25,6 +26,9 @@ struct Layout {
 struct Desc {
     int transa = 0, transb = 0, epilogue = PLAIN, bias_type = -1;
     const void* bias = nullptr;
+    // fp8: how scales lie (3: one for each row), and where.
+    int a_scale_mode = 0, b_scale_mode = 0;
+    const float *a_scales = nullptr, *b_scales = nullptr;
 };
 struct Algorithm {
     uint64_t data[8];  // [0]: 1 + split
@@ -59,7 +63,15 @@ uint16_t float_to_half(float f) {
     return out;
 }
 
+float e4m3_to_float(uint8_t code) {
+    int exponent = code >> 3 & 15, mantissa = code & 7;
+    if ((code & 0x7f) == 0x7f) return NAN;
+    float value = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9);
+    return code & 0x80 ? -value : value;
+}
+
 float load(const void* base, int type, size_t i) {
+    if (type == E4M3) return e4m3_to_float(static_cast<const uint8_t*>(base)[i]);
     if (type == F32) return static_cast<const float*>(base)[i];
     uint16_t bits = static_cast<const uint16_t*>(base)[i];
     if (type == F16) return half_to_float(bits);
@@ -111,6 +123,7 @@ struct Product {
                 if (split > 1) sum += dot(&as[cut], &bs[j * k + cut], k - cut);
                 size_t at = j * size_t(d.ld) + r;
                 float value = alpha * sum;
+                if (a.type == E4M3) value = value * desc.b_scales[j] * desc.a_scales[r];
                 if (beta != 0) value += beta * load(c_data, d.type, at);
                 if (desc.epilogue == BIAS)
                     value += load(desc.bias, desc.bias_type < 0 ? d.type : desc.bias_type, r);
@@ -122,8 +135,11 @@ struct Product {
 
 bool supported(const Desc& desc, const Layout& a, const Layout& b, const Layout& d) {
     bool shapes = a.rows == b.rows && a.cols == d.rows && b.cols == d.cols;
+    bool is_fp8 = a.type == E4M3, aligned = a.rows % 16 == 0 && a.cols % 16 == 0 && a.ld % 16 == 0 && b.ld % 16 == 0;
+    bool scaled = desc.a_scale_mode == 3 && desc.b_scale_mode == 3 && desc.a_scales && desc.b_scales;
+    bool types = a.type == b.type && d.type != E4M3 && (!is_fp8 || (aligned && scaled));
     bool epilogue = desc.epilogue == PLAIN || (desc.epilogue == BIAS && desc.bias);
-    return shapes && epilogue && desc.transa == 1 && desc.transb == 0;
+    return shapes && types && epilogue && desc.transa == 1 && desc.transb == 0;
 }
 
 }  // namespace
@@ -167,9 +183,14 @@ int cublasLtMatmulDescSetAttribute(void* desc, int attribute, const void* value,
                   : attribute == 4  ? static_cast<void*>(&d->transb)
                   : attribute == 7  ? static_cast<void*>(&d->epilogue)
                   : attribute == 8  ? static_cast<void*>(&d->bias)
+                  : attribute == 17 ? static_cast<void*>(&d->a_scales)
+                  : attribute == 18 ? static_cast<void*>(&d->b_scales)
                   : attribute == 26 ? static_cast<void*>(&d->bias_type)
+                  : attribute == 31 ? static_cast<void*>(&d->a_scale_mode)
+                  : attribute == 32 ? static_cast<void*>(&d->b_scale_mode)
                                     : nullptr;
-    if (!field || size != (attribute == 8 ? 8u : 4u)) return NOT_SUPPORTED;
+    bool is_pointer = attribute == 8 || attribute == 17 || attribute == 18;
+    if (!field || size != (is_pointer ? 8u : 4u)) return NOT_SUPPORTED;
     std::memcpy(field, value, size);
     return OK;
 }
