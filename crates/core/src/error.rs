@@ -38,8 +38,9 @@ pub enum RequestError {
         /// Estimated time until a place is free.
         retry_after: Duration,
     },
-    /// It could not be answered within the deployment's latency targets (429 / RESOURCE_EXHAUSTED with Retry-After).
-    #[error("the server is too busy to answer within its latency targets; retry after {retry_after:?}")]
+    /// It could not be answered within the latency targets, or a higher priority took its place (429 / RESOURCE_EXHAUSTED
+    /// with Retry-After).
+    #[error("the server is too busy to answer in time; retry after {retry_after:?}")]
     Late {
         /// Estimated time until it could.
         retry_after: Duration,

@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 
 use crate::dispatch::{Mailbox, Registry, SeqDelta};
 use crate::metrics::{EngineMetrics, Rejection};
+use crate::queue::{self, Place};
 use crate::refusals::{Refusal, Refusals};
 use crate::sessions::Sessions;
 use crate::snapshot::{EngineSnapshot, SharedSnapshot};
@@ -61,10 +62,10 @@ impl EngineState {
     }
 }
 
-/// What travels to the engine thread. The queue is bounded by admission: at most `capacity` requests are live, each
+/// What travels to the engine thread. The queue is bounded by admission: at most [`queue::most`] are live, each
 /// sends one `Add`, one `Finish` per continuation and one when its handle is dropped.
 pub(crate) enum Command {
-    Add(Request),
+    Add { request: Request, place: Place },
     Finish { id: RequestId, index: Option<u32>, reason: FinishReason },
     AbortAll { reason: FinishReason },
     SetTenants(Vec<TenantShare>),
@@ -216,7 +217,7 @@ impl EngineClient {
             deadline: spec.timeout.map(|timeout| Micros(now.0.saturating_add(timeout.as_micros() as u64))),
         };
         request.validate(&shared.limits)?;
-        self.admit(n)?;
+        let place = self.admit(n, request.priority)?;
         if spec.cache_salt.is_some() && shared.caches_prefixes {
             request.block_hashes = shared.sessions.chain(&shared.hasher, salt, spec.session, &request.prompt);
         }
@@ -230,7 +231,7 @@ impl EngineClient {
         let in_our_clock = |at: Micros| shared.epoch.checked_add(Duration::from_micros(at.0));
         let deadline = request.deadline.and_then(in_our_clock);
         let handle = RequestHandle { id, mailbox, inbox: self.inbox.clone(), unfinished: n, deadline };
-        let sent = self.inbox.send(Command::Add(request)).is_ok();
+        let sent = self.inbox.send(Command::Add { request, place }).is_ok();
         fence(Ordering::SeqCst);
         // The engine marks itself dead before it empties its inbox for the last time, so a request sent while it was
         // alive is always ended by it; one sent later may never be seen.
@@ -264,19 +265,26 @@ impl EngineClient {
         RequestError::Unavailable { state }
     }
 
-    /// Takes `n` places among `max_num_seqs` running and `max_queued_requests` waiting ones.
-    fn admit(&self, n: u32) -> Result<(), RequestError> {
+    /// Takes `n` places among `max_num_seqs` running and as many waiting ones as the priority may fill; or in place of
+    /// others, if a lower priority waits.
+    fn admit(&self, n: u32, priority: i8) -> Result<Place, RequestError> {
         let limits = &self.shared.limits;
-        let capacity = limits.max_num_seqs.saturating_add(limits.max_queued_requests);
-        let taken = self.shared.live.fetch_update(Ordering::AcqRel, Ordering::Acquire, |live| {
-            live.checked_add(n).filter(|&total| total <= capacity)
-        });
-        let Err(live) = taken else { return Ok(()) };
-        self.shared.metrics.rejected(Rejection::QueueFull);
+        let take = |capacity: u32| {
+            self.shared.live.fetch_update(Ordering::AcqRel, Ordering::Acquire, |live| {
+                live.checked_add(n).filter(|&total| total <= capacity)
+            })
+        };
+        let limit = queue::share(limits, priority);
+        let Err(live) = take(limits.max_num_seqs.saturating_add(limit)) else { return Ok(Place::Free) };
         let snapshot = self.snapshot();
+        let displaces = snapshot.lowest_waiting.is_some_and(|lowest| lowest < priority);
+        if displaces && take(queue::most(limits)).is_ok() {
+            return Ok(Place::Displaces);
+        }
+        self.shared.metrics.rejected(Rejection::QueueFull);
         Err(RequestError::Overloaded {
             queued: live.saturating_sub(limits.max_num_seqs),
-            limit: limits.max_queued_requests,
+            limit,
             retry_after: snapshot.estimated_wait(live.saturating_sub(limits.max_num_seqs)),
         })
     }

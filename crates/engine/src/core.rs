@@ -94,6 +94,11 @@ impl EngineCore {
         self.scheduler.finish(id, index, reason);
     }
 
+    /// Makes a place in the queue at the expense of a lower priority. See [`Scheduler::displace`].
+    pub fn displace(&mut self, priority: i8) -> u32 {
+        self.scheduler.displace(priority)
+    }
+
     /// Ends every request; the `Finished` events come with the next step.
     pub fn finish_all(&mut self, reason: FinishReason) {
         self.scheduler.finish_all(reason);

@@ -190,6 +190,7 @@ fn snapshot(stats: &StepStats, finish_rate: f64) -> EngineSnapshot {
     EngineSnapshot {
         num_running: stats.scheduler.running,
         num_waiting: stats.scheduler.waiting,
+        lowest_waiting: stats.scheduler.lowest_waiting,
         kv_usage: stats.scheduler.kv_usage,
         finish_rate,
         last_step_ms: stats.at.0 / 1000,

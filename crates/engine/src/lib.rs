@@ -7,7 +7,7 @@
 //! * every accepted continuation ends with exactly one final piece, also when the device fails;
 //! * every queue is bounded: admission bounds the inbox and the mailboxes, the step channel has a fixed capacity.
 //!
-//! Reading order: [`core`], [`thread`], [`dispatch`], [`client`], [`sessions`], [`snapshot`], [`metrics`],
+//! Reading order: [`core`], [`thread`], [`dispatch`], [`client`], `queue`, [`sessions`], [`snapshot`], [`metrics`],
 //! [`timeline`], [`refusals`].
 #![forbid(unsafe_code)]
 
@@ -16,6 +16,7 @@ pub mod core;
 pub mod dispatch;
 mod host_metrics;
 pub mod metrics;
+mod queue;
 pub mod refusals;
 pub mod sessions;
 pub mod snapshot;

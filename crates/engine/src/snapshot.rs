@@ -11,6 +11,8 @@ pub struct EngineSnapshot {
     pub num_running: u32,
     /// Sequences waiting.
     pub num_waiting: u32,
+    /// The lowest priority of those.
+    pub lowest_waiting: Option<i8>,
     /// Share of KV blocks referenced by sequences, `0..=1`.
     pub kv_usage: f64,
     /// Continuations ended per second, smoothed over the last ones; 0 until two have ended.

@@ -12,6 +12,7 @@ use crate::client::{Command, EngineClient, EngineState, Shared};
 use crate::core::EngineCore;
 use crate::dispatch::{self, StepMessage};
 use crate::metrics::EngineMetrics;
+use crate::queue::{self, Place};
 
 /// Steps the dispatcher may be behind before the engine waits for it.
 const STEP_CHANNEL_CAPACITY: usize = 64;
@@ -47,8 +48,7 @@ impl Engine {
         runtime: &tokio::runtime::Handle,
     ) -> std::io::Result<Self> {
         // The client's admission is the bound; a burst may be entirely in the scheduler's queue before the first step.
-        config.scheduler.max_queued_requests =
-            config.limits.max_num_seqs.saturating_add(config.limits.max_queued_requests);
+        config.scheduler.max_queued_requests = queue::most(&config.limits);
         let metrics = EngineMetrics::new(&config.model_name);
         let caches_prefixes = config.scheduler.enable_prefix_caching;
         let shared = Arc::new(Shared::new(config.limits, config.hasher, caches_prefixes, metrics));
@@ -167,8 +167,12 @@ impl Shell {
 
     fn apply(&mut self, command: Command) {
         match command {
-            Command::Add(request) => {
+            Command::Add { request, place } => {
                 let (id, n) = (request.id, request.params.n);
+                if place == Place::Displaces && !self.displace(n, request.priority) {
+                    self.core.reject(id, n, self.shared.now(), FinishReason::Rejected);
+                    return;
+                }
                 if let Err(error) = self.core.add(request) {
                     let reason = refusal(&error);
                     if reason == FinishReason::Error {
@@ -185,11 +189,23 @@ impl Shell {
         }
     }
 
+    /// Ends waiting requests of lower priorities until `n` places are free; false if there are none left.
+    fn displace(&mut self, n: u32, priority: i8) -> bool {
+        let mut num_free = 0;
+        while num_free < n {
+            match self.core.displace(priority) {
+                0 => return false,
+                num_ended => num_free += num_ended,
+            }
+        }
+        true
+    }
+
     /// Ends what is live, and what still arrives until the last handle is gone or nothing is live.
     fn finish_everything(&mut self, reason: FinishReason) {
         let now = self.shared.now();
         while let Ok(command) = self.commands.try_recv() {
-            if let Command::Add(request) = command {
+            if let Command::Add { request, .. } = command {
                 self.core.reject(request.id, request.params.n, now, FinishReason::Error);
             }
         }

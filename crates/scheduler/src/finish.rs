@@ -15,6 +15,17 @@ impl Scheduler {
         self.ended = events;
     }
 
+    /// Makes a place in a full queue for a request of this priority: ends the newest of the lowest priority that waits and
+    /// never ran, if that is lower, as [`FinishReason::Rejected`]. How many continuations that were; 0: there is none.
+    pub fn displace(&mut self, priority: i8) -> u32 {
+        let never_ran = |seq| !self.entry(self.seqs.data(seq).request).started;
+        let Some(seq) = self.waiting.newest_below(priority, never_ran) else { return 0 };
+        let num_live = self.entry(self.seqs.data(seq).request).num_live;
+        self.finish(self.seqs.hot(seq).request, None, FinishReason::Rejected);
+        self.stats.num_rejected += 1;
+        num_live
+    }
+
     /// Ends every request, for a device that failed or a drain that ran out of time.
     pub fn finish_all(&mut self, reason: FinishReason) {
         while let Some((&id, _)) = self.by_id.first_key_value() {

@@ -60,6 +60,11 @@ impl OrderKey {
         self.arrival
     }
 
+    /// Larger is newer.
+    pub(crate) fn age(&self) -> (Micros, RequestId) {
+        (self.arrival, self.request)
+    }
+
     /// The queue in which it waits.
     pub(crate) fn queue(&self) -> (Reverse<i8>, TenantId) {
         (self.priority, self.tenant)

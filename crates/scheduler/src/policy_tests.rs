@@ -91,6 +91,22 @@ fn priority_delays_but_does_not_starve() {
     assert!((3..10).contains(&place), "{order:?}");
 }
 
+#[test]
+fn a_higher_priority_displaces_the_newest_of_the_lowest_that_never_ran() {
+    let mut rig = Rig::with(limits(), one_place);
+    add_for(&mut rig, 1, 0, -2, 0..4, 4);
+    rig.step();
+    for (id, tenant, priority) in [(2, 0, -1), (3, 1, -2), (4, 0, -2), (5, 1, -2), (6, 0, 0)] {
+        add_for(&mut rig, id, tenant, priority, 0..4, 2);
+    }
+    assert_eq!(rig.scheduler.stats().lowest_waiting, Some(-2));
+    let displaced = [0, 0, 0, 0, 0, -1].map(|priority| rig.scheduler.displace(priority));
+    assert_eq!(displaced, [1, 1, 1, 1, 0, 0], "not one of the same priority");
+    rig.run();
+    let rejected = rig.finished().into_iter().filter(|finished| finished.2 == FinishReason::Rejected);
+    assert_eq!(rejected.map(|finished| finished.0).collect::<Vec<_>>(), [5, 4, 3, 2]);
+}
+
 /// A token takes a millisecond, a step one more.
 fn targets() -> LatencyTargets {
     let cost = CostModel {

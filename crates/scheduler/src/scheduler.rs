@@ -303,6 +303,7 @@ impl Scheduler {
         SchedulerStats {
             running: self.num_running,
             waiting: self.waiting.len() as u32 + self.num_followers,
+            lowest_waiting: self.waiting.lowest_priority(),
             kv_blocks_total: pool.len(),
             kv_blocks_free: pool.num_free(),
             kv_blocks_cached: pool.num_idle(),

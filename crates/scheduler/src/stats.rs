@@ -7,6 +7,8 @@ pub struct SchedulerStats {
     pub running: u32,
     /// Sequences that wait for a place: new, preempted, or for their prompt to be computed by a sibling.
     pub waiting: u32,
+    /// The lowest priority of those.
+    pub lowest_waiting: Option<i8>,
     /// Blocks in the pool; the sum of the next four.
     pub kv_blocks_total: u32,
     /// Blocks without content.
@@ -31,7 +33,7 @@ pub struct SchedulerStats {
     pub num_recomputed_tokens: u64,
     /// The host tier; all 0 without one.
     pub host: HostStats,
-    /// Accepted requests that were refused later, because they could no longer be served in time.
+    /// Accepted requests that were refused later: they could no longer be served in time, or others took their places.
     pub num_rejected: u64,
     /// Relative error of predicted step times that nine in ten steps stay below; 0 without latency targets.
     pub step_time_error_p90: f64,

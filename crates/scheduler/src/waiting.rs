@@ -201,6 +201,23 @@ impl WaitingQueue {
         self.classes.get(&priority)?.first_of(tenant)
     }
 
+    /// The newest of the lowest priority, if that is below `priority`, of those that may go.
+    pub(crate) fn newest_below(&self, priority: i8, may_go: impl Fn(SeqIndex) -> bool) -> Option<SeqIndex> {
+        let below = self.classes.iter().rev().take_while(|(of, _)| of.0 < priority);
+        let newest = |class: &Class| {
+            let queues = class.queues.iter();
+            let last = queues.filter_map(|queue| queue.seqs.iter().rev().find(|&(_, &seq)| may_go(seq)));
+            last.max_by_key(|(key, _)| key.age()).map(|(_, &seq)| seq)
+        };
+        below.map(|(_, class)| class).find_map(newest)
+    }
+
+    /// The lowest priority of those that wait.
+    pub(crate) fn lowest_priority(&self) -> Option<i8> {
+        let lowest = self.classes.iter().rev().find(|(_, class)| !class.ready.is_empty());
+        lowest.map(|(priority, _)| priority.0)
+    }
+
     /// Whether somebody of a higher priority waits.
     pub(crate) fn is_behind_priority(&self, key: &OrderKey) -> bool {
         self.is_held_back(key.queue().0)
