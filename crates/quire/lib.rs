@@ -22,6 +22,7 @@ pub mod metrics;
 pub mod model;
 mod prepack;
 pub mod process;
+mod recorder;
 mod run;
 mod serve;
 mod signals;
