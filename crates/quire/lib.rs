@@ -23,6 +23,7 @@ pub mod model;
 mod prepack;
 pub mod process;
 mod ranks;
+mod recorder;
 mod run;
 mod serve;
 mod signals;

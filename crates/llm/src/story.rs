@@ -55,7 +55,7 @@ pub struct Story {
 }
 
 /// One thing that happened; what does not apply to it is `None`.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StoryEvent {
     /// When.
     pub at_ms: f64,

@@ -74,6 +74,9 @@ pub struct TargetArgs {
     /// Process of a running server on this machine, to measure its CPU time
     #[arg(long, value_name = "PID", help_heading = "Server")]
     pub server_pid: Option<u32>,
+    /// Protocol to speak; grpc sends prompts of token ids to quire.v1, and a URL then names the gRPC port
+    #[arg(long, value_name = "NAME", default_value = "http", help_heading = "Server")]
+    pub backend: Backend,
     /// Route to load
     #[arg(long, default_value = "/v1/completions", help_heading = "Server")]
     pub endpoint: Endpoint,
@@ -187,6 +190,15 @@ pub struct ReportArgs {
     /// Write a page with plots: distributions of TTFT and ITL, throughput and concurrency over time
     #[arg(long, value_name = "FILE", help_heading = "Report")]
     pub html: Option<PathBuf>,
+}
+
+/// `--backend`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// OpenAI's API
+    Http,
+    /// `quire.v1` on one connection
+    Grpc,
 }
 
 /// `--endpoint`

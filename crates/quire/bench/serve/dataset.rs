@@ -8,6 +8,7 @@ use quire_sim::{TRACE_BLOCK_SIZE, TraceRequest};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::Wire;
 use super::args::{DatasetArgs, DatasetName, Endpoint};
 use super::client::Target;
 use crate::bench::harness::Random;
@@ -151,10 +152,13 @@ pub(crate) struct Builder<'a> {
 
 impl Builder<'_> {
     /// `count` requests.
-    pub(crate) async fn build(&self, target: &Target, count: u32) -> Result<Vec<Prompt>> {
-        match self.args.dataset_name {
-            DatasetName::Random => self.random(count),
-            DatasetName::Sharegpt => self.sharegpt(target, count).await,
+    pub(crate) async fn build(&self, wire: &Wire, count: u32) -> Result<Vec<Prompt>> {
+        match (self.args.dataset_name, wire) {
+            (DatasetName::Random, _) => self.random(count),
+            (DatasetName::Sharegpt, Wire::Http(target, _)) => self.sharegpt(target, count).await,
+            (DatasetName::Sharegpt, Wire::Grpc(_)) => {
+                Err(Failure("--backend grpc sends random token ids; leave --dataset-name out".into()))
+            }
         }
     }
 

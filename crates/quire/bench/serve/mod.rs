@@ -5,13 +5,14 @@
 //! failed; the time of an event is that of the read that brought it; memory does not grow with the number of tokens.
 //!
 //! Reading order: [`args`]; `dataset` (what is sent) and `arrivals` (when); `client` (one request, over `http` and
-//! `sse`); `run` (all of them); `summary` with `histogram` (the figures); `html` (the page); `server` (the process
+//! `sse`) and `grpc`; `run` (all of them); `summary` with `histogram` (the figures); `html` (the page); `server` (the process
 //! under load).
 
 pub mod args;
 mod arrivals;
 mod client;
 mod dataset;
+mod grpc;
 mod histogram;
 mod html;
 mod http;
@@ -27,9 +28,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use quire_core::Micros;
 use quire_sim::TraceRequest;
 
-use self::args::{ServeLoadArgs, TargetArgs};
-use self::client::Target;
+use self::args::{Backend, Endpoint, ServeLoadArgs, TargetArgs};
+use self::client::{Answer, Failed, OnRead, Target};
 use self::dataset::{Builder, Prompt};
+use self::grpc::GrpcTarget;
 use self::run::Measured;
 use self::server::{CpuTime, Server};
 use super::Progress;
@@ -51,7 +53,11 @@ pub(super) fn serve(args: &ServeLoadArgs, progress: &mut Progress) -> Result<Rep
         Some(_) => None,
         None => Some(Server::start(&args.target.serve_args, args.target.api_key.as_deref())?),
     };
-    let url = running(&args.target).or_else(|| server.as_ref().map(|server| server.url.clone()));
+    let started = server.as_ref().map(|server| match args.target.backend {
+        Backend::Http => server.url.clone(),
+        Backend::Grpc => server.grpc_url.clone(),
+    });
+    let url = running(&args.target).or(started);
     let url = url.expect("a server is running or was started");
     let pid = server.as_ref().map(Server::pid).or(args.target.server_pid);
     if pid.is_some_and(|pid| CpuTime::of(pid).is_none()) && server.is_none() {
@@ -78,20 +84,55 @@ async fn load(
     pid: Option<u32>,
     progress: &mut Progress,
 ) -> Result<(String, Measured)> {
-    let path = args.target.endpoint.path();
-    let target = Arc::new(Target::new(url, args.target.api_key.as_deref())?);
+    let wire = Arc::new(Wire::open(&args.target, url).await?);
     let model = match &args.target.model {
         Some(model) => model.clone(),
-        None => first_model(&target).await?,
+        None => wire.model().await?,
     };
     let builder = Builder { args: &args.dataset, endpoint: args.target.endpoint, model: &model };
-    let Load { warmups, prompts, arrivals } = prepare(args, &target, &builder).await?;
+    let Load { warmups, prompts, arrivals } = prepare(args, &wire, &builder).await?;
     for warmup in warmups {
-        let warm = target.stream(path, &warmup.body(), &()).await;
-        warm.map_err(|failed| Failure(format!("the first request to {url}{path} failed: {failed}")))?;
+        let warm = wire.stream(&warmup.body(), &()).await;
+        warm.map_err(|failed| Failure(format!("the first request to {url} failed: {failed}")))?;
     }
-    let measured = run::run(&target, path, prompts, &arrivals, &args.load, pid, progress).await?;
+    let measured = run::run(&wire, prompts, &arrivals, &args.load, pid, progress).await?;
     Ok((model, measured))
+}
+
+/// The protocol that is spoken.
+#[derive(Debug)]
+enum Wire {
+    Http(Target, Endpoint),
+    Grpc(GrpcTarget),
+}
+
+impl Wire {
+    async fn open(args: &TargetArgs, url: &str) -> Result<Self> {
+        let key = args.api_key.as_deref();
+        match (args.backend, args.endpoint) {
+            (Backend::Http, endpoint) => Ok(Self::Http(Target::new(url, key)?, endpoint)),
+            (Backend::Grpc, Endpoint::Completions) => Ok(Self::Grpc(GrpcTarget::connect(url, key).await?)),
+            (Backend::Grpc, Endpoint::Chat) => {
+                Err(Failure("--backend grpc sends token ids; leave --endpoint out".into()))
+            }
+        }
+    }
+
+    /// The model to ask for, where none is named.
+    async fn model(&self) -> Result<String> {
+        match self {
+            Self::Http(target, _) => first_model(target).await,
+            Self::Grpc(target) => target.model().await,
+        }
+    }
+
+    /// Sends a request, as its body is over HTTP, and reads its stream to the end.
+    async fn stream(&self, body: &[u8], on_read: &impl OnRead) -> Result<Answer, Failed> {
+        match self {
+            Self::Http(target, endpoint) => target.stream(endpoint.path(), body, on_read).await,
+            Self::Grpc(target) => target.stream(body, on_read).await,
+        }
+    }
 }
 
 /// What a run sends, and when: seconds since its start.
@@ -101,7 +142,7 @@ struct Load {
     arrivals: Vec<f64>,
 }
 
-async fn prepare(args: &ServeLoadArgs, target: &Target, builder: &Builder<'_>) -> Result<Load> {
+async fn prepare(args: &ServeLoadArgs, wire: &Wire, builder: &Builder<'_>) -> Result<Load> {
     let (load, dataset) = (&args.load, &args.dataset);
     if let Some(path) = &dataset.trace {
         let mut trace = quire_sim::read_trace(path).map_err(|error| Failure(format!("--trace: {error}")))?;
@@ -118,7 +159,7 @@ async fn prepare(args: &ServeLoadArgs, target: &Target, builder: &Builder<'_>) -
         return Ok(Load { warmups, prompts: builder.recorded(trace), arrivals });
     }
     let count = dataset.num_prompts.unwrap_or(DEFAULT_NUM_PROMPTS);
-    let mut warmups = builder.build(target, load.num_warmups + count).await?;
+    let mut warmups = builder.build(wire, load.num_warmups + count).await?;
     let prompts = warmups.split_off(load.num_warmups as usize);
     let seed = dataset.seed ^ ARRIVALS_SEED;
     let arrivals = arrivals::arrivals(count, load.request_rate, load.burstiness, seed);
@@ -133,7 +174,11 @@ async fn first_model(target: &Target) -> Result<String> {
 
 /// The report, also where files of it were asked for.
 fn report(args: &ServeLoadArgs, url: &str, model: &str, measured: &Measured) -> Result<Report> {
-    let what = format!("client of {url}{}, model {model}", args.target.endpoint.path());
+    let route = match args.target.backend {
+        Backend::Http => args.target.endpoint.path(),
+        Backend::Grpc => " (gRPC)",
+    };
+    let what = format!("client of {url}{route}, model {model}");
     let mut report = Report::new(1, &what);
     summary::fill(&mut report, measured, &args.report);
     if args.report.save_result {

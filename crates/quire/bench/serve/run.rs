@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use super::Wire;
 use super::args::LoadArgs;
-use super::client::{Answer, Failed, OnRead, Target};
+use super::client::{Answer, Failed, OnRead};
 use super::dataset::Prompt;
 use super::histogram::Histogram;
 use super::server::CpuTime;
@@ -126,8 +127,7 @@ impl OnRead for Run {
 
 /// Sends `prompts` at `arrivals` (seconds), and returns when all have ended.
 pub(crate) async fn run(
-    target: &Arc<Target>,
-    path: &'static str,
+    wire: &Arc<Wire>,
     prompts: Vec<Prompt>,
     arrivals: &[f64],
     args: &LoadArgs,
@@ -148,11 +148,11 @@ pub(crate) async fn run(
                 tokio::time::sleep_until(due.into()).await;
             }
             let permit = Arc::clone(&permits).acquire_owned().await.expect("the semaphore is never closed");
-            let (target, run) = (Arc::clone(target), Arc::clone(&run));
+            let (wire, run) = (Arc::clone(wire), Arc::clone(&run));
             tasks.spawn(async move {
                 run.begin();
                 let body = prompt.body();
-                let answer = tokio::time::timeout(timeout, target.stream(path, &body, &*run)).await;
+                let answer = tokio::time::timeout(timeout, wire.stream(&body, &*run)).await;
                 run.end(answer.unwrap_or(Err(Failed::Timeout)));
                 drop(permit);
             });

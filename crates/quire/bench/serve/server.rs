@@ -16,6 +16,7 @@ const TICKS_PER_SECOND: f64 = 100.0;
 pub(crate) struct Server {
     child: Child,
     pub(crate) url: String,
+    pub(crate) grpc_url: String,
 }
 
 impl Server {
@@ -34,16 +35,20 @@ impl Server {
         }
         let mut child = command.spawn().map_err(fail)?;
         let stdout = child.stdout.take().expect("it is piped");
-        let mut server = Self { child, url: String::new() };
+        let mut server = Self { child, url: String::new(), grpc_url: String::new() };
         let mut lines = BufReader::new(stdout).lines();
         for line in &mut lines {
             let line = line.map_err(fail)?;
-            if let ["http", url] = line.split_whitespace().collect::<Vec<_>>()[..] {
-                url.clone_into(&mut server.url);
-                break;
+            match line.split_whitespace().collect::<Vec<_>>()[..] {
+                ["http", url] => url.clone_into(&mut server.url),
+                ["grpc", address] => {
+                    server.grpc_url = format!("http://{address}");
+                    break;
+                }
+                _ => {}
             }
         }
-        if server.url.is_empty() {
+        if server.grpc_url.is_empty() {
             let status = server.child.wait().map_err(fail)?;
             return Err(Failure(format!("the server ended before it was ready ({status})")));
         }
