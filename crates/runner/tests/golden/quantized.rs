@@ -3,6 +3,7 @@
 //! Perplexity is what users ask for, but on a short text it goes up and down by chance. The divergence of the predicted
 //! distributions (Kullback-Leibler, in nats a token) is steady, so its bounds are close to what was measured.
 
+use quire_backend::reference::RefBackend;
 use quire_core::{QuantFormat, TokenId};
 use quire_model::Checkpoint;
 use quire_runner::RunnerConfig;
@@ -33,6 +34,13 @@ const fn int4(perplexity: f64, divergence: f64) -> Bound {
     Bound { quant: QuantFormat::Int4, perplexity, divergence }
 }
 
+/// One backend alone computes in fp8 without a GPU, and slowly.
+#[test]
+fn demo_model_keeps_its_quality_in_fp8() {
+    let bound = Bound { quant: QuantFormat::Fp8, perplexity: 0.01, divergence: 0.0006 };
+    demo_model::<RefBackend>(&[bound]);
+}
+
 /// The bounds of int4 are what llama.cpp's Q4_0 loses, whose activations stay in f32: in perplexity by its own files,
 /// in divergence by the same blocks in every linear layer.
 fn stories260k_keeps_its_quality<B: TestBackend>() {
@@ -44,12 +52,15 @@ fn tinystories_656k_keeps_its_quality<B: TestBackend>() {
 }
 
 pub fn demo_model_keeps_its_quality<B: TestBackend>() {
+    demo_model::<B>(&[int8(0.005, 0.0002), int4(0.05, 0.0027)]);
+}
+
+fn demo_model<B: TestBackend>(bounds: &[Bound]) {
     let reference: Value = serde_json::from_str(quire_demo_model::REFERENCE_JSON).unwrap();
     let checkpoint =
         Checkpoint::from_static(quire_demo_model::CONFIG_JSON, None, quire_demo_model::WEIGHTS).unwrap();
     let text = ids(&reference["eval_text"]["ids"]);
-    let bounds = [int8(0.005, 0.0002), int4(0.05, 0.0027)];
-    check::<B>("demo model", &checkpoint, &reference, &[text[..200].to_vec()], &bounds);
+    check::<B>("demo model", &checkpoint, &reference, &[text[..200].to_vec()], bounds);
 }
 
 fn trained<B: TestBackend>(name: &str, bounds: &[Bound]) {
