@@ -1,5 +1,6 @@
 //! The CPU backend against the reference.
 
+use quire_backend::Communicator;
 use quire_backend::conformance::{self, Support, Tolerance};
 use quire_core::QuantFormat;
 use quire_cpu::{CpuBackend, CpuConfig, Isa, Precision};
@@ -35,6 +36,14 @@ fn host_tier() {
     conformance::run_host_copies(|| backend(1, Isa::detect()));
     conformance::run_host_copies(|| backend(2, Isa::detect()));
     conformance::run_host_copies(|| bf16_backend(2, Isa::detect()));
+}
+
+#[test]
+fn ranks() {
+    conformance::run_ranks(|world| {
+        let group = Communicator::group(world).into_iter();
+        group.map(|rank| backend(2, Isa::detect()).with_communicator(rank)).collect()
+    });
 }
 
 #[test]

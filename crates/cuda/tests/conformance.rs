@@ -3,7 +3,7 @@
 mod common;
 
 use common::{MockGpu, mock};
-use quire_backend::conformance::{Support, Tolerance, run_with};
+use quire_backend::conformance::{Support, Tolerance, run_ranks, run_with};
 use quire_core::DType;
 use quire_cuda::{Cuda, CudaOptions};
 
@@ -22,4 +22,17 @@ fn conforms_with_graphs_and_late_streams() {
     run_with(TOLERANCE, SUPPORT, || Cuda::new(mock::images(), options(&gpu)).expect("the double is a GPU"));
     assert!(!gpu.is_mock() || gpu.counters().graph_launches > 100);
     gpu.assert_nothing_left();
+}
+
+#[test]
+fn ranks_conform() {
+    let Some(first) = MockGpu::new().filter(MockGpu::is_mock) else { return };
+    let gpus = [Some(first), MockGpu::new(), MockGpu::new()].map(|gpu| gpu.expect("there was one before"));
+    gpus.iter().for_each(|gpu| gpu.delay(true));
+    let ordinals = gpus.each_ref().map(MockGpu::ordinal);
+    run_ranks(|world| {
+        let group = Cuda::group(mock::images(), &options(&gpus[0]), &ordinals[..world]);
+        group.expect("the doubles are GPUs")
+    });
+    gpus.iter().for_each(MockGpu::assert_nothing_left);
 }

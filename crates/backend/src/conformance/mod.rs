@@ -4,17 +4,19 @@
 //! * Batch invariance: the same rows computed alone, in any batch, in any chunks, in any blocks, give the same bits.
 //! * Quantized layers ([`run_quantized`]): the same numbers as the reference, exactly.
 //! * The host tier ([`run_host_copies`]): blocks come back as they went.
+//! * Ranks ([`run_ranks`]): sums and gathers, exactly.
 //! * Sampling: the same ids as the reference, and the same bits alone and in a batch.
 //!
 //! Every body handed to [`crate::Backend::run`] is run twice, and keys recur with other lengths, so that a backend which
 //! records and replays is tested on replays. A failure panics with the name of the case.
 //!
-//! Reading order: `random`, `model`, `schedule`, `forward`, `quantized`, `sampling`.
+//! Reading order: `random`, `model`, `schedule`, `forward`, `quantized`, `ranks`, `sampling`.
 
 mod forward;
 mod model;
 mod quantized;
 mod random;
+mod ranks;
 mod sampling;
 mod schedule;
 
@@ -96,16 +98,30 @@ pub fn run_host_copies<B: Backend>(mut make: impl FnMut() -> B) {
     forward::host_copies(&mut make);
 }
 
+/// Sums and gathers over ranks. `make` gives the members of a fresh group of so many, by rank; apart from [`run`], which
+/// all pass.
+///
+/// # Panics
+/// As [`run`].
+pub fn run_ranks<B: Backend>(mut make: impl FnMut(usize) -> Vec<B>) {
+    (1..=3).for_each(|world| ranks::run(make(world)));
+}
+
 #[cfg(test)]
 mod tests {
     use quire_core::QuantFormat;
 
+    use crate::Communicator;
     use crate::reference::RefBackend;
 
     #[test]
     fn reference_conforms_to_itself() {
         super::run(RefBackend::new);
         super::run_host_copies(RefBackend::new);
+        super::run_ranks(|world| {
+            let group = Communicator::group(world).into_iter();
+            group.map(|rank| RefBackend::new().with_communicator(rank)).collect()
+        });
         super::run_quantized(QuantFormat::Int8, RefBackend::new);
         super::run_quantized(QuantFormat::Int4, RefBackend::new);
     }
