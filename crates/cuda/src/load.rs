@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 
 use quire_backend::convert::{check_tensor, matrix_shape, tensor_error, to_f32};
 use quire_backend::{BackendError, BufRole, KvLayout, LinearSource, RopeTable};
-use quire_core::{DType, QuantFormat, Shard, TensorView};
+use quire_core::{DType, QuantFormat, TensorView};
 
 use crate::Cuda;
 use crate::blaslt::Element;
@@ -17,9 +17,6 @@ const PIECE: usize = 1 << 20;
 impl Cuda {
     pub(crate) fn linear_from(&mut self, source: &LinearSource<'_>) -> Result<CudaWeight, BackendError> {
         let name = source.name;
-        if source.shard != Shard::WHOLE {
-            return Err(tensor_error(name, format!("{:?} is not supported here", source.shard)));
-        }
         if source.quant != QuantFormat::None {
             let quant = source.quant.name();
             return Err(tensor_error(name, format!("--quantize {quant} is not supported on CUDA yet")));

@@ -1,6 +1,6 @@
 //! Quantized layers: their arithmetic is defined to the bit, so every backend gives the numbers of the reference.
 
-use quire_core::{DType, QuantFormat, Shard, Slot, StepId};
+use quire_core::{DType, QuantFormat, Slot, StepId};
 
 use super::random::{HostTensor, Rng};
 use crate::quant::TINY;
@@ -71,7 +71,7 @@ impl Case {
                 bias: bias.as_ref().map(HostTensor::view),
             })
             .collect();
-        let source = LinearSource { name: "test", parts: &parts, quant: self.quant, shard: Shard::WHOLE };
+        let source = LinearSource { name: "test", parts: &parts, quant: self.quant };
         backend.load_linear(&source)
     }
 
