@@ -2,7 +2,7 @@
 //!
 //! Buffers are row-major `[rows, cols]`; a step uses the first `T` rows (or, for logits, one row per [`crate::LogitRow`]).
 
-use quire_core::{DType, QuantFormat, Shard, TensorView};
+use quire_core::{DType, QuantFormat, TensorView};
 
 use crate::Backend;
 
@@ -15,7 +15,7 @@ pub struct LinearPart<'a> {
     pub bias: Option<TensorView<'a>>,
 }
 
-/// A linear layer as it comes from the checkpoint. Parts are concatenated along the output: q, k and v become one GEMM.
+/// A linear layer as it comes from the checkpoint, or what a rank has of it. Parts are concatenated along the output: q, k and v become one GEMM.
 #[derive(Clone, Copy, Debug)]
 pub struct LinearSource<'a> {
     /// For messages.
@@ -24,8 +24,6 @@ pub struct LinearSource<'a> {
     pub parts: &'a [LinearPart<'a>],
     /// How to store it.
     pub quant: QuantFormat,
-    /// Which rows or columns belong to this rank. [`Shard::WHOLE`] today.
-    pub shard: Shard,
 }
 
 /// Rotary embedding of one kind of layer (RoFormer, arXiv 2104.09864), half-split layout: dimension `i` is paired with

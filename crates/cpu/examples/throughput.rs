@@ -8,7 +8,7 @@ use quire_backend::{
     Activation, Attention, AttnShape, Backend, BackendError, BufRole, KvLayerShape, KvLayout, Linear,
     LinearPart, LinearSource, Mlp, MlpShape, RopeAndCache, RopeTable, StepInput,
 };
-use quire_core::{DType, QuantFormat, Shard, Slot, StepId, TensorView};
+use quire_core::{DType, QuantFormat, Slot, StepId, TensorView};
 use quire_cpu::{CpuBackend, CpuBuf, CpuConfig, CpuWeight, Precision};
 
 /// Linear layers of one block: outputs, inputs; as `mlp`, the last two with the nonlinearity between them.
@@ -114,7 +114,7 @@ fn load(
     let bytes: Vec<u8> = (0..n * k).flat_map(|i| [(i * 31 % 251) as u8, 0x3c | (i % 2) as u8]).collect();
     let weight = TensorView { dtype: DType::BF16, shape: &[n, k], data: &bytes };
     let parts = [LinearPart { weight, bias: None }];
-    backend.load_linear(&LinearSource { name: "w", parts: &parts, quant, shard: Shard::WHOLE })
+    backend.load_linear(&LinearSource { name: "w", parts: &parts, quant })
 }
 
 /// Not zeros: a multiplier that has nothing to do takes less power, and the clock rises.

@@ -4,7 +4,7 @@
 use half::{bf16, f16};
 use quire_backend::convert::{check_tensor, matrix_shape, tensor_error, to_f32};
 use quire_backend::{BackendError, LinearSource};
-use quire_core::{DType, QuantFormat, Shard};
+use quire_core::{DType, QuantFormat};
 
 use crate::backend::Precision;
 use crate::buffer::Aligned;
@@ -46,9 +46,6 @@ impl CpuWeight {
             let message =
                 format!("quantization {:?} is not supported on cpu, use int8 or int4", source.quant);
             return Err(tensor_error(name, message));
-        }
-        if source.shard != Shard::WHOLE {
-            return Err(tensor_error(name, format!("{:?} is not supported on cpu yet", source.shard)));
         }
         let first = source.parts.first().ok_or_else(|| tensor_error(name, "has no parts"))?;
         let (_, in_features) = matrix_shape(name, &first.weight)?;

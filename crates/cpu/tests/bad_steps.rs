@@ -4,7 +4,7 @@ use quire_backend::{
     Attention, AttnShape, Backend, BackendError, BufRole, Embed, KvLayerShape, KvLayout, LinearPart,
     LinearSource, RopeAndCache, StepInput,
 };
-use quire_core::{DType, QuantFormat, Shard, Slot, StepId, TensorView};
+use quire_core::{DType, QuantFormat, Slot, StepId, TensorView};
 use quire_cpu::{CpuBackend, CpuBuf, CpuConfig, CpuKv, CpuWeight};
 
 const SHAPE: AttnShape = AttnShape { num_heads: 2, num_kv_heads: 1, head_dim: 8 };
@@ -24,7 +24,7 @@ fn fixture() -> Result<Fixture, BackendError> {
     let mut backend = CpuBackend::new(config)?;
     let weight = TensorView { dtype: DType::BF16, shape: &[10, 8], data: &[0; 160] };
     let parts = [LinearPart { weight, bias: None }];
-    let source = LinearSource { name: "embed", parts: &parts, quant: QuantFormat::None, shard: Shard::WHOLE };
+    let source = LinearSource { name: "embed", parts: &parts, quant: QuantFormat::None };
     let layout = KvLayout {
         num_blocks: 4,
         block_size: 2,

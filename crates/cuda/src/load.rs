@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 
 use quire_backend::convert::{check_tensor, matrix_shape, tensor_error, to_f32};
 use quire_backend::{BackendError, BufRole, KvLayout, LinearSource, RopeTable};
-use quire_core::{DType, QuantFormat, Shard, TensorView};
+use quire_core::{DType, QuantFormat, TensorView};
 
 use crate::Cuda;
 use crate::blaslt::Element;
@@ -40,9 +40,6 @@ fn features(source: &LinearSource<'_>) -> Result<(usize, usize), BackendError> {
 impl Cuda {
     pub(crate) fn linear_from(&mut self, source: &LinearSource<'_>) -> Result<CudaWeight, BackendError> {
         let name = source.name;
-        if source.shard != Shard::WHOLE {
-            return Err(tensor_error(name, format!("{:?} is not supported here", source.shard)));
-        }
         let (out_features, in_features) = features(source)?;
         let matrix = match source.quant {
             QuantFormat::None => CudaMatrix::Dense(self.dense_matrix(source, out_features, in_features)?),

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use quire_backend::quant;
 use quire_backend::reference::RefBackend;
 use quire_backend::{Backend, BufRole, Linear, LinearPart, LinearSource, StepInput};
-use quire_core::{DType, QuantFormat, Shard, Slot, StepId, TensorView};
+use quire_core::{DType, QuantFormat, Slot, StepId, TensorView};
 use quire_cuda::int_weights::{Bits, IntWeights};
 use quire_cuda::params::{GemvParams, IntEmbedParams, IntGemmParams, QuantizeParams};
 
@@ -175,7 +175,7 @@ fn reference(bits: Bits, weight: &[f32], bias: &[f32], x: &[f32], [n, k, rows]: 
     };
     let quant = if bits == Bits::Eight { QuantFormat::Int8 } else { QuantFormat::Int4 };
     let mut backend = RefBackend::new();
-    let source = LinearSource { name: "test", parts: &[part], quant, shard: Shard::WHOLE };
+    let source = LinearSource { name: "test", parts: &[part], quant };
     let weight = backend.load_linear(&source).expect("the reference quantizes");
     let mut input = backend.alloc(BufRole::Residual, rows, k).expect("memory");
     let mut out = backend.alloc(BufRole::Residual, rows, n).expect("memory");

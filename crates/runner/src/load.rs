@@ -202,8 +202,7 @@ impl<B: Backend> Loader<'_, B> {
             .iter()
             .map(|(weight, bias)| LinearPart { weight: weight.view(), bias: bias.as_ref().map(Tensor::view) })
             .collect();
-        let weight =
-            self.backend.load_linear(&LinearSource { name, parts: &views, quant, shard: Shard::WHOLE })?;
+        let weight = self.backend.load_linear(&LinearSource { name, parts: &views, quant })?;
         parts.iter().for_each(|((weight, _), _)| self.checkpoint.release(weight));
         let bytes = parts.iter().map(|((weight, _), bias)| {
             weight.data.len() + bias.as_ref().map_or(0, |(bias, _)| bias.data.len())

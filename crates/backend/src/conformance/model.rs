@@ -1,6 +1,6 @@
 //! A small decoder that uses every operation, with each output kept in a buffer of its own.
 
-use quire_core::{DType, QuantFormat, Shard};
+use quire_core::{DType, QuantFormat};
 
 use super::random::{HostTensor, Rng};
 use crate::{
@@ -99,8 +99,7 @@ impl<B: Backend> Loader<'_, B> {
             .iter()
             .map(|(w, b)| LinearPart { weight: w.view(), bias: b.as_ref().map(HostTensor::view) })
             .collect();
-        let source =
-            LinearSource { name: "test", parts: &parts, quant: QuantFormat::None, shard: Shard::WHOLE };
+        let source = LinearSource { name: "test", parts: &parts, quant: QuantFormat::None };
         self.backend.load_linear(&source)
     }
 

@@ -1,7 +1,7 @@
 //! Quantized layers. The arithmetic of integers is defined to the bit, so every backend gives the numbers of the reference. Where a
 //! backend rounds activations between operations, the reference's are rounded in the same places.
 
-use quire_core::{DType, QuantFormat, Shard, Slot, StepId};
+use quire_core::{DType, QuantFormat, Slot, StepId};
 
 use super::Support;
 use super::random::{HostTensor, Rng};
@@ -87,7 +87,7 @@ impl Case {
                 bias: bias.as_ref().map(HostTensor::view),
             })
             .collect();
-        let source = LinearSource { name: "test", parts: &parts, quant: self.quant, shard: Shard::WHOLE };
+        let source = LinearSource { name: "test", parts: &parts, quant: self.quant };
         backend.load_linear(&source)
     }
 

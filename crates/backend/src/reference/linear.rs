@@ -1,6 +1,6 @@
 //! Linear layers and the embedding table.
 
-use quire_core::{QuantFormat, Shard};
+use quire_core::QuantFormat;
 
 use crate::convert::{matrix_shape, tensor_error, to_f32};
 use crate::quant::{self, ACT_GROUP, INT4_GROUP};
@@ -36,9 +36,6 @@ impl RefWeight {
     /// Concatenates the parts along the output.
     pub(super) fn load(source: &LinearSource<'_>) -> Result<Self, BackendError> {
         let name = source.name;
-        if source.shard != Shard::WHOLE {
-            return Err(tensor_error(name, format!("{:?} is not supported here", source.shard)));
-        }
         let first = source.parts.first().ok_or_else(|| tensor_error(name, "has no parts"))?;
         let (_, in_features) = matrix_shape(name, &first.weight)?;
         let (mut weights, mut biases) = (Vec::new(), Vec::new());

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use half::bf16;
 use quire_backend::LinearPart;
-use quire_core::{DType, QuantFormat, Shard, TensorView};
+use quire_core::{DType, QuantFormat, TensorView};
 
 use super::*;
 use crate::backend::Precision;
@@ -41,7 +41,7 @@ fn load(prepacked: &Prepacked, seed: usize, quant: QuantFormat) -> Vec<Vec<u32>>
         let data = matrix(seed, shape);
         let weight = TensorView { dtype: DType::BF16, shape: &shape, data: &data };
         let parts = [LinearPart { weight, bias: None }];
-        let source = LinearSource { name, parts: &parts, quant, shard: Shard::WHOLE };
+        let source = LinearSource { name, parts: &parts, quant };
         let weight = CpuWeight::load(&mut pool, Precision::Bf16, Some(prepacked), &source).unwrap();
         let mut bits = Vec::new();
         for row in 0..shape[0] {
