@@ -23,7 +23,6 @@ pub mod model;
 mod prepack;
 pub mod process;
 mod ranks;
-mod recorder;
 mod run;
 mod serve;
 mod signals;

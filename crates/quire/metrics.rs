@@ -1,38 +1,49 @@
 //! The metrics page: what the recorder holds, in the order of [`metric_names::ALL`], with `vllm:` names beside ours.
 //!
 //! Every family is described on the page from the first second, so that a dashboard can tell "zero" from "not there".
+//! Histograms always have buckets: the exporter would render one without as a summary, which cannot be aggregated.
 
+use std::collections::HashMap;
 use std::fmt::Write;
 
 use metrics::gauge;
+use metrics_exporter_prometheus::{
+    BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
+};
 use quire_core::metric_names::{self, Family, Kind};
 
 use crate::args::MetricsCompat;
 use crate::process;
-use crate::recorder::{SeriesRecorder, write_sample};
-
-/// Bytes of a page, roughly.
-const PAGE_BYTES: usize = 128 << 10;
 
 /// Renders the page.
 #[derive(Clone)]
 pub struct MetricsPage {
-    recorder: SeriesRecorder,
+    handle: PrometheusHandle,
     compat: MetricsCompat,
 }
 
-/// A recorder, and the page that reads it.
-pub fn recorder(compat: MetricsCompat) -> (SeriesRecorder, MetricsPage) {
-    let recorder = SeriesRecorder::default();
-    (recorder.clone(), MetricsPage { recorder, compat })
+/// A recorder that has buckets for every histogram, and the page that reads it.
+///
+/// # Errors
+/// A histogram has no buckets.
+pub fn recorder(compat: MetricsCompat) -> Result<(PrometheusRecorder, MetricsPage), BuildError> {
+    let mut builder = PrometheusBuilder::new();
+    for family in metric_names::ALL {
+        if let Kind::Histogram(buckets) = family.kind {
+            builder = builder.set_buckets_for_metric(Matcher::Full(family.name.into()), buckets)?;
+        }
+    }
+    let recorder = builder.build_recorder();
+    let handle = recorder.handle();
+    Ok((recorder, MetricsPage { handle, compat }))
 }
 
 /// Makes a recorder that of the whole process and registers what is known from the start.
 ///
 /// # Errors
-/// There is one already.
+/// There is one already, or [`recorder`] failed.
 pub fn install(compat: MetricsCompat) -> Result<MetricsPage, String> {
-    let (recorder, page) = recorder(compat);
+    let (recorder, page) = recorder(compat).map_err(|error| error.to_string())?;
     metrics::set_global_recorder(recorder).map_err(|error| error.to_string())?;
     register_process_wide("cpu");
     Ok(page)
@@ -50,35 +61,61 @@ fn register_process_wide(backend: &'static str) {
 }
 
 impl MetricsPage {
+    /// Moves what was recorded since the last call into buckets; without it, observations pile up between two scrapes.
+    pub fn run_upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+
     /// The page in Prometheus' text format.
     pub fn render(&self) -> String {
+        let text = self.handle.render();
+        let mut samples = split_by_family(&text);
         let process = process::samples();
-        let mut page = String::with_capacity(PAGE_BYTES);
+        for (family, value) in &process {
+            samples.entry(family.name).or_default().push(format!("{} {value}", family.name));
+        }
+        let mut page = String::with_capacity(2 * text.len());
         for family in metric_names::ALL {
-            write_head(&mut page, family, family.name);
-            self.recorder.write(family, family.name, |_| true, &mut page);
-            for (_, value) in process.iter().filter(|(of, _)| of.name == family.name) {
-                write_sample(&mut page, family.name, "", value);
-            }
-            page.push('\n');
+            let lines = samples.remove(family.name).unwrap_or_default();
+            write_family(&mut page, family, family.name, &lines);
             if self.compat == MetricsCompat::Vllm {
-                self.write_aliases(family, &mut page);
+                write_aliases(&mut page, family, &lines);
             }
         }
         page
     }
-
-    /// The same samples once more, under each alias and with its buckets alone.
-    fn write_aliases(&self, family: &Family, page: &mut String) {
-        for alias in family.aliases {
-            write_head(page, family, alias.name);
-            self.recorder.write(family, alias.name, |bound| alias.buckets.contains(&bound), page);
-            page.push('\n');
-        }
-    }
 }
 
-fn write_head(page: &mut String, family: &Family, name: &str) {
+/// The sample lines of each family. Counters and gauges are sorted, because the recorder yields them in random order;
+/// lines of histograms keep theirs.
+fn split_by_family(text: &str) -> HashMap<&str, Vec<String>> {
+    let mut families = HashMap::new();
+    let mut current: Option<(&str, bool, Vec<String>)> = None;
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = rest.split_once(' ').unwrap_or((rest, ""));
+            close(&mut families, current.take());
+            current = Some((name, kind == "histogram", Vec::new()));
+        } else if !line.is_empty()
+            && !line.starts_with('#')
+            && let Some((_, _, lines)) = &mut current
+        {
+            lines.push(line.to_owned());
+        }
+    }
+    close(&mut families, current);
+    families
+}
+
+fn close<'a>(families: &mut HashMap<&'a str, Vec<String>>, family: Option<(&'a str, bool, Vec<String>)>) {
+    let Some((name, is_histogram, mut lines)) = family else { return };
+    if !is_histogram {
+        lines.sort_unstable();
+    }
+    families.insert(name, lines);
+}
+
+fn write_family(page: &mut String, family: &Family, name: &str, lines: &[String]) {
     let kind = match family.kind {
         Kind::Counter => "counter",
         Kind::Gauge => "gauge",
@@ -86,6 +123,37 @@ fn write_head(page: &mut String, family: &Family, name: &str) {
     };
     // Writing to a string cannot fail.
     let _ = writeln!(page, "# HELP {name} {}\n# TYPE {name} {kind}", family.help);
+    for line in lines {
+        page.push_str(line);
+        page.push('\n');
+    }
+    page.push('\n');
+}
+
+/// The same samples once more, under each alias and with its buckets alone. Buckets are cumulative, so leaving some out
+/// is right.
+fn write_aliases(page: &mut String, family: &Family, lines: &[String]) {
+    for alias in family.aliases {
+        let is_histogram = !alias.buckets.is_empty();
+        let keeps = |line: &&String| match bucket_bound(line) {
+            Some(bound) if is_histogram => alias.buckets.contains(&bound),
+            _ => true,
+        };
+        let renamed: Vec<String> = lines
+            .iter()
+            .filter(keeps)
+            .filter_map(|line| line.strip_prefix(family.name))
+            .map(|rest| format!("{}{rest}", alias.name))
+            .collect();
+        write_family(page, family, alias.name, &renamed);
+    }
+}
+
+/// The finite upper bound of a `_bucket` line.
+fn bucket_bound(line: &str) -> Option<f64> {
+    let (_, rest) = line.rsplit_once("le=\"")?;
+    let bound: f64 = rest.split('"').next()?.parse().ok()?;
+    bound.is_finite().then_some(bound)
 }
 
 #[cfg(test)]

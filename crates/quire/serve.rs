@@ -28,8 +28,8 @@ use crate::{Failure, Result, machine};
 
 /// I/O threads at most: a step's results wake each once, and more would only take cores from the model.
 const MAX_IO_THREADS: u32 = 2;
-/// How often it is published for how long the engine has been silent.
-const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the metrics page is kept tidy.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// Time for streams to send their final event once they were ended.
 const FINAL_EVENTS: Duration = Duration::from_secs(2);
 /// Time for connections to close behind that.
@@ -99,7 +99,7 @@ impl Server<'_> {
         self.fronts.lifecycle.ready(loaded.llm.clone());
         self.announce(loaded, out);
         engine_metrics::set_engine_state(&self.name, "ready");
-        let watchdog = tokio::spawn(watch_steps(loaded.llm.clone()));
+        let upkeep = tokio::spawn(keep_up(self.fronts.page.clone(), loaded.llm.clone()));
         let shares =
             tokio::spawn(tenants::follow_shares(self.fronts.tenancy.clone(), loaded.engine.client()));
         let outcome = tokio::select! {
@@ -121,7 +121,7 @@ impl Server<'_> {
                 (Err(Failure(format!("{reason}; device state is unknown, so the server ends"))), CLOSE_DEAD)
             }
         };
-        watchdog.abort();
+        upkeep.abort();
         shares.abort();
         let closed = tokio::select! {
             () = self.fronts.close(close) => true,
@@ -208,6 +208,7 @@ fn exit_at_once() -> ! {
 struct Fronts {
     lifecycle: Lifecycle,
     tenancy: Tenancy,
+    page: MetricsPage,
     http_address: SocketAddr,
     grpc_address: SocketAddr,
     shutdown: watch::Sender<bool>,
@@ -223,7 +224,10 @@ impl Fronts {
         let (http, http_address) = bind(args.host, args.port, "port").await?;
         let (grpc, grpc_address) = bind(args.host, args.grpc_port, "grpc-port").await?;
         let (shutdown, _) = watch::channel(false);
-        let render = Arc::new(move || page.render());
+        let render = {
+            let page = page.clone();
+            Arc::new(move || page.render())
+        };
         let config = HttpConfig::new(tenancy.clone(), render, env!("CARGO_PKG_VERSION"));
         let state = AppState::new(config);
         let lifecycle = state.lifecycle().clone();
@@ -241,7 +245,7 @@ impl Fronts {
                 tracing::error!(%error, "the gRPC server failed");
             }
         });
-        Ok(Self { lifecycle, tenancy, http_address, grpc_address, shutdown, tasks: vec![http, grpc] })
+        Ok(Self { lifecycle, tenancy, page, http_address, grpc_address, shutdown, tasks: vec![http, grpc] })
     }
 
     /// Stops listening, and waits until what was answered is sent.
@@ -291,11 +295,12 @@ async fn bind(host: IpAddr, port: u16, flag: &str) -> Result<(TcpListener, Socke
     Ok((listener, bound))
 }
 
-/// Publishes how long the engine has been silent.
-async fn watch_steps(llm: Llm) {
-    let mut ticks = tokio::time::interval(WATCH_INTERVAL);
+/// Moves observations into buckets, and publishes how long the engine has been silent.
+async fn keep_up(page: MetricsPage, llm: Llm) {
+    let mut ticks = tokio::time::interval(UPKEEP_INTERVAL);
     loop {
         ticks.tick().await;
+        page.run_upkeep();
         let engine = llm.engine();
         let snapshot = engine.snapshot();
         let busy = snapshot.num_running + snapshot.num_waiting > 0;

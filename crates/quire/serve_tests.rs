@@ -72,7 +72,7 @@ async fn post(address: SocketAddr, path: &str, body: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_device_error_ends_streams_and_the_server() {
     let args = serve_args("--port 0 --grpc-port 0 --kv-cache-memory 4MiB");
-    let (_, page) = metrics::recorder(MetricsCompat::Vllm);
+    let (_, page) = metrics::recorder(MetricsCompat::Vllm).unwrap();
     let fronts = Fronts::open(&args.server, page).await.unwrap();
     let address = fronts.http_address;
     let checkpoint = LocalModel::Demo.open(LoadFormat::Auto).unwrap();
