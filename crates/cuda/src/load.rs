@@ -157,7 +157,10 @@ impl Cuda {
             Err(error) if error.is_out_of_memory => {
                 Err(BackendError::OutOfMemory { what: what.to_owned(), bytes })
             }
-            other => self.check(other),
+            other => {
+                self.ledger.note(what, bytes);
+                self.check(other)
+            }
         }
     }
 
