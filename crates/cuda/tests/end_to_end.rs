@@ -4,6 +4,8 @@
 mod common;
 #[path = "end_to_end/memory.rs"]
 mod memory;
+#[path = "end_to_end/precision.rs"]
+mod precision;
 #[path = "end_to_end/ranks.rs"]
 mod ranks;
 #[path = "end_to_end/steps.rs"]
