@@ -81,7 +81,7 @@ mod built_in {
     use quire_core::{DType, ExecError, Executor};
     use quire_cuda::blaslt::Element;
     use quire_cuda::driver::{CudaError, Event};
-    use quire_cuda::{Cuda, CudaOptions, Peaks};
+    use quire_cuda::{Cuda, CudaOptions, KernelSet, Peaks};
     use quire_model::Checkpoint;
     use quire_runner::{LoadProgress, ModelRunner};
 
@@ -113,6 +113,7 @@ mod built_in {
                 activations,
                 batch_invariant: args.batch_invariant != Switch::Off,
                 algorithm_cache: cache_folder(),
+                kernels: kernel_set(std::env::var("QUIRE_KERNELS").ok().as_deref())?,
                 ..CudaOptions::default()
             };
             let ordinals: Vec<_> = (0..args.tensor_parallel_size).collect();
@@ -212,6 +213,15 @@ mod built_in {
             tracing::warn!(%used, utilization, "more device memory is in use than --gpu-memory-utilization says");
         }
         Ok(())
+    }
+
+    /// `QUIRE_KERNELS`: `sm90a` tries kernels that have not proven themselves yet.
+    fn kernel_set(name: Option<&str>) -> std::result::Result<KernelSet, String> {
+        match name {
+            None | Some("" | "gen") => Ok(KernelSet::Generic),
+            Some("sm90a") => Ok(KernelSet::Sm90a),
+            Some(other) => Err(format!("QUIRE_KERNELS={other}: use gen or sm90a")),
+        }
     }
 
     /// `$XDG_CACHE_HOME/quire` or `~/.cache/quire`.

@@ -19,7 +19,7 @@ use crate::driver::{
 use crate::kernels::{DECODE_ROWS, Kernels};
 use crate::memory_use::Ledger;
 use crate::nccl::Communicator;
-use crate::options::CudaOptions;
+use crate::options::{CudaOptions, KernelSet};
 use crate::params::{StepPlanParams, UpdateTablesParams};
 use crate::quantized::QuantizedRows;
 use crate::sampling::SamplerState;
@@ -175,7 +175,8 @@ impl Cuda {
         communicator: Option<Communicator>,
     ) -> Result<Self, CudaError> {
         let modules = Modules::load(&context, images)?;
-        let kernels = Kernels::find(&modules, options.activations)?;
+        let use_sm90a = options.kernels == KernelSet::Sm90a && context.compute_capability() == (9, 0);
+        let kernels = Kernels::find(&modules, options.activations, use_sm90a)?;
         let mut arena = Arena::new(context.clone(), options.arena_chunk);
         let selection = match options.batch_invariant {
             true => Selection::Invariant,

@@ -41,5 +41,5 @@ pub use backend::Cuda;
 pub use buffers::{CudaBuf, CudaKv, CudaNorm, CudaRope, CudaWeight};
 pub use driver::{Unavailable, probe};
 pub use memory_use::MemoryUse;
-pub use options::CudaOptions;
+pub use options::{CudaOptions, KernelSet};
 pub use timing::Peaks;

@@ -13,6 +13,7 @@ use crate::buffers::{
 };
 use crate::driver::DeviceSlice;
 use crate::int_weights::Bits;
+use crate::options::KernelSet;
 
 /// Elements converted at once.
 pub(crate) const PIECE: usize = 1 << 20;
@@ -144,6 +145,11 @@ impl Cuda {
         kv.slice = self.take("kv cache", kv.layer_bytes() * kv.num_layers)?;
         if kv.element == KvElement::Fp8 {
             kv.scales = self.take("kv cache", kv.layer_scale_bytes() * kv.num_layers)?;
+        }
+        if self.options.kernels == KernelSet::Sm90a {
+            // What is copied by boxes is not cut at a sequence's end: a weight of zero needs a finite value.
+            let zeroed = self.stream.fill(kv.slice, 0);
+            self.check(zeroed)?;
         }
         self.page_tokens = kv.page_tokens as usize;
         Ok(kv)
