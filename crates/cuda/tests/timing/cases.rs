@@ -4,9 +4,7 @@ use quire_backend::{
     AddNorm, Attention, AttnShape, Backend, BackendError, BufRole, KvLayerShape, KvLayout, Linear,
     LinearPart, LinearSource, RopeAndCache, RopeTable,
 };
-use quire_core::{
-    DType, LateInputs, ModelRunnerOutput, QuantFormat, SamplingParams, Shard, StepId, TensorView,
-};
+use quire_core::{DType, LateInputs, ModelRunnerOutput, QuantFormat, SamplingParams, StepId, TensorView};
 use quire_cuda::driver::{Arena, Context, Event, LaunchShape, Modules, Stream};
 use quire_cuda::params::ActParams;
 use quire_cuda::{Cuda, CudaBuf, CudaKv, CudaWeight};
@@ -53,7 +51,7 @@ pub fn products(timings: &mut Timings, rows: &[usize]) {
         for (format, quant) in formats {
             timings.case(&format!("gemm_us/{layer}/{format}"), |timings| {
                 let parts = [LinearPart { weight: view, bias: None }];
-                let source = LinearSource { name: "weight", parts: &parts, quant, shard: Shard::WHOLE };
+                let source = LinearSource { name: "weight", parts: &parts, quant };
                 let weight = timings.cuda.load_linear(&source)?;
                 rows.iter().try_for_each(|&m| product(timings, &weight, (m, n, k), (layer, format)))
             });
