@@ -1,5 +1,5 @@
 //! Compiles `kernels/*.cu` for the feature `cuda`: one compressed fatbin per source, with machine code for each
-//! architecture in [`ARCHITECTURES`] and PTX for those to come. Without the feature it does nothing.
+//! architecture in [`ARCHITECTURES`] (or [`HOPPER`] alone) and PTX for those to come. Without the feature it does nothing.
 //!
 //! nvcc is `QUIRE_NVCC`, else `$CUDA_HOME/bin/nvcc`, else the one on `PATH`. `QUIRE_NVCC=skip` builds without images:
 //! the program then says at start that it has none. See docs/cuda.md for nvcc by pip alone.
@@ -10,6 +10,9 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::{env, fs};
+
+/// What is compiled of a source whose name ends in `_sm90a`: instructions that only Hopper has.
+const HOPPER: &[&str] = &["arch=compute_90a,code=sm_90a"];
 
 /// `-gencode` values. The last keeps PTX, which a newer driver compiles at load for what is not listed.
 const ARCHITECTURES: &[&str] = &[
@@ -83,7 +86,8 @@ fn compile(nvcc: &Path, out: &Path) -> Result<Vec<PathBuf>, Box<dyn Error>> {
 fn start(nvcc: &Path, source: &Path, image: &Path) -> std::io::Result<Child> {
     let mut command = Command::new(nvcc);
     command.args(["--fatbin", "-std=c++17", "-O3", "-Ikernels/include", "-Xfatbin", "-compress-all"]);
-    for architecture in ARCHITECTURES {
+    let is_for_hopper = source.file_stem().is_some_and(|stem| stem.to_string_lossy().ends_with("_sm90a"));
+    for architecture in if is_for_hopper { HOPPER } else { ARCHITECTURES } {
         command.args([OsString::from("-gencode"), architecture.into()]);
     }
     command.arg(source).arg("-o").arg(image).spawn()

@@ -3,7 +3,7 @@
 #   kernels/check.sh            compares registers, shared memory, stack and spills with resources.txt
 #   kernels/check.sh --update   writes resources.txt anew
 # Fails too if a kernel has a stack or spills, if an attention kernel lacks its matrix instructions, asynchronous
-# copies or matrix loads, if a kernel that streams lacks 16-byte loads, or if the images outgrow their budget.
+# copies or matrix loads (those for Hopper alone: its products and box copies), if a kernel that streams lacks 16-byte loads, or if the images outgrow their budget.
 # nvcc: QUIRE_NVCC, CUDA_HOME or PATH, as for build.rs; cuobjdump and nvdisasm (13.2) beside it or on PATH. JOBS:
 # compilers at a time (2).
 set -eu
@@ -19,16 +19,19 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # The architectures are those of build.rs, so that the table speaks of what is shipped.
-architectures=$(sed -n 's/^ *"\(arch=compute_[0-9a-z]*,code=[a-z]*_[0-9a-z]*\)".*/\1/p' "$here/../build.rs")
+architectures=$(sed -n '/^const ARCHITECTURES/,/^];/s/^ *"\(arch=compute_[0-9a-z]*,code=[a-z]*_[0-9a-z]*\)".*/\1/p' "$here/../build.rs")
 [ -n "$architectures" ] || { echo "build.rs names no architectures" >&2; exit 2; }
 gencode=
 for a in $architectures; do gencode="$gencode -gencode $a"; done
+# Of sources whose names end in _sm90a, only this one.
+hopper="-gencode arch=compute_90a,code=sm_90a"
 
 compile='name=$(basename "$1" .cu)
-    "$2" --fatbin -std=c++17 -O3 -I"$3" -Xfatbin -compress-all -Xptxas -v $5 -o "$4/$name.fatbin" "$1" >"$4/$name.log" 2>&1 ||
+    case $name in *_sm90a) gencode=$6 ;; *) gencode=$5 ;; esac
+    "$2" --fatbin -std=c++17 -O3 -I"$3" -Xfatbin -compress-all -Xptxas -v $gencode -o "$4/$name.fatbin" "$1" >"$4/$name.log" 2>&1 ||
         { cat "$4/$name.log" >&2; exit 255; }'
 for source in "$here"/*.cu; do echo "$source"; done |
-    xargs -P "${JOBS:-2}" -I{} sh -c "$compile" sh {} "$nvcc" "$here/include" "$work" "$gencode"
+    xargs -P "${JOBS:-2}" -I{} sh -c "$compile" sh {} "$nvcc" "$here/include" "$work" "$gencode" "$hopper"
 
 # ptxas says, kernel by kernel: its name and architecture, then stack and spills, then registers and shared memory.
 {
@@ -64,17 +67,26 @@ for image in "$work"/*.fatbin; do
         function check() {
             if (name == "") return
             if (name ~ streams && name !~ /_any/ && !wide) print image ": " name " (" arch ") has no 16-byte loads"
+            if (name ~ /_sm90a_/) {
+                if (!hgmma) print image ": " name " (" arch ") has no products of a warpgroup (HGMMA)"
+                if (!utmaldg) print image ": " name " (" arch ") has no copies of boxes (UTMALDG)"
+                if (!usetmaxreg) print image ": " name " (" arch ") does not move registers (USETMAXREG)"
+                return
+            }
             if (name !~ /^quire_attention_(decode|prefill)/) return
             if (!hmma) print image ": " name " (" arch ") has no matrix instructions (HMMA)"
             if (!ldgsts) print image ": " name " (" arch ") has no asynchronous copies (LDGSTS)"
             if (!ldsm) print image ": " name " (" arch ") has no matrix loads (LDSM)"
         }
         /^arch = / { arch_of = $3 }
-        /Function : / { check(); name = $3; arch = arch_of; wide = hmma = ldgsts = ldsm = 0 }
+        /Function : / { check(); name = $3; arch = arch_of; wide = hmma = ldgsts = ldsm = hgmma = utmaldg = usetmaxreg = 0 }
         / LDG[.A-Z0-9]*[.]128/ { wide = 1 }
         / HMMA[. ]/ { hmma = 1 }
         / LDGSTS[. ]/ { ldgsts = 1 }
         / LDSM[. ]/ { ldsm = 1 }
+        / HGMMA[. ]/ { hgmma = 1 }
+        / UTMALDG[. ]/ { utmaldg = 1 }
+        / USETMAXREG[. ]/ { usetmaxreg = 1 }
         END { check() }'
 done >"$work/sass"
 [ ! -s "$work/sass" ] || { say "machine code:"; sed 's/^/  /' "$work/sass" >&2; }

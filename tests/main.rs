@@ -4,8 +4,17 @@
 
 mod batch_invariance;
 mod bench_serve;
+#[path = "../crates/cuda/tests/common/build.rs"]
+#[cfg(feature = "cuda")]
+#[allow(dead_code, reason = "a part is used")]
+mod build;
 mod demo_model;
+#[path = "../crates/cuda/tests/common/double.rs"]
+#[cfg(feature = "cuda")]
+mod double;
 mod golden_engine;
+#[cfg(feature = "cuda")]
+mod gpu_process;
 mod prepacked;
 mod process;
 #[path = "../crates/tenancy/tests/support/redis.rs"]

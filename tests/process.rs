@@ -16,7 +16,7 @@ pub struct Server {
     http: String,
     grpc: String,
     /// What it said up to its addresses.
-    announced: String,
+    pub announced: String,
 }
 
 impl Server {
@@ -68,7 +68,7 @@ impl Server {
     }
 
     /// Sends a request and returns the connection, from which the answer can be read as it comes.
-    fn open(&self, method: &str, path: &str, body: &Value) -> TcpStream {
+    pub fn open(&self, method: &str, path: &str, body: &Value) -> TcpStream {
         self.open_with(method, path, "", body)
     }
 
@@ -106,7 +106,7 @@ impl Server {
     }
 
     /// The value of the first series of the metrics page that begins with `series`.
-    fn metric(&self, series: &str) -> f64 {
+    pub fn metric(&self, series: &str) -> f64 {
         let (_, page) = self.ask("GET", "/metrics", &Value::Null);
         let line =
             page.lines().find(|line| line.starts_with(series)).unwrap_or_else(|| panic!("no {series}"));
@@ -142,14 +142,14 @@ impl Drop for Server {
     }
 }
 
-fn completion(max_tokens: u32) -> Value {
+pub fn completion(max_tokens: u32) -> Value {
     json!({
         "model": "quire-demo", "prompt": "Once upon a time", "max_tokens": max_tokens, "temperature": 0.9, "seed": 5,
         "ignore_eos": true, "return_token_ids": true
     })
 }
 
-fn grpc_request(max_tokens: u32) -> proto::GenerateRequest {
+pub fn grpc_request(max_tokens: u32) -> proto::GenerateRequest {
     proto::GenerateRequest {
         prompt: Some(Prompt::Text("Once upon a time".into())),
         sampling: Some(proto::Sampling { temperature: Some(0.9), seed: Some(5), ..Default::default() }),

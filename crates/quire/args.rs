@@ -81,7 +81,7 @@ pub struct EngineArgs {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", help_heading = "KV cache")]
     pub no_prefix_cache: bool,
     /// Memory for keys and values, such as 4GiB, on each rank [default: what the limits can use, at most 4 GiB and 40 % of
-    /// free RAM]
+    /// free RAM; on a GPU what --gpu-memory-utilization leaves]
     #[arg(long, value_name = "SIZE", help_heading = "KV cache")]
     pub kv_cache_memory: Option<Bytes>,
     /// Host memory for keys and values that do not fit in --kv-cache-memory, such as 4GiB: what is evicted waits there and

@@ -21,7 +21,7 @@ const CPU_MAX_NUM_BATCHED_TOKENS: u32 = 512;
 const GPU_MAX_NUM_SEQS: u32 = 512;
 /// Tokens of a step there: enough that prefill is bound by arithmetic.
 const GPU_MAX_NUM_BATCHED_TOKENS: u32 = 8192;
-/// Device memory left alone: recorded graphs, work lists, the sampler's copies of logits.
+/// Device memory of each rank of a group that is left alone: recorded graphs, work lists, the sampler's copies of logits.
 const GPU_RESERVE: u64 = 2 << 30;
 /// Default bound of `--kv-cache-memory`.
 const MAX_DEFAULT_KV: u64 = 4 << 30;
@@ -141,6 +141,32 @@ impl Config {
             model_context,
             policy: Policy::default(),
         })
+    }
+
+    /// A GPU's memory, measured after the largest step, leaves `budget` for keys and values, of which `num_blocks` blocks
+    /// were made.
+    ///
+    /// # Errors
+    /// The user asked for a larger cache, or for longer sequences than this one holds.
+    pub fn take_measured_pool(
+        &mut self,
+        args: &EngineArgs,
+        num_blocks: u32,
+        budget: Bytes,
+    ) -> Result<(), ConfigError> {
+        if args.kv_cache_memory.is_some() && num_blocks < self.runner.num_blocks {
+            let message = format!(
+                "weights and activations leave {budget} of this GPU's memory for it; lower it, or raise \
+                 --gpu-memory-utilization"
+            );
+            return Err(error("kv-cache-memory", message));
+        }
+        self.runner.num_blocks = num_blocks;
+        self.runner.max_model_len = fitting_model_len(args, &self.runner)?;
+        self.memory.num_blocks = num_blocks;
+        self.limits.num_blocks = num_blocks;
+        self.limits.max_model_len = self.runner.max_model_len;
+        Ok(())
     }
 
     /// The KV cache's second tier, of all ranks.
@@ -275,7 +301,10 @@ fn num_blocks(
         Some(budget) => plan.num_blocks_in(budget.0),
         None => {
             let share = match machine.gpu_memory {
-                Some(free) => gpu_share(args, &plan, free),
+                // Ranks of a group are not measured: what is left is guessed.
+                Some(free) if ranks > 1 => gpu_share(args, &plan, free),
+                // Less when the weights are there: see `take_measured_pool`.
+                Some(free) => free.0,
                 None => default_kv_bytes(machine) / ranks,
             };
             let useful = u64::from(runner.max_num_seqs) * u64::from(runner.max_blocks_per_seq());
@@ -454,6 +483,24 @@ mod tests {
         assert!(error.flag == "max-model-len" && error.message.contains("holds 160"), "{error}");
         let none = Machine { cores: 1, available_memory: Bytes(4096), ..ROOMY };
         assert_eq!(resolve("", &none).unwrap_err().flag, "kv-cache-memory");
+    }
+
+    #[test]
+    fn a_gpu_says_how_large_its_cache_is() {
+        let gpu = Machine { gpu_memory: Some(Bytes(1 << 40)), ..ROOMY };
+        let measured = |flags: &str, num_blocks| {
+            let mut config = resolve(flags, &gpu).unwrap();
+            let taken = config.take_measured_pool(&args(flags).engine, num_blocks, Bytes(1 << 20));
+            taken.map(|()| config)
+        };
+        assert_eq!(resolve("", &gpu).unwrap().runner.num_blocks, 512 * 256 / 16, "what the limits can use");
+        let config = measured("", 100).unwrap();
+        assert_eq!((config.memory.kv_bytes(), config.limits.num_blocks), (100 * 4096, 100));
+        assert_eq!(config.limits.max_model_len, 256);
+        assert_eq!(measured("", 10).unwrap().limits.max_model_len, 160, "what the pool holds");
+        assert_eq!(measured("--max-model-len 256", 10).unwrap_err().flag, "max-model-len");
+        let error = measured("--kv-cache-memory 64MiB", 100).unwrap_err();
+        assert!(error.flag == "kv-cache-memory" && error.message.contains("leave 1 MiB"), "{error}");
     }
 
     #[test]

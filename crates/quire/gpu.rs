@@ -1,8 +1,11 @@
 //! Where a model runs: on a GPU, where this build and this machine have one, else on the processor; and why.
 
-use quire_core::DType;
+use quire_core::{DType, Executor};
+use quire_model::Checkpoint;
+use quire_runner::LoadProgress;
 
 use crate::args::{Device, EngineArgs, ExecutorArg};
+use crate::config::Config;
 use crate::{Failure, Result};
 
 /// The GPU that `--device` means, or `None` for the processor. With `auto`, a log line says why it is the processor.
@@ -23,6 +26,24 @@ pub(crate) fn choose(args: &EngineArgs, dtype: DType) -> Result<Option<Gpu>> {
             Ok(None)
         }
     }
+}
+
+/// Loads the model onto the GPU; `config` gets the cache that the memory left holds.
+///
+/// # Errors
+/// It does not fit, or the device failed.
+pub(crate) fn load(
+    gpu: Gpu,
+    checkpoint: &Checkpoint,
+    args: &EngineArgs,
+    config: &mut Config,
+    progress: impl FnMut(LoadProgress),
+) -> Result<Box<dyn Executor>> {
+    let (executor, budget) = gpu.load(checkpoint, args, config, progress)?;
+    if let Some(budget) = budget {
+        config.take_measured_pool(args, executor.limits().num_blocks, budget)?;
+    }
+    Ok(executor)
 }
 
 /// What was asked for that only the processor can do.
@@ -54,16 +75,22 @@ pub(crate) use left_out::Gpu;
 
 #[cfg(feature = "cuda")]
 mod built_in {
-    use quire_core::{DType, Executor};
+    use std::time::Duration;
+
+    use quire_backend::BackendError;
+    use quire_core::{DType, ExecError, Executor};
     use quire_cuda::blaslt::Element;
-    use quire_cuda::{Cuda, CudaOptions};
+    use quire_cuda::driver::{CudaError, Event};
+    use quire_cuda::{Cuda, CudaOptions, KernelSet, Peaks};
     use quire_model::Checkpoint;
-    use quire_runner::{LoadProgress, RunnerError};
+    use quire_runner::{LoadProgress, ModelRunner};
 
     use crate::args::{EngineArgs, Switch};
+    use crate::bench::{Limits, Watch};
     use crate::config::Config;
     use crate::ranks;
     use crate::units::Bytes;
+    use crate::{Failure, Result};
 
     /// `(name, fatbin)` of each source in `kernels/`, compiled by build.rs.
     const IMAGES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cuda_images.rs"));
@@ -80,18 +107,19 @@ mod built_in {
         pub const IS_BUILT_IN: bool = true;
 
         /// Opens the first GPU, or as many as the model is to be split over. The error is the reason, in words.
-        pub fn open(args: &EngineArgs, dtype: DType) -> Result<Self, String> {
+        pub fn open(args: &EngineArgs, dtype: DType) -> std::result::Result<Self, String> {
             let activations = if dtype == DType::F16 { Element::F16 } else { Element::Bf16 };
             let options = CudaOptions {
                 activations,
                 batch_invariant: args.batch_invariant != Switch::Off,
                 algorithm_cache: cache_folder(),
+                kernels: kernel_set(std::env::var("QUIRE_KERNELS").ok().as_deref())?,
                 ..CudaOptions::default()
             };
             let ordinals: Vec<_> = (0..args.tensor_parallel_size).collect();
             let backends = Cuda::group(IMAGES, &options, &ordinals).map_err(|error| error.to_string())?;
             let memory = |backend: &Cuda| backend.context().memory().map(|(free, _)| free);
-            let free = backends.iter().map(memory).collect::<Result<Vec<_>, _>>();
+            let free = backends.iter().map(memory).collect::<std::result::Result<Vec<_>, _>>();
             let free = free.map_err(|error| error.to_string())?.into_iter().min().unwrap_or(0);
             Ok(Self { backends, free })
         }
@@ -113,14 +141,86 @@ mod built_in {
             format!("{ordinals}, {name}, compute capability {major}.{minor}, {free} free")
         }
 
-        /// Loads the model onto it.
+        /// The backend for a benchmark of its operations, a watch for them, and what they are held against.
+        pub fn into_timed(mut self) -> Result<(Cuda, DeviceWatch, Limits)> {
+            let mut backend = self.backends.swap_remove(0);
+            let Peaks { copy_bytes_s, gemm_flop_s } =
+                backend.peaks().map_err(|error| Failure(format!("cannot measure the GPU: {error}")))?;
+            let gemm = quire_cpu::Peaks { f32: gemm_flop_s, bf16: gemm_flop_s, int8: gemm_flop_s };
+            Ok((backend, DeviceWatch, Limits { read_bytes_s: copy_bytes_s, peaks: gemm }))
+        }
+
+        /// An engine on it, and what its memory left for keys and values, if that was measured: ranks of a group would have
+        /// to run the largest steps together.
         pub fn load(
             self,
             checkpoint: &Checkpoint,
+            args: &EngineArgs,
             config: &Config,
             progress: impl FnMut(LoadProgress),
-        ) -> Result<Box<dyn Executor>, RunnerError> {
-            ranks::load(self.backends, checkpoint, config, progress)
+        ) -> Result<(Box<dyn Executor>, Option<Bytes>)> {
+            let fail = |error: &dyn std::fmt::Display| Failure(format!("cannot load the model: {error}"));
+            let backend = match <[_; 1]>::try_from(self.backends) {
+                Ok([backend]) => backend,
+                Err(backends) => {
+                    let executor = ranks::load(backends, checkpoint, config, progress);
+                    return Ok((executor.map_err(|error| fail(&error))?, None));
+                }
+            };
+            let mut budget = 0;
+            let measure = |backend: &Cuda| {
+                budget = backend.memory_use()?.kv_budget(args.gpu_memory_utilization);
+                Ok(budget)
+            };
+            let runner = ModelRunner::load_measured(backend, checkpoint, &config.runner, progress, measure)
+                .map_err(|error| fail(&error))?;
+            log_memory(runner.backend(), args.gpu_memory_utilization).map_err(|error| fail(&error))?;
+            Ok((Box::new(runner), Some(Bytes(budget))))
+        }
+    }
+
+    /// Events of the device's stream.
+    #[derive(Clone, Copy)]
+    pub(crate) struct DeviceWatch;
+
+    impl Watch<Cuda> for DeviceWatch {
+        type Mark = Event;
+
+        fn mark(&self, backend: &Cuda) -> std::result::Result<Event, BackendError> {
+            backend.timestamp()
+        }
+
+        fn between(&self, begin: &Event, end: &Event) -> std::result::Result<Duration, BackendError> {
+            let failed = |error: CudaError| {
+                BackendError::Device(ExecError { device: "cuda".into(), message: error.to_string() })
+            };
+            let milliseconds = end.milliseconds_since(begin).map_err(failed)?;
+            Ok(Duration::from_secs_f64(f64::from(milliseconds) / 1e3))
+        }
+    }
+
+    /// Says where the memory went, and whether all of it is within what may be used.
+    fn log_memory(backend: &Cuda, utilization: f64) -> std::result::Result<(), BackendError> {
+        let now = backend.memory_use()?;
+        let (total, free, outside) = (Bytes(now.total), Bytes(now.free), Bytes(now.outside()));
+        let taken: Vec<_> =
+            now.taken.iter().map(|(what, bytes)| format!("{what} {}", Bytes(*bytes))).collect();
+        let taken = taken.join(", ");
+        tracing::info!(%total, %free, %taken, %outside, "device memory");
+        let used = now.total - now.free;
+        if used as f64 > now.total as f64 * utilization {
+            let used = Bytes(used);
+            tracing::warn!(%used, utilization, "more device memory is in use than --gpu-memory-utilization says");
+        }
+        Ok(())
+    }
+
+    /// `QUIRE_KERNELS`: `sm90a` tries kernels that have not proven themselves yet.
+    fn kernel_set(name: Option<&str>) -> std::result::Result<KernelSet, String> {
+        match name {
+            None | Some("" | "gen") => Ok(KernelSet::Generic),
+            Some("sm90a") => Ok(KernelSet::Sm90a),
+            Some(other) => Err(format!("QUIRE_KERNELS={other}: use gen or sm90a")),
         }
     }
 
@@ -135,10 +235,13 @@ mod built_in {
 #[cfg(not(feature = "cuda"))]
 mod left_out {
     use quire_core::{DType, Executor};
+    use quire_cpu::CpuBackend;
     use quire_model::Checkpoint;
-    use quire_runner::{LoadProgress, RunnerError};
+    use quire_runner::LoadProgress;
 
+    use crate::Result;
     use crate::args::EngineArgs;
+    use crate::bench::{HostWatch, Limits};
     use crate::config::Config;
     use crate::units::Bytes;
 
@@ -148,7 +251,7 @@ mod left_out {
     impl Gpu {
         pub const IS_BUILT_IN: bool = false;
 
-        pub fn open(_: &EngineArgs, _: DType) -> Result<Self, String> {
+        pub fn open(_: &EngineArgs, _: DType) -> std::result::Result<Self, String> {
             Err("this build computes on the processor only; build with --features cuda".into())
         }
 
@@ -160,12 +263,17 @@ mod left_out {
             match *self {}
         }
 
+        pub fn into_timed(self) -> Result<(CpuBackend, HostWatch, Limits)> {
+            match self {}
+        }
+
         pub fn load(
             self,
             _: &Checkpoint,
+            _: &EngineArgs,
             _: &Config,
             _: impl FnMut(LoadProgress),
-        ) -> Result<Box<dyn Executor>, RunnerError> {
+        ) -> Result<(Box<dyn Executor>, Option<Bytes>)> {
             match self {}
         }
     }

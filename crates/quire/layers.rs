@@ -192,7 +192,7 @@ fn read_env(
             warnings.push(format!("the environment variable {name} is not valid UTF-8 and is ignored"));
             continue;
         };
-        if value.is_empty() || name == "QUIRE_LOG" || is_service_link(name, value) {
+        if value.is_empty() || matches!(name, "QUIRE_LOG" | "QUIRE_KERNELS") || is_service_link(name, value) {
             continue;
         }
         let id = name["QUIRE_".len()..].to_ascii_lowercase();

@@ -82,7 +82,7 @@ pub(crate) fn load(
     stages.done("open");
     let text = load_text(&local, args)?;
     stages.done("tokenizer");
-    let (executor, device, pack_writer) = executor(args, &checkpoint, &config, gpu, cache)?;
+    let (executor, device, pack_writer) = executor(args, &checkpoint, &mut config, gpu, cache)?;
     stages.done("weights");
     let loaded = assemble(name, &checkpoint, config, text, executor, device, runtime)?;
     stages.done("engine");
@@ -188,7 +188,7 @@ type Built = (Box<dyn Executor>, String, Option<JoinHandle<()>>);
 fn executor(
     args: &EngineArgs,
     checkpoint: &Checkpoint,
-    config: &Config,
+    config: &mut Config,
     gpu: Option<Gpu>,
     cache: Option<PackCache>,
 ) -> Result<Built> {
@@ -201,8 +201,8 @@ fn executor(
     let mut progress = Progress::start();
     if let Some(gpu) = gpu {
         let device = gpu.describe();
-        let executor = gpu.load(checkpoint, config, |now| progress.report(now));
-        return Ok((executor.map_err(|error| fail(&error))?, device, None));
+        let executor = gpu::load(gpu, checkpoint, args, config, |now| progress.report(now))?;
+        return Ok((executor, device, None));
     }
     let (mut backends, device) = cpu_backends(checkpoint.spec().dtype, config)?;
     if let Some(cache) = &cache {

@@ -22,6 +22,12 @@
 /// Query rows of the prefill kernel's tile.
 #define QUIRE_PREFILL_ROWS 128
 #define QUIRE_PREFILL_THREADS 256
+/// Of quire_attention_prefill_sm90a: those that compute, and a warpgroup to copy.
+#define QUIRE_SM90A_THREADS 384
+/// Tiles of 64 tokens on their way or in use, 32 KiB each.
+#define QUIRE_SM90A_STAGES 4
+/// Tokens in a box that is copied at once: the smallest page.
+#define QUIRE_PAGE_BOX 16
 #define QUIRE_ATTENTION_PLAN_THREADS 256
 
 /// A piece of work for one block (and each KV head): some rows of one sequence over some consecutive splits.
@@ -94,6 +100,17 @@ typedef struct QuireAttentionParams {
     int32_t q_stride;
     int32_t out_stride;
 } QuireAttentionParams;
+
+/// quire_attention_prefill_sm90a_*: what quire_attention_prefill does, for head_dim 128 and 16-bit pages.
+typedef struct QuireAttentionSm90aParams {
+    /// A CUtensorMap of the layer's pages as rows of a head's numbers, one a token: [pages * 2 * num_kv_heads *
+    /// page_tokens, 128], in boxes of QUIRE_PAGE_BOX rows of 64, swizzled by 128 bytes.
+    __attribute__((aligned(64))) uint64_t pages[16];
+    QuireAttentionParams attention;
+    /// Of `pages`. A row of this number is outside.
+    int32_t num_rows;
+    int32_t reserved[13];
+} QuireAttentionSm90aParams;
 
 /// quire_attention_plan: one block, once a step and kind of window. Sequences whose rows fit QUIRE_DECODE_ROWS go to the
 /// decode list, the others to the prefill list, which is ordered from the last rows of a sequence to the first.

@@ -326,10 +326,15 @@ struct PrefillBlock {
             arrive_and_merge<Number>(p, item, head);
             return;
         }
-        rows = state();
+        write_rows(item, head);
+    }
+
+    /// What an item with all its splits leaves.
+    QUIRE_DEVICE void write_rows(const QuireAttentionItem& item, int head) const {
+        const RowState rows = state();
         QUIRE_UNROLL
         for (int i = 0; i < 2; ++i) {
-            const Row row(p, item, head, first + 8 * i);
+            const Row row(p, item, head, warp * 16 + lane / 4 + 8 * i);
             const float f = finish(p, rows.total[i], row.head);
             QUIRE_UNROLL
             for (int c = 0; c < Tile::kChunks; ++c) {

@@ -373,23 +373,30 @@ QUIRE_DEVICE size_t partial_index(const QuireAttentionParams& p, const QuireAtte
     return (size_t(item.partial) + split * item.num_rows + row) * p.num_kv_heads + head;
 }
 
-/// Called by all threads after they wrote an item's partial results: the block that comes last adds up all splits of
+/// All threads of a block, for what they do together.
+struct BlockThreads {
+    static QUIRE_DEVICE int index() { return threadIdx.x; }
+    static QUIRE_DEVICE int count() { return blockDim.x; }
+    static QUIRE_DEVICE void sync() { __syncthreads(); }
+};
+
+/// Called by all `Threads` after they wrote an item's partial results: the block that comes last adds up all splits of
 /// these rows, and leaves the counter at zero for the next launch.
-template <typename Number>
+template <typename Number, typename Threads = BlockThreads>
 QUIRE_DEVICE void arrive_and_merge(const QuireAttentionParams& p, const QuireAttentionItem& item, int head) {
     QUIRE_SHARED(is_last, int);
     __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
+    Threads::sync();
+    if (Threads::index() == 0) {
         int32_t* counter = p.counters + size_t(item.counter) * p.num_kv_heads + head;
         is_last = atomicAdd(counter, 1) == item.num_items - 1;
         if (is_last) *counter = 0;
     }
-    __syncthreads();
+    Threads::sync();
     if (!is_last) return;
     __threadfence();
     const int vectors = p.head_dim / 4;
-    for (int i = threadIdx.x; i < item.num_rows * vectors; i += blockDim.x) {
+    for (int i = Threads::index(); i < item.num_rows * vectors; i += Threads::count()) {
         const int row = i / vectors, column = i % vectors * 4;
         RowSum total{negative_infinity(), 0.0f};
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

@@ -121,6 +121,13 @@ pub trait Backend: Sized + Send + 'static {
         body: impl FnMut(&mut Self) -> Result<(), BackendError>,
     ) -> Result<(), BackendError>;
 
+    /// Numbers of rows for which this backend records steps with a key, largest first: steps of these sizes, run twice at
+    /// start, leave nothing to be recorded while requests wait. Up to `max_rows`; none by default.
+    fn recorded_rows(&self, max_rows: usize) -> Vec<usize> {
+        let _ = max_rows;
+        Vec::new()
+    }
+
     /// Copies whole blocks of all layers: the step's `block_copies`, in order.
     ///
     /// # Errors

@@ -3,10 +3,11 @@
 use quire_backend::{Attention, BackendError};
 
 use crate::Cuda;
-use crate::buffers::KvElement;
-use crate::driver::{DeviceSlice, LaunchShape};
-use crate::kernels::{DECODE_ROWS, PREFILL_ROWS};
-use crate::params::{AttentionItem, AttentionParams, AttentionPlanParams};
+use crate::blaslt::Element;
+use crate::buffers::{CudaKv, KvElement};
+use crate::driver::{BoxedMatrix, CudaError, DeviceSlice, LaunchShape};
+use crate::kernels::{DECODE_ROWS, PREFILL_ROWS, SM90A_BOX_ROWS, SM90A_HEAD_DIM};
+use crate::params::{AttentionItem, AttentionParams, AttentionPlanParams, AttentionSm90aParams};
 use crate::step::Layout;
 
 /// Rows of partial results that both lists may use together.
@@ -126,10 +127,38 @@ impl Cuda {
             launched = self.launch(&kernels.decode, kernels.decode_shape(sm_count), &decode);
         }
         if has_prefill {
-            let then = |()| self.launch(&kernels.prefill, kernels.prefill_shape(sm_count), &prefill);
+            let then = |()| match (&kernels.prefill_sm90a, head_dim) {
+                (Some(kernel), SM90A_HEAD_DIM) => {
+                    let params = self.sm90a_params(prefill, kv, op.layer)?;
+                    self.launch(kernel, kernels.prefill_sm90a_shape(sm_count), &params)
+                }
+                _ => self.launch(&kernels.prefill, kernels.prefill_shape(sm_count), &prefill),
+            };
             launched = launched.and_then(then);
         }
         self.check(launched)
+    }
+
+    /// The same for the kernel that copies pages by boxes.
+    fn sm90a_params(
+        &self,
+        attention: AttentionParams,
+        kv: &CudaKv,
+        layer: usize,
+    ) -> Result<AttentionSm90aParams, CudaError> {
+        let rows = kv.layer_bytes() / (2 * SM90A_HEAD_DIM);
+        let num_rows = i32::try_from(rows).map_err(|_| {
+            CudaError::new("attention", format!("{rows} keys and values of a layer are more than 2^31"))
+        })?;
+        let pages = BoxedMatrix {
+            address: kv.layer(layer),
+            rows: rows as u64,
+            cols: SM90A_HEAD_DIM as u64,
+            box_rows: SM90A_BOX_ROWS,
+            box_cols: 64,
+            is_bf16: self.options.activations == Element::Bf16,
+        };
+        Ok(AttentionSm90aParams { pages: pages.encode()?, attention, num_rows, reserved: [0; 13] })
     }
 
     /// Whether some sequence of the step goes to decode attention, and some to prefill attention.

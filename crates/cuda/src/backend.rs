@@ -17,8 +17,9 @@ use crate::driver::{
     Arena, Context, CudaError, DeviceSlice, Graph, LaunchShape, Modules, Pinned, Stream, Unavailable,
 };
 use crate::kernels::{DECODE_ROWS, Kernels};
+use crate::memory_use::Ledger;
 use crate::nccl::Communicator;
-use crate::options::CudaOptions;
+use crate::options::{CudaOptions, KernelSet};
 use crate::params::{StepPlanParams, UpdateTablesParams};
 use crate::quantized::QuantizedRows;
 use crate::sampling::SamplerState;
@@ -28,6 +29,8 @@ use crate::step::{Layout, MAX_COPIES, MAX_ENTRIES, RowMeta, bucket, copy_rounds,
 
 /// Pinned bytes for one step's uploads; also the pieces in which weights travel.
 const STAGING_BYTES: usize = 4 << 20;
+/// Steps of up to so many rows are recorded at start: see [`bucket`].
+const MAX_RECORDED_ROWS: usize = 1024;
 /// Threads of a block of `quire_step_plan` and `quire_update_tables`.
 const PLAN_THREADS: u32 = 256;
 
@@ -47,6 +50,7 @@ pub struct Cuda {
     /// Tokens come back on it, beside the next step.
     pub(crate) copies: Stream,
     pub(crate) arena: Arena,
+    pub(crate) ledger: Ledger,
     _modules: Modules,
     pub(crate) context: Arc<Context>,
     pub(crate) options: CudaOptions,
@@ -171,7 +175,8 @@ impl Cuda {
         communicator: Option<Communicator>,
     ) -> Result<Self, CudaError> {
         let modules = Modules::load(&context, images)?;
-        let kernels = Kernels::find(&modules, options.activations)?;
+        let use_sm90a = options.kernels == KernelSet::Sm90a && context.compute_capability() == (9, 0);
+        let kernels = Kernels::find(&modules, options.activations, use_sm90a)?;
         let mut arena = Arena::new(context.clone(), options.arena_chunk);
         let selection = match options.batch_invariant {
             true => Selection::Invariant,
@@ -190,6 +195,7 @@ impl Cuda {
             stream: Stream::new(&context)?,
             copies: Stream::new(&context)?,
             arena,
+            ledger: Ledger::default(),
             _modules: modules,
             context,
             options,
@@ -529,6 +535,14 @@ impl Backend for Cuda {
             Some(key) if self.options.graphs && !self.has_extra_copies => self.run_keyed(key, &mut body),
             _ => self.eager(&mut body),
         }
+    }
+
+    fn recorded_rows(&self, max_rows: usize) -> Vec<usize> {
+        let mut rows: Vec<_> =
+            (1..=max_rows.min(MAX_RECORDED_ROWS)).map(|rows| bucket(rows).min(max_rows)).collect();
+        rows.dedup();
+        rows.reverse();
+        if self.options.graphs { rows } else { Vec::new() }
     }
 
     fn copy_blocks(&mut self, kv: &mut CudaKv) -> Result<(), BackendError> {

@@ -5,10 +5,10 @@ use crate::buffers::KvElement;
 use crate::driver::{CudaError, Function, LaunchShape, Modules};
 use crate::int_weights::{Bits, PANEL};
 use crate::params::{
-    ActParams, AddNormParams, AttentionParams, AttentionPlanParams, CopyPagesParams, CountTokensParams,
-    EmbedParams, Fp8EmbedParams, Fp8QuantizeParams, GatherRowsParams, IntEmbedParams, IntGemmParams,
-    LogitsParams, LogprobsParams, QuantizeParams, RopeCacheParams, SampleParams, StepPlanParams,
-    UpdateTablesParams,
+    ActParams, AddNormParams, AttentionParams, AttentionPlanParams, AttentionSm90aParams, CopyPagesParams,
+    CountTokensParams, EmbedParams, Fp8EmbedParams, Fp8QuantizeParams, GatherRowsParams, IntEmbedParams,
+    IntGemmParams, LogitsParams, LogprobsParams, QuantizeParams, RopeCacheParams, SampleParams,
+    StepPlanParams, UpdateTablesParams,
 };
 
 const ROW_THREADS: u32 = 256;
@@ -48,6 +48,8 @@ pub struct AttentionKernels {
     /// Many.
     pub prefill: Function<AttentionParams>,
     prefill_smem: u32,
+    /// In place of `prefill`, where it may be used.
+    pub prefill_sm90a: Option<Function<AttentionSm90aParams>>,
 }
 
 /// What works on weights of one number of bits.
@@ -104,17 +106,17 @@ fn sample_smem(vocab: usize) -> u32 {
 const MAX_VOCAB: usize = 1 << 20;
 
 impl Kernels {
-    /// Finds all of them.
+    /// Finds all of them; `use_sm90a`: also those for Hopper alone.
     ///
     /// # Errors
     /// One is missing: the images are of another version.
-    pub fn find(modules: &Modules, activations: Element) -> Result<Self, CudaError> {
+    pub fn find(modules: &Modules, activations: Element, use_sm90a: bool) -> Result<Self, CudaError> {
         let act = match activations {
             Element::F16 => "f16",
             _ => "bf16",
         };
         let attention = |kv: KvElement| -> Result<Vec<AttentionKernels>, CudaError> {
-            let find = |head_dim| AttentionKernels::find(modules, act, kv, head_dim);
+            let find = |head_dim| AttentionKernels::find(modules, act, kv, head_dim, use_sm90a);
             [64, 128, 256].into_iter().map(find).collect()
         };
         Ok(Self {
@@ -264,16 +266,25 @@ impl IntGemms {
 }
 
 impl AttentionKernels {
-    fn find(modules: &Modules, act: &str, kv: KvElement, head_dim: usize) -> Result<Self, CudaError> {
+    fn find(
+        modules: &Modules,
+        act: &str,
+        kv: KvElement,
+        head_dim: usize,
+        use_sm90a: bool,
+    ) -> Result<Self, CudaError> {
         let (decode_smem, prefill_smem) = (decode_smem(kv, head_dim), prefill_smem(kv, head_dim));
         let cache = if kv == KvElement::Fp8 { "_fp8" } else { "" };
         let name = |rows: &str| format!("quire_attention_{rows}_{act}{cache}_{head_dim}");
+        let sm90a = format!("quire_attention_prefill_sm90a_{act}_{head_dim}");
+        let has_sm90a = use_sm90a && kv == KvElement::Activation && head_dim == SM90A_HEAD_DIM;
         Ok(Self {
             head_dim,
             decode: modules.function(&name("decode"), decode_smem)?,
             decode_smem,
             prefill: modules.function(&name("prefill"), prefill_smem)?,
             prefill_smem,
+            prefill_sm90a: has_sm90a.then(|| modules.function(&sm90a, SM90A_SMEM)).transpose()?,
         })
     }
 
@@ -301,7 +312,19 @@ impl AttentionKernels {
         let blocks = self.prefill_blocks(sm_count);
         LaunchShape { dynamic_smem: self.prefill_smem, ..LaunchShape::linear(blocks, 256) }
     }
+
+    pub fn prefill_sm90a_shape(&self, sm_count: u32) -> LaunchShape {
+        let blocks = self.prefill_blocks(sm_count);
+        LaunchShape { dynamic_smem: SM90A_SMEM, ..LaunchShape::linear(blocks, SM90A_THREADS) }
+    }
 }
+
+/// `quire_attention_prefill_sm90a`: its head size, its threads, and the rows of its boxes, see `attention_params.h`.
+pub const SM90A_HEAD_DIM: usize = 128;
+const SM90A_THREADS: u32 = 384;
+pub const SM90A_BOX_ROWS: u32 = 16;
+/// Four stages of keys and values with two barriers each, from a multiple of 1024 bytes on.
+const SM90A_SMEM: u32 = 4 * (2 * 64 * 128 * 2 + 16) + 1024;
 
 /// Tokens of a tile of keys.
 const fn tile_tokens(head_dim: usize) -> usize {

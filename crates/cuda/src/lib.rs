@@ -12,7 +12,7 @@
 //!
 //! Reading order: [`driver`], [`blaslt`], [`params`], `kernels.rs`, `backend.rs` (a step), `step.rs` and `slots.rs` (what
 //! is sent), `ops.rs`, `quantized.rs`, `fp8.rs`, `attention.rs`, `sampling.rs` (what is launched), `load.rs` and
-//! `buffers.rs`; `nccl.rs` and `ranks.rs` for several GPUs.
+//! `buffers.rs`; `nccl.rs` and `ranks.rs` for several GPUs; `memory_use.rs` and `timing.rs`.
 
 mod attention;
 mod backend;
@@ -23,6 +23,7 @@ mod fp8;
 pub mod int_weights;
 mod kernels;
 mod load;
+mod memory_use;
 mod nccl;
 mod ops;
 mod options;
@@ -34,8 +35,11 @@ mod slots;
 mod source_rows;
 mod staging;
 mod step;
+mod timing;
 
 pub use backend::Cuda;
 pub use buffers::{CudaBuf, CudaKv, CudaNorm, CudaRope, CudaWeight};
 pub use driver::{Unavailable, probe};
-pub use options::CudaOptions;
+pub use memory_use::MemoryUse;
+pub use options::{CudaOptions, KernelSet};
+pub use timing::Peaks;

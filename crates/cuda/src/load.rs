@@ -13,6 +13,7 @@ use crate::buffers::{
 };
 use crate::driver::DeviceSlice;
 use crate::int_weights::Bits;
+use crate::options::KernelSet;
 
 /// Elements converted at once.
 pub(crate) const PIECE: usize = 1 << 20;
@@ -145,6 +146,11 @@ impl Cuda {
         if kv.element == KvElement::Fp8 {
             kv.scales = self.take("kv cache", kv.layer_scale_bytes() * kv.num_layers)?;
         }
+        if self.options.kernels == KernelSet::Sm90a {
+            // What is copied by boxes is not cut at a sequence's end: a weight of zero needs a finite value.
+            let zeroed = self.stream.fill(kv.slice, 0);
+            self.check(zeroed)?;
+        }
         self.page_tokens = kv.page_tokens as usize;
         Ok(kv)
     }
@@ -157,7 +163,10 @@ impl Cuda {
             Err(error) if error.is_out_of_memory => {
                 Err(BackendError::OutOfMemory { what: what.to_owned(), bytes })
             }
-            other => self.check(other),
+            other => {
+                self.ledger.note(what, bytes);
+                self.check(other)
+            }
         }
     }
 

@@ -4,6 +4,16 @@ use std::path::PathBuf;
 
 use crate::blaslt::Element;
 
+/// Which kernels are taken where there are several for the same work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KernelSet {
+    /// Those that run on every architecture.
+    #[default]
+    Generic,
+    /// On Hopper, those with its own instructions: prefill attention for 16-bit heads of 128.
+    Sm90a,
+}
+
 /// Options of [`crate::Cuda`], fixed at start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CudaOptions {
@@ -15,6 +25,8 @@ pub struct CudaOptions {
     pub batch_invariant: bool,
     /// Without `batch_invariant`: the folder where timed GEMM algorithms are kept.
     pub algorithm_cache: Option<PathBuf>,
+    /// Which kernels.
+    pub kernels: KernelSet,
     /// Whether steps with a key are recorded and replayed.
     pub graphs: bool,
     /// Device memory is taken in pieces of at least this many bytes; 0: every tensor by itself, for tests.
@@ -30,6 +42,7 @@ impl Default for CudaOptions {
             activations: Element::Bf16,
             batch_invariant: true,
             algorithm_cache: None,
+            kernels: KernelSet::default(),
             graphs: true,
             arena_chunk: 256 << 20,
             write_back: false,

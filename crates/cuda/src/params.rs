@@ -276,6 +276,13 @@ params! {
         q_stride: i32,
         out_stride: i32,
     }
+    /// `quire_attention_prefill_sm90a_*`.
+    AttentionSm90aParams = "QuireAttentionSm90aParams" {
+        pages: [u64; 16],
+        attention: AttentionParams,
+        num_rows: i32,
+        reserved: [i32; 13],
+    }
     /// `quire_attention_plan`.
     AttentionPlanParams = "QuireAttentionPlanParams" {
         cu_seqlens_q: u64,

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{MockGpu, mock};
-use quire_cuda::driver::{Arena, Context, Event, Modules, Pinned, Stream, Unavailable, probe};
+use quire_cuda::driver::{Arena, BoxedMatrix, Context, Event, Modules, Pinned, Stream, Unavailable, probe};
 
 #[test]
 fn the_driver_is_found_and_unknown_gpus_are_refused() {
@@ -102,4 +102,18 @@ fn an_error_stays() {
     let error = stream.fill(a, 0).unwrap_err();
     assert_eq!(error.to_string(), "cuMemsetD8Async: CUDA_ERROR_ILLEGAL_ADDRESS");
     assert!(stream.synchronize().is_err() && stream.fill(a, 0).is_err(), "for ever");
+}
+
+/// Numbers of the driver's header: bfloat16 is 9, a swizzle of 128 bytes 3, promotion to 256 bytes 3.
+#[test]
+fn a_boxed_matrix_is_described_from_its_innermost_dimension_on() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let _context = Context::new(gpu.ordinal()).unwrap();
+    let matrix =
+        BoxedMatrix { address: 4096, rows: 960, cols: 128, box_rows: 16, box_cols: 64, is_bf16: true };
+    let map = matrix.encode().unwrap();
+    if gpu.is_mock() {
+        assert_eq!(map[..10], [4096, 128, 960, 256, 64, 16, 9, 3, 3, 0]);
+        assert_eq!(BoxedMatrix { is_bf16: false, ..matrix }.encode().unwrap()[6], 6);
+    }
 }

@@ -1,6 +1,7 @@
 //! The engine under test: the real `EngineCore` and `ModelRunner`, stepped by the caller, without threads of their own,
 //! tokenizer or network.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use quire_core::{
 use quire_cpu::{CpuBackend, Isa, Precision};
 use quire_engine::EngineCore;
 use quire_model::Checkpoint;
+use quire_runner::LoadProgress;
 use quire_scheduler::SchedulerConfig;
 
 use super::args::BenchModelArgs;
@@ -19,6 +21,7 @@ use super::report::{format_word, slug};
 use super::{Progress, as_failure};
 use crate::args::{EngineArgs, ExecutorArg};
 use crate::config::{Config, Machine};
+use crate::gpu::{self, Gpu};
 use crate::machine;
 use crate::model::ModelSource;
 use crate::ranks::{self, cpu_backends};
@@ -33,6 +36,9 @@ const SPARE_BLOCKS: u32 = 2;
 /// A checkpoint and how it runs.
 pub(crate) struct Model {
     checkpoint: Checkpoint,
+    args: EngineArgs,
+    /// Where it runs, if not on the processor.
+    gpu: Option<Gpu>,
     pub(crate) config: Config,
     slug: String,
     format: &'static str,
@@ -61,9 +67,10 @@ impl Model {
         let name = args.served_model_name.clone().unwrap_or_else(|| source.default_name());
         let checkpoint = source.fetch(args.engine.load_format)?.open(args.engine.load_format)?;
         let spec = checkpoint.spec();
-        let config = size(&args.engine, spec, needs)?;
-        let (slug, format) = (slug(&name), format_word(spec.dtype, args.engine.quantize));
-        Ok(Self { checkpoint, config, slug, format })
+        let gpu = gpu::choose(&args.engine, spec.dtype)?;
+        let (args, config) = size(&args.engine, spec, needs, gpu.as_ref())?;
+        let (slug, format) = (slug(&name), format_word(spec.dtype, args.quantize));
+        Ok(Self { checkpoint, args, gpu, config, slug, format })
     }
 
     /// A row's name: `what/MODEL/size/DTYPE`.
@@ -80,6 +87,23 @@ impl Model {
         }
     }
 
+    /// The GPU that the model goes to, to be loaded by the caller.
+    pub(crate) fn take_gpu(&mut self) -> Option<Gpu> {
+        self.gpu.take()
+    }
+
+    /// An engine on the device that the model goes to, and what that is in words.
+    pub(crate) fn start(&mut self, progress: &mut Progress) -> Result<(Harness, String)> {
+        let Some(gpu) = self.take_gpu() else {
+            let (backends, device) = self.cpu()?;
+            return Ok((self.load(backends, progress)?, device));
+        };
+        let device = gpu.describe();
+        let Self { checkpoint, args, config, .. } = self;
+        let executor = gpu::load(gpu, checkpoint, args, config, |now| say_loading(progress, now))?;
+        Ok((Harness::new(executor, self.config.limits.max_queued_requests), device))
+    }
+
     /// The device under this model's settings, once for each rank, and what it is in words.
     pub(crate) fn cpu(&self) -> Result<(Vec<CpuBackend>, String)> {
         cpu_backends(self.checkpoint.spec().dtype, &self.config)
@@ -93,7 +117,7 @@ impl Model {
     /// Loads the weights onto `backends`.
     pub(crate) fn load<B: Backend>(&self, backends: Vec<B>, progress: &mut Progress) -> Result<Harness> {
         let executor = ranks::load(backends, &self.checkpoint, &self.config, |now| {
-            progress.say(|| format!("loading weights, {} %", now.done_bytes * 100 / now.total_bytes.max(1)));
+            say_loading(progress, now);
         });
         Ok(Harness::new(executor.map_err(as_failure)?, self.config.limits.max_queued_requests))
     }
@@ -107,8 +131,17 @@ impl Model {
     }
 }
 
-/// The engine's limits: what the user says, or else exactly what the benchmark needs.
-fn size(args: &EngineArgs, spec: &quire_model::ModelSpec, needs: Needs) -> Result<Config> {
+fn say_loading(progress: &mut Progress, now: LoadProgress) {
+    progress.say(|| format!("loading weights, {} %", now.done_bytes * 100 / now.total_bytes.max(1)));
+}
+
+/// The engine's limits: what the user says, or else exactly what the benchmark needs; with the settings that say so.
+fn size(
+    args: &EngineArgs,
+    spec: &quire_model::ModelSpec,
+    needs: Needs,
+    gpu: Option<&Gpu>,
+) -> Result<(EngineArgs, Config)> {
     let context =
         args.max_model_len.unwrap_or_else(|| u32::try_from(spec.max_model_len()).unwrap_or(u32::MAX));
     if needs.len > context {
@@ -122,10 +155,11 @@ fn size(args: &EngineArgs, spec: &quire_model::ModelSpec, needs: Needs) -> Resul
     args.max_model_len.get_or_insert(needs.len.max(2 * args.block_size).min(context));
     let num_seqs = *args.max_num_seqs.get_or_insert(needs.num_seqs);
     let is_sized = args.kv_cache_memory.is_some();
-    let mut config = Config::resolve(&args, spec, &Machine::detect())?;
+    let machine = Machine { gpu_memory: gpu.map(Gpu::free_memory), ..Machine::detect() };
+    let mut config = Config::resolve(&args, spec, &machine)?;
     config.limits.max_queued_requests = needs.num_requests;
     if !needs.resident {
-        return Ok(config);
+        return Ok((args, config));
     }
     if num_seqs < needs.num_seqs {
         return Err(Failure(format!("--max-num-seqs: {num_seqs} cannot hold a batch of {}", needs.num_seqs)));
@@ -136,15 +170,20 @@ fn size(args: &EngineArgs, spec: &quire_model::ModelSpec, needs: Needs) -> Resul
     if is_sized && config.runner.num_blocks < wanted {
         return Err(Failure(format!("--kv-cache-memory: this batch needs {bytes}")));
     }
+    if gpu.is_some() {
+        // The device says itself what does not fit.
+        config.runner.num_blocks = wanted;
+        return Ok((args, config));
+    }
     if let Some(free) = machine::available_memory().filter(|&free| bytes > free) {
         let needed = format!("the KV cache of this batch needs {bytes}, but {free} are free");
         return Err(Failure(format!("{needed}; lower --batch-size or --input-len")));
     }
     config.runner.num_blocks = config.runner.num_blocks.max(wanted);
-    Ok(config)
+    Ok((args, config))
 }
 
-/// One step of a pass.
+/// One step of a pass, from the one before it to its own results.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StepTime {
     pub(crate) duration: Duration,
@@ -204,14 +243,26 @@ impl Harness {
         for request in requests {
             self.core.add(request).map_err(as_failure)?;
         }
+        // Of steps submitted and not collected: there are two where the device computes beside the host.
+        let mut kinds = VecDeque::new();
+        let mut step_begin = Instant::now();
         while self.core.has_work() {
-            let step_begin = Instant::now();
             let epoch = self.start;
-            self.core.step_with(|| Micros(epoch.elapsed().as_micros() as u64)).map_err(as_failure)?;
-            let duration = step_begin.elapsed();
+            let outcome =
+                self.core.step_with(|| Micros(epoch.elapsed().as_micros() as u64)).map_err(as_failure)?;
             let stats = self.core.stats();
-            let is_decode = stats.prefill_tokens == 0 && stats.decode_tokens as usize == load.prompts.len();
-            let step = StepTime { duration, is_decode };
+            if outcome.submitted.is_some() {
+                let num_decoded = stats.decode_tokens as usize;
+                kinds.push_back(stats.prefill_tokens == 0 && num_decoded == load.prompts.len());
+            }
+            if outcome.collected.is_none() {
+                continue;
+            }
+            let step = StepTime {
+                duration: step_begin.elapsed(),
+                is_decode: kinds.pop_front().expect("it was submitted before"),
+            };
+            step_begin = Instant::now();
             pass.num_sampled += u64::from(self.core.step_stats().num_sampled);
             pass.steps.push(step);
             on_step(step);

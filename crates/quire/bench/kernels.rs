@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use quire_backend::Backend;
 use quire_cpu::Peaks;
 
 use super::Progress;
@@ -10,7 +11,7 @@ use super::harness::{Harness, Load, Model, Needs};
 use super::latency::sorted;
 use super::probe::{Form, Limits};
 use super::report::{Report, table};
-use super::timed::{Op, SharedTally, Tally, Timed, Work};
+use super::timed::{HostWatch, Op, SharedTally, Tally, Timed, Watch, Work};
 use crate::{Failure, Result};
 
 /// Several steps of one kind, added up.
@@ -54,7 +55,21 @@ pub(crate) fn kernels(args: &KernelsArgs, progress: &mut Progress) -> Result<Rep
             "--tensor-parallel-size: operations are timed on one rank; leave it at 1".into(),
         ));
     }
-    let model = Model::open(&model_args, needs)?;
+    let mut model = Model::open(&model_args, needs)?;
+    let plan = Plan { args, sizes: &sizes, output_len };
+    if let Some(gpu) = model.take_gpu() {
+        let device = gpu.describe();
+        let (backend, watch, limits) = gpu.into_timed()?;
+        let mut report = Report::new(model.config.threads, &device);
+        report.machine("copy_gb_s", limits.read_bytes_s / 1e9);
+        report.machine("gemm_gflop_s", limits.peaks.bf16 / 1e9);
+        report.text(&format!(
+            "limits   {:.0} GB/s copied (read and written), {:.1} TFLOP/s in a large product",
+            limits.read_bytes_s / 1e9,
+            limits.peaks.bf16 / 1e12
+        ));
+        return measure(report, &model, &plan, (vec![backend], watch), limits, progress);
+    }
     let (backends, device) = model.cpu()?;
     let limits = Limits::measure(model.config.threads)?;
     let mut report = Report::new(model.config.threads, &device);
@@ -70,16 +85,34 @@ pub(crate) fn kernels(args: &KernelsArgs, progress: &mut Progress) -> Result<Rep
         bf16 / 1e9,
         int8 / 1e9
     ));
-    report.text(&model.headline());
+    measure(report, &model, &plan, (backends, HostWatch), limits, progress)
+}
 
+/// What is to be measured.
+struct Plan<'a> {
+    args: &'a KernelsArgs,
+    sizes: &'a [u32],
+    output_len: u32,
+}
+
+fn measure<B: Backend, W: Watch<B> + Copy>(
+    mut report: Report,
+    model: &Model,
+    plan: &Plan<'_>,
+    (backends, watch): (Vec<B>, W),
+    limits: Limits,
+    progress: &mut Progress,
+) -> Result<Report> {
+    let Plan { args, sizes, output_len } = *plan;
+    report.text(&model.headline());
     let tally = SharedTally::default();
-    let timed = backends.into_iter().map(|backend| Timed::new(backend, tally.clone())).collect();
+    let timed = backends.into_iter().map(|backend| Timed::new(backend, watch, tally.clone())).collect();
     let mut harness = model.load(timed, progress)?;
-    let steps = prefill(&mut harness, &model, args, &tally, progress)?;
-    add_steps(&mut report, &model, &format!("prefill-{}", args.input_len), &steps, limits);
-    for size in sizes {
-        let steps = decode(&mut harness, &model, (args.input_len, output_len), size, &tally, progress)?;
-        add_steps(&mut report, &model, &format!("decode-{size}"), &steps, limits);
+    let steps = prefill(&mut harness, model, args, &tally, progress)?;
+    add_steps(&mut report, model, &format!("prefill-{}", args.input_len), &steps, limits);
+    for &size in sizes {
+        let steps = decode(&mut harness, model, (args.input_len, output_len), size, &tally, progress)?;
+        add_steps(&mut report, model, &format!("decode-{size}"), &steps, limits);
     }
     Ok(report)
 }

@@ -23,11 +23,10 @@ pub(crate) fn latency(args: &LatencyArgs, progress: &mut Progress) -> Result<Rep
     let largest = sizes.last().copied().unwrap_or(1);
     let len = args.input_len.saturating_add(args.output_len);
     let needs = Needs { num_requests: largest, num_seqs: largest, len, resident: true };
-    let model = Model::open(&args.model, needs)?;
-    let (backends, device) = model.cpu()?;
+    let mut model = Model::open(&args.model, needs)?;
+    let (mut harness, device) = model.start(progress)?;
     let mut report = Report::new(model.config.threads, &device);
     report.text(&model.headline());
-    let mut harness = model.load(backends, progress)?;
     let smallest = sizes.first().copied().unwrap_or(1);
     let prefill = prefill(&mut harness, &model, args, smallest, progress)?;
     report.row(model.row("prefill_tok_s", args.input_len), prefill, "tok/s");

@@ -21,6 +21,11 @@ use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use self::args::{BenchArgs, BenchCommand};
+pub(crate) use self::probe::Limits;
+#[cfg(not(feature = "cuda"))]
+pub(crate) use self::timed::HostWatch;
+#[cfg(feature = "cuda")]
+pub(crate) use self::timed::Watch;
 use crate::{Failure, Result};
 
 /// Runs one benchmark and prints its report.
@@ -120,7 +125,9 @@ mod tests {
     #[test]
     fn shapes_have_the_parameters_of_their_models() {
         let shapes = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/shapes");
-        for (name, parameters) in [("qwen3-0.6b", 596_049_920), ("llama-3.2-1b", 1_235_814_400)] {
+        let published =
+            [("qwen3-0.6b", 596_049_920), ("llama-3.2-1b", 1_235_814_400), ("llama-3.1-8b", 8_030_261_248)];
+        for (name, parameters) in published {
             let model = quire_model::Checkpoint::open_dummy(&shapes.join(name), 0).unwrap();
             let bytes: u64 = model.tensors().iter().map(|tensor| tensor.bytes).sum();
             assert_eq!(bytes / 2, parameters, "{name}");

@@ -14,11 +14,10 @@ pub(crate) fn throughput(args: &ThroughputArgs, progress: &mut Progress) -> Resu
     let num_seqs = args.num_prompts.min(MAX_NUM_SEQS);
     let len = args.input_len.saturating_add(args.output_len);
     let needs = Needs { num_requests: args.num_prompts, num_seqs, len, resident: false };
-    let model = Model::open(&args.model, needs)?;
-    let (backends, device) = model.cpu()?;
+    let mut model = Model::open(&args.model, needs)?;
+    let (mut harness, device) = model.start(progress)?;
     let mut report = Report::new(model.config.threads, &device);
     report.text(&model.headline());
-    let mut harness = model.load(backends, progress)?;
     let prompts = model.prompts(args.num_prompts, args.input_len);
 
     // Touches every weight and buffer once.

@@ -1,5 +1,6 @@
 //! A backend that hands every call to another one and keeps the time it took, with the work that was in it.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -89,10 +90,48 @@ impl SharedTally {
     }
 }
 
-/// A backend with a clock around every operation. The inner one must compute inside the calls ([`Backend::INLINE`]).
-pub(crate) struct Timed<B> {
+/// What tells the time between two points of a backend's work.
+pub(crate) trait Watch<B>: Send + 'static {
+    /// A point behind everything that was asked for so far.
+    type Mark: Send;
+
+    fn mark(&self, backend: &B) -> Result<Self::Mark, BackendError>;
+
+    /// From one point to another; the work before both is done.
+    fn between(&self, begin: &Self::Mark, end: &Self::Mark) -> Result<Duration, BackendError>;
+}
+
+/// The host's clock, for backends that compute inside the calls ([`Backend::INLINE`]).
+#[derive(Clone, Copy)]
+pub(crate) struct HostWatch;
+
+impl<B: Backend> Watch<B> for HostWatch {
+    type Mark = Instant;
+
+    fn mark(&self, _: &B) -> Result<Instant, BackendError> {
+        Ok(Instant::now())
+    }
+
+    fn between(&self, begin: &Instant, end: &Instant) -> Result<Duration, BackendError> {
+        Ok(*end - *begin)
+    }
+}
+
+/// An operation that was asked for, and the points before and behind it.
+struct Timing<M> {
+    op: Op,
+    work: Work,
+    begin: M,
+    end: M,
+}
+
+/// A backend with a watch on every operation.
+pub(crate) struct Timed<B, W: Watch<B>> {
     inner: B,
+    watch: W,
     tally: SharedTally,
+    /// Of passes that were prepared and not fetched, oldest first.
+    timings: VecDeque<Vec<Timing<W::Mark>>>,
     /// Bytes of one element of the KV cache.
     kv_element: usize,
     /// Of the step prepared last.
@@ -118,11 +157,11 @@ impl<W> TimedWeight<W> {
     }
 }
 
-impl<B: Backend> Timed<B> {
-    pub(crate) fn new(inner: B, tally: SharedTally) -> Self {
-        assert!(B::INLINE, "a clock around calls that only enqueue would measure nothing");
+impl<B: Backend, W: Watch<B>> Timed<B, W> {
+    pub(crate) fn new(inner: B, watch: W, tally: SharedTally) -> Self {
         let (positions, seq_lens) = (Vec::new(), Vec::new());
-        Self { inner, tally, kv_element: 0, positions, seq_lens, num_logit_rows: 0 }
+        let timings = VecDeque::new();
+        Self { inner, watch, tally, timings, kv_element: 0, positions, seq_lens, num_logit_rows: 0 }
     }
 
     fn time(
@@ -131,10 +170,13 @@ impl<B: Backend> Timed<B> {
         work: Work,
         body: impl FnOnce(&mut B) -> Result<(), BackendError>,
     ) -> Result<(), BackendError> {
-        let begin = Instant::now();
-        let result = body(&mut self.inner);
-        self.tally.add(op, Work { time: begin.elapsed(), ..work });
-        result
+        let begin = self.watch.mark(&self.inner)?;
+        body(&mut self.inner)?;
+        let end = self.watch.mark(&self.inner)?;
+        if let Some(timings) = self.timings.back_mut() {
+            timings.push(Timing { op, work, begin, end });
+        }
+        Ok(())
     }
 
     fn attention_work(&self, op: &Attention<'_, Self>) -> Work {
@@ -158,7 +200,7 @@ fn stored_bytes(source: &LinearSource<'_>) -> f64 {
     source.parts.iter().map(|part| bytes(&part.weight) as f64).sum()
 }
 
-impl<B: Backend> Backend for Timed<B> {
+impl<B: Backend, W: Watch<B>> Backend for Timed<B, W> {
     type Buf = B::Buf;
     type Weight = TimedWeight<B::Weight>;
     type Norm = B::Norm;
@@ -218,6 +260,7 @@ impl<B: Backend> Backend for Timed<B> {
         self.seq_lens.clear();
         self.seq_lens.extend_from_slice(input.seq_lens);
         self.num_logit_rows = input.logit_rows.len();
+        self.timings.push_back(Vec::new());
         self.inner.prepare(input)
     }
 
@@ -226,6 +269,8 @@ impl<B: Backend> Backend for Timed<B> {
         _key: Option<GraphKey>,
         mut body: impl FnMut(&mut Self) -> Result<(), BackendError>,
     ) -> Result<(), BackendError> {
+        // What it does before any body. Nothing is recorded: each operation is to be seen.
+        self.inner.run(None, |_| Ok(()))?;
         body(self)
     }
 
@@ -301,7 +346,11 @@ impl<B: Backend> Backend for Timed<B> {
     }
 
     fn fetch(&mut self, step: StepId, out: &mut ModelRunnerOutput) -> Result<(), BackendError> {
-        self.inner.fetch(step, out)
+        self.inner.fetch(step, out)?;
+        for Timing { op, work, begin, end } in self.timings.pop_front().unwrap_or_default() {
+            self.tally.add(op, Work { time: self.watch.between(&begin, &end)?, ..work });
+        }
+        Ok(())
     }
 
     fn read(&mut self, buf: &Self::Buf, rows: usize) -> Result<Vec<f32>, BackendError> {

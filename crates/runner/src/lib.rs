@@ -8,8 +8,8 @@
 //! * a plan that contradicts the mirror is an error with the numbers in it, never a silent repair.
 //!
 //! Reading order: [`model_runner`] (one step), `input_batch.rs` and `block_tables.rs` (the mirror), `pass.rs` (a step
-//! as flat arrays), [`decoder`] (the forward pass); then [`config`], `workspace.rs`, [`load`], [`weights`], [`memory`]; for
-//! several ranks, `sharding.rs` and [`tensor_parallel`].
+//! as flat arrays), [`decoder`] (the forward pass); then [`config`], `workspace.rs`, [`load`], [`weights`], [`memory`],
+//! `measured.rs` (a cache as large as the device allows); for several ranks, `sharding.rs` and [`tensor_parallel`].
 #![forbid(unsafe_code)]
 
 mod block_tables;
@@ -18,6 +18,7 @@ pub mod decoder;
 mod error;
 mod input_batch;
 pub mod load;
+mod measured;
 pub mod memory;
 pub mod model_runner;
 mod pass;

@@ -31,16 +31,16 @@ const NOT_SAMPLED: &str = "`sample` was not called for it";
 
 /// A model on a device, with its KV cache and the mirrored batch.
 pub struct ModelRunner<B: Backend> {
-    backend: B,
+    pub(crate) backend: B,
     decoder: Decoder<B>,
     workspace: Workspace<B>,
-    kv: B::Kv,
-    batch: InputBatch,
+    pub(crate) kv: B::Kv,
+    pub(crate) batch: InputBatch,
     pass: Pass,
-    limits: ExecutorLimits,
-    memory: MemoryPlan,
+    pub(crate) limits: ExecutorLimits,
+    pub(crate) memory: MemoryPlan,
     /// Of the device's cache.
-    kv_layout: KvLayout,
+    pub(crate) kv_layout: KvLayout,
     num_host_blocks: u32,
     /// Submitted and not collected, oldest first.
     in_flight: VecDeque<InFlight>,
@@ -140,6 +140,11 @@ impl<B: Backend> ModelRunner<B> {
         &self.memory
     }
 
+    /// The device.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
     /// The logits of the last pass, `[logit_rows, vocab_size]`, for tests and comparisons. Call it after `collect`;
     /// rows that were sampled with penalties or masks may hold the changed values.
     ///
@@ -222,11 +227,11 @@ impl<B: Backend> ModelRunner<B> {
         found.ok_or(PlanError::OutOfOrder(step, "was not submitted"))
     }
 
-    fn bad_plan(&self, error: &PlanError) -> ExecError {
+    pub(crate) fn bad_plan(&self, error: &PlanError) -> ExecError {
         ExecError { device: self.backend.name(), message: format!("inconsistent plan: {error}") }
     }
 
-    fn backend_failed(&self, error: BackendError) -> ExecError {
+    pub(crate) fn backend_failed(&self, error: BackendError) -> ExecError {
         match error {
             BackendError::Device(error) => error,
             other => ExecError { device: self.backend.name(), message: other.to_string() },

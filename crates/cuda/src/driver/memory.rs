@@ -41,21 +41,25 @@ impl DeviceSlice {
     }
 }
 
+/// What is at least this part of a chunk is an allocation of its own, so that little of a chunk is left unused.
+const LARGE_PART: usize = 8;
+
 /// Hands out device memory from chunks and frees all of it at once. Growing it is for start-up only.
 #[derive(Debug)]
 pub struct Arena {
     context: Arc<Context>,
     chunk_bytes: usize,
-    chunks: Vec<DeviceSlice>,
-    /// Bytes used of the last chunk.
-    used: usize,
+    /// Everything taken from the device.
+    allocations: Vec<DeviceSlice>,
+    /// What is left of the last chunk.
+    rest: DeviceSlice,
 }
 
 impl Arena {
     /// An empty arena that grows by at least `chunk_bytes`. With 0 every tensor is an allocation of its own, so that an
     /// access out of bounds can be found.
     pub fn new(context: Arc<Context>, chunk_bytes: usize) -> Self {
-        Self { context, chunk_bytes, chunks: Vec::new(), used: 0 }
+        Self { context, chunk_bytes, allocations: Vec::new(), rest: DeviceSlice::NULL }
     }
 
     /// Memory with undefined content, at least 16 bytes.
@@ -65,39 +69,39 @@ impl Arena {
     pub fn alloc(&mut self, bytes: usize) -> Result<DeviceSlice, CudaError> {
         let bytes = bytes.max(16);
         let rounded = bytes.next_multiple_of(ALIGNMENT);
-        let fits = self.chunks.last().is_some_and(|chunk| self.used + rounded <= chunk.bytes);
-        if !fits {
-            let chunk =
-                self.allocate(if self.chunk_bytes == 0 { bytes } else { rounded.max(self.chunk_bytes) })?;
-            self.chunks.push(chunk);
-            self.used = 0;
+        if rounded >= self.chunk_bytes / LARGE_PART {
+            return self.allocate(bytes);
         }
-        let chunk = self.chunks.last().expect("pushed just now if there was none");
-        let slice = DeviceSlice { address: chunk.address + self.used as u64, bytes };
-        self.used = if self.chunk_bytes == 0 { chunk.bytes } else { self.used + rounded };
+        if self.rest.bytes < rounded {
+            self.rest = self.allocate(self.chunk_bytes)?;
+        }
+        let slice = self.rest.part(0, bytes);
+        self.rest = self.rest.part(rounded, self.rest.bytes - rounded);
         Ok(slice)
     }
 
     /// Bytes taken from the device.
     pub fn bytes(&self) -> u64 {
-        self.chunks.iter().map(|chunk| chunk.bytes as u64).sum()
+        self.allocations.iter().map(|allocation| allocation.bytes as u64).sum()
     }
 
-    fn allocate(&self, bytes: usize) -> Result<DeviceSlice, CudaError> {
+    fn allocate(&mut self, bytes: usize) -> Result<DeviceSlice, CudaError> {
         self.context.bind()?;
         let mut address = 0;
         // SAFETY: plain call with a valid pointer under a bound context.
         check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) })?;
-        Ok(DeviceSlice { address, bytes })
+        let allocation = DeviceSlice { address, bytes };
+        self.allocations.push(allocation);
+        Ok(allocation)
     }
 }
 
 impl Drop for Arena {
     fn drop(&mut self) {
         let _ = self.context.bind();
-        for chunk in &self.chunks {
+        for allocation in &self.allocations {
             // SAFETY: allocated above and freed once; freeing waits for the work that uses it.
-            let _ = unsafe { sys::cuMemFree_v2(chunk.address) };
+            let _ = unsafe { sys::cuMemFree_v2(allocation.address) };
         }
     }
 }

@@ -5,7 +5,8 @@
 //! [`presence`] asks first. Objects keep their [`Context`] alive and bind it before they use it, so they may be moved to
 //! another thread, but not shared.
 //!
-//! Reading order: `error`, `presence`, `context`, `memory`, `stream`, `module`, `graph`.
+//! Reading order: `error`, `presence`, `context`, `memory`, `stream`, `module`, `graph`,
+//! `tensor_map`.
 
 pub mod context;
 mod error;
@@ -14,6 +15,7 @@ pub mod memory;
 pub mod module;
 pub mod presence;
 pub mod stream;
+pub mod tensor_map;
 
 pub use context::Context;
 pub use error::CudaError;
@@ -23,3 +25,4 @@ pub use memory::{Arena, DeviceSlice, Pinned};
 pub use module::{Function, LaunchShape, Modules};
 pub use presence::{Unavailable, probe};
 pub use stream::{Event, Stream};
+pub use tensor_map::{BoxedMatrix, TensorMap};

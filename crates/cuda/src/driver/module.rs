@@ -52,14 +52,15 @@ impl LaunchShape {
 }
 
 impl Modules {
-    /// Loads every image for the GPU of `context`.
+    /// Loads every image for the GPU of `context`; those whose names end in `_sm90a` only on Hopper.
     ///
     /// # Errors
     /// None of an image's architectures fits, or the driver failed.
     pub fn load(context: &Arc<Context>, images: &[(&str, &[u8])]) -> Result<Self, CudaError> {
         context.bind()?;
         let mut modules = Self { context: context.clone(), modules: Vec::with_capacity(images.len()) };
-        for (name, image) in images {
+        let is_hopper = context.compute_capability() == (9, 0);
+        for (name, image) in images.iter().filter(|(name, _)| is_hopper || !name.ends_with("_sm90a")) {
             if image.is_empty() {
                 return Err(CudaError::new("cuModuleLoadData", format!("image {name} is empty")));
             }

@@ -30,8 +30,8 @@ pub fn repository() -> PathBuf {
     if let Some(root) = std::env::var_os("QUIRE_TEST_ROOT") {
         return root.into();
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2);
-    root.expect("the crate lies two folders below the root").to_path_buf()
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().find(|path| path.join("kernels").is_dir());
+    root.expect("the crate lies in the repository").to_path_buf()
 }
 
 /// The files of a folder with one of these extensions, sorted.

@@ -9,10 +9,8 @@ use std::sync::OnceLock;
 
 use libloading::Library;
 
-use super::build::{CppLibrary, compiler, files, repository};
-
-/// Set in the child process of [`under_sanitizers`].
-const SANITIZE: &str = "QUIRE_TEST_SANITIZE";
+use super::build::compiler;
+use super::double::{SANITIZE, host_library_path};
 
 /// CUDA's `uint3`.
 #[repr(C)]
@@ -135,41 +133,6 @@ impl HostKernels {
         };
         assert_eq!(status, 0, "{name} on grid {grid:?}, block {block:?}, seed {seed}: {}", self.error());
     }
-}
-
-/// Builds the host library as [`HostKernels::load`] does.
-pub fn host_library_path() -> Option<std::path::PathBuf> {
-    let Some(compiler) = compiler() else {
-        eprintln!("skipped: no g++ (nor CXX), so the kernels cannot be built for the host");
-        return None;
-    };
-    let kernels = repository().join("kernels");
-    let (include, emulate) = (kernels.join("include"), kernels.join("emulate"));
-    let mut sources = files(&kernels, &["cu"]);
-    sources.extend(files(&emulate, &["cpp"]));
-    let mut headers = files(&include, &["h", "cuh"]);
-    headers.extend(files(&emulate, &["h", "cuh", "inc"]));
-    let mut flags: Vec<String> = [
-        "-std=c++17",
-        "-O1",
-        "-g1",
-        "-fno-strict-aliasing",
-        "-ffp-contract=off",
-        "-Wall",
-        "-Wextra",
-        "-Wno-unknown-pragmas",
-    ]
-    .map(String::from)
-    .to_vec();
-    flags.extend([&include, &emulate].map(|folder| format!("-I{}", folder.display())));
-    let is_sanitized = std::env::var_os(SANITIZE).is_some();
-    if is_sanitized {
-        let sanitizers =
-            ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"];
-        flags.extend(sanitizers.map(String::from));
-    }
-    let file_name = if is_sanitized { "libquire_kernels_asan.so" } else { "libquire_kernels_host.so" };
-    Some(CppLibrary { file_name, sources, headers, flags }.build(&compiler))
 }
 
 /// Runs the tests of this binary whose names contain `filter` again, in a child process where the kernels are built

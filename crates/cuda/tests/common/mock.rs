@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
-use super::build::{CppLibrary, compiler, files, repository};
+use super::build::{compiler, files};
+use super::double;
 use super::kernels::HostKernels;
 
 /// An image that the double accepts, and finds every kernel of the host library in; or the real ones.
@@ -179,26 +180,16 @@ impl MockGpu {
 
 fn load() -> Option<Mock> {
     let kernels = HostKernels::load()?;
-    let compiler = compiler()?;
+    let [driver, cublaslt, nccl] = double::libraries(&compiler()?);
     // The backend opens libraries by these names; what has one of them as its soname and is open already is what it gets.
-    let driver = open(&build(&compiler, "cuda", "libcuda.so"));
-    let cublaslt = open(&build(&compiler, "cublaslt", "libcublasLt.so"));
+    let (driver, cublaslt) = (open(&driver), open(&cublaslt));
     // SAFETY: cuda.cpp has this function, and expects these two with these types.
     unsafe {
         let set = driver.get::<unsafe extern "C" fn(*const c_void, *const c_void)>(b"mock_kernels");
         let set = set.expect("cuda.cpp has it");
         set(kernels.symbol("quire_kernels"), kernels.symbol("quire_emulate"));
     }
-    let nccl = open(&build(&compiler, "nccl", "libnccl.so.2"));
-    Some(Mock { driver, _cublaslt: cublaslt, _nccl: nccl })
-}
-
-fn build(compiler: &str, source: &str, soname: &str) -> PathBuf {
-    let folder = repository().join("crates/cuda/tests/mock");
-    let flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", &format!("-Wl,-soname,{soname}")].map(String::from);
-    let sources = vec![folder.join(format!("{source}.cpp"))];
-    CppLibrary { file_name: soname, sources, headers: files(&folder, &["h"]), flags: flags.to_vec() }
-        .build(compiler)
+    Some(Mock { driver, _cublaslt: cublaslt, _nccl: open(&nccl) })
 }
 
 fn open(path: &std::path::Path) -> Library {

@@ -3,6 +3,7 @@
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 
 pub mod build;
+pub mod double;
 pub mod kernels;
 pub mod mock;
 

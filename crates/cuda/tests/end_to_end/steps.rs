@@ -91,6 +91,12 @@ impl<R: Runner> Steps<R> {
         }
     }
 
+    /// Only the first `count` sequences go on.
+    pub fn keep(&mut self, count: usize) {
+        self.prompts.truncate(count);
+        self.outputs.truncate(count);
+    }
+
     /// `[sequences, vocab]` of the last step.
     pub fn logits(&mut self) -> Vec<f32> {
         self.runner.logits().expect("the device lives")

@@ -4,8 +4,14 @@
 // only sometimes fails: device memory begins and ends at guard pages and starts as NaN, asynchronous copies demand
 // pinned memory, work on a stream is put off until something waits for it (mock_delay), captured launches keep the
 // arguments they had, and an error stays (mock_fail).
+//
+// A whole process can be run under it too: as libcuda.so.1 in LD_LIBRARY_PATH, told what tests otherwise say by calls:
+//   QUIRE_MOCK_KERNELS   the host build of the kernels; any image then holds all of them
+//   QUIRE_MOCK_FAIL      a path: once a file is there, the device has failed (an illegal address); how many copies to
+//                        the host it had begun by then is appended to the file
 #include "mock.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -54,6 +60,7 @@ using Emulate = int (*)(const char*, Uint3, Uint3, unsigned, const void*, unsign
 using Table = const QuireKernel* (*)(int*);
 Emulate emulate;
 Table table;
+const char* fail_file = nullptr;
 
 using Work = std::function<int()>;
 
@@ -118,7 +125,30 @@ thread_local Device* current = nullptr;
 // Every call that can fail asynchronously counts down to the injected error; afterwards all of them return it.
 int gate(Device& d) {
     if (d.error == OK && d.fail_after >= 0 && d.fail_after-- == 0) d.error = d.fail_with;
+    if (d.error == OK && fail_file && access(fail_file, F_OK) == 0) {
+        d.error = ILLEGAL_ADDRESS;
+        if (FILE* file = std::fopen(fail_file, "a")) {
+            std::fprintf(file, "%llu\n", static_cast<unsigned long long>(d.counters.device_to_host));
+            std::fclose(file);
+        }
+    }
     return d.error;
+}
+
+// What the environment says. The double of cuBLASLt uses functions of this library, so they become visible to all.
+void read_environment() {
+    fail_file = std::getenv("QUIRE_MOCK_FAIL");
+    const char* path = std::getenv("QUIRE_MOCK_KERNELS");
+    Dl_info self;
+    if (!path || !dladdr(reinterpret_cast<void*>(&read_environment), &self)) return;
+    dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL);
+    void* kernels = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!kernels) {
+        std::fprintf(stderr, "QUIRE_MOCK_KERNELS: %s\n", dlerror());
+        return;
+    }
+    table = reinterpret_cast<Table>(dlsym(kernels, "quire_kernels"));
+    emulate = reinterpret_cast<Emulate>(dlsym(kernels, "quire_emulate"));
 }
 
 bool inside(const std::map<uintptr_t, Block>& memory, uintptr_t address, size_t bytes) {
@@ -245,7 +275,11 @@ int cuGetErrorString(int error, const char** text) { return cuGetErrorName(error
 
 // Devices and contexts. A context is its device.
 
-int cuInit(unsigned) { return OK; }
+int cuInit(unsigned) {
+    static std::once_flag once;
+    std::call_once(once, read_environment);
+    return OK;
+}
 int cuDriverGetVersion(int* version) {
     *version = 13000;
     return OK;
@@ -488,9 +522,14 @@ int cuEventElapsedTime_v2(float* milliseconds, void* start, void* end) {
 
 // Modules and launches. Whatever the image says, it holds every kernel of the host library.
 
+// What nvcc writes begins with the magic number of a fatbin; its kernels are taken from the host library.
+static bool is_image(const void* image) {
+    return std::memcmp(image, "mock", 4) == 0 || std::memcmp(image, "\x50\xed\x55\xba", 4) == 0;
+}
+
 int cuModuleLoadData(void** out, const void* image) {
     CURRENT;
-    if (!image || std::memcmp(image, "mock", 4) != 0) return INVALID_IMAGE;
+    if (!image || !is_image(image)) return INVALID_IMAGE;
     d.counters.live_modules++;
     *out = new Module{&d};
     return OK;
@@ -525,6 +564,17 @@ int cuFuncGetAttribute(int* value, int, void*) {
 }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int, size_t) {
     *blocks = 2;
+    return OK;
+}
+
+// The double has no copies of boxes: it notes what it was given, for a test to read.
+int cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address, const uint64_t* dims,
+                           const uint64_t* strides, const unsigned* boxes, const unsigned* steps, int interleave,
+                           int swizzle, int promotion, int fill) {
+    if (rank != 2 || steps[0] != 1 || steps[1] != 1 || interleave != 0) return INVALID_VALUE;
+    const uint64_t noted[] = {uint64_t(uintptr_t(address)), dims[0],       dims[1],          strides[0],    boxes[0],
+                              boxes[1],                     uint64_t(type), uint64_t(swizzle), uint64_t(promotion), uint64_t(fill)};
+    std::memcpy(map, noted, sizeof noted);
     return OK;
 }
 
