@@ -27,6 +27,6 @@ pub mod step_input;
 pub use backend::{Backend, BackendError, BufRole};
 pub use ops::{
     Activation, AddNorm, Attention, AttnShape, Embed, GraphKey, KvLayerShape, KvLayout, Linear, LinearPart,
-    LinearSource, Logits, Mlp, MlpShape, RopeAndCache, RopeTable,
+    LinearSource, Logits, MAX_EXPERTS, Mlp, MlpShape, Moe, MoeScratch, RopeAndCache, RopeTable,
 };
 pub use step_input::{LogitKind, LogitRow, ON_DEVICE, SeqState, StepBuffer, StepInput};

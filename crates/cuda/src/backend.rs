@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use quire_backend::{
     AddNorm, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout, Linear, LinearSource,
-    Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
+    Logits, Mlp, Moe, RopeAndCache, RopeTable, SeqState, StepInput,
 };
 use quire_core::{ExecError, LateInputs, ModelRunnerOutput, StepId, TensorView};
 
@@ -17,6 +17,7 @@ use crate::driver::{
     Arena, Context, CudaError, DeviceSlice, Graph, LaunchShape, Modules, Pinned, Stream, Unavailable,
 };
 use crate::kernels::{DECODE_ROWS, Kernels};
+use crate::moe::Routing;
 use crate::options::CudaOptions;
 use crate::params::{StepPlanParams, UpdateTablesParams};
 use crate::sampling::SamplerState;
@@ -59,6 +60,7 @@ pub struct Cuda {
     planned_rows: DeviceSlice,
     pub(crate) mlp_hidden: DeviceSlice,
     pub(crate) gathered: DeviceSlice,
+    pub(crate) routing: Routing,
 
     pub(crate) layout: Layout,
     /// Rows that are launched: the step's, or those of its bucket.
@@ -164,6 +166,7 @@ impl Cuda {
             planned_rows: null,
             mlp_hidden: null,
             gathered: null,
+            routing: Routing::empty(),
             layout: Layout::new(0, 0),
             rows: 0,
             logit_launch_rows: 0,
@@ -509,6 +512,11 @@ impl Backend for Cuda {
     fn mlp(&mut self, op: Mlp<'_, Self>) -> Result<(), BackendError> {
         self.alive()?;
         self.mlp_rows(&op)
+    }
+
+    fn moe(&mut self, op: Moe<'_, Self>) -> Result<(), BackendError> {
+        self.alive()?;
+        self.moe_rows(&op)
     }
 
     fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError> {

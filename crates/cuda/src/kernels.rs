@@ -4,8 +4,8 @@ use crate::blaslt::Element;
 use crate::driver::{CudaError, Function, LaunchShape, Modules};
 use crate::params::{
     ActParams, AddNormParams, AttentionParams, AttentionPlanParams, CopyPagesParams, CountTokensParams,
-    EmbedParams, GatherRowsParams, LogitsParams, LogprobsParams, RopeCacheParams, SampleParams,
-    StepPlanParams, UpdateTablesParams,
+    EmbedParams, GatherRowsParams, LogitsParams, LogprobsParams, MoeCombineParams, MoeGemmParams,
+    MoeRouteParams, MoeSortParams, RopeCacheParams, SampleParams, StepPlanParams, UpdateTablesParams,
 };
 
 const ROW_THREADS: u32 = 256;
@@ -42,6 +42,16 @@ pub struct AttentionKernels {
     prefill_smem: u32,
 }
 
+/// Mixtures of experts.
+#[derive(Debug)]
+pub struct MoeKernels {
+    pub route: Function<MoeRouteParams>,
+    pub sort: Function<MoeSortParams>,
+    pub gate_up: Function<MoeGemmParams>,
+    pub down: Function<MoeGemmParams>,
+    pub combine: Function<MoeCombineParams>,
+}
+
 /// Every kernel of one activation type.
 #[derive(Debug)]
 pub struct Kernels {
@@ -49,6 +59,7 @@ pub struct Kernels {
     pub add_norm: Pair<AddNormParams>,
     pub rope_cache: Pair<RopeCacheParams>,
     pub act: Pair<ActParams>,
+    pub moe: MoeKernels,
     pub gather_rows: Function<GatherRowsParams>,
     pub copy_pages: Function<CopyPagesParams>,
     pub step_plan: Function<StepPlanParams>,
@@ -96,6 +107,13 @@ impl Kernels {
             add_norm: pair(modules, "quire_add_norm", act)?,
             rope_cache: pair(modules, "quire_rope_cache", act)?,
             act: pair(modules, "quire_act", act)?,
+            moe: MoeKernels {
+                route: modules.function("quire_moe_route", 0)?,
+                sort: modules.function("quire_moe_sort", 0)?,
+                gate_up: modules.function(&format!("quire_moe_gate_up_{act}"), 0)?,
+                down: modules.function(&format!("quire_moe_down_{act}"), 0)?,
+                combine: modules.function(&format!("quire_moe_combine_{act}"), 0)?,
+            },
             gather_rows: modules.function(&format!("quire_gather_rows_{act}"), 0)?,
             copy_pages: modules.function("quire_copy_pages", 0)?,
             step_plan: modules.function("quire_step_plan", 0)?,
@@ -137,6 +155,9 @@ impl Kernels {
         (self.act.choose(width.is_multiple_of(8)), by_rows(rows, width.div_ceil(16 * 256), 256))
     }
 
+    /// One block, whatever there is to sort.
+    pub const MOE_SORT: LaunchShape = LaunchShape::linear(1, 1024);
+
     /// One block a row.
     pub fn by_row(rows: usize) -> LaunchShape {
         LaunchShape::linear(rows as u32, ROW_THREADS)
@@ -157,6 +178,23 @@ impl Kernels {
     pub fn sample(rows: usize, vocab: usize) -> LaunchShape {
         LaunchShape { dynamic_smem: sample_smem(vocab), ..LaunchShape::linear(rows as u32, 1024) }
     }
+}
+
+/// Slots of a tile of the experts' products.
+pub const MOE_TILE_ROWS: usize = 64;
+
+/// Eight rows a block.
+pub fn moe_route(rows: usize) -> LaunchShape {
+    LaunchShape::linear((rows as u32).div_ceil(8), 256)
+}
+
+/// As many blocks as run at once on `sm_count` multiprocessors.
+pub fn moe_gemm(sm_count: u32) -> LaunchShape {
+    LaunchShape::linear(3 * sm_count, 128)
+}
+
+pub fn moe_combine(rows: usize, hidden: usize) -> LaunchShape {
+    by_rows(rows, hidden.div_ceil(2048), 256)
 }
 
 /// Parts of a row of logits.

@@ -11,7 +11,7 @@
 //! * once the device has failed, every call fails with the first error.
 //!
 //! Reading order: [`driver`], [`blaslt`], [`params`], `kernels.rs`, `backend.rs` (a step), `step.rs` and `slots.rs` (what
-//! is sent), `ops.rs`, `attention.rs`, `sampling.rs` (what is launched), `load.rs` and `buffers.rs`.
+//! is sent), `ops.rs`, `moe.rs`, `attention.rs`, `sampling.rs` (what is launched), `load.rs` and `buffers.rs`.
 
 mod attention;
 mod backend;
@@ -21,6 +21,7 @@ pub mod driver;
 pub mod int_weights;
 mod kernels;
 mod load;
+mod moe;
 mod ops;
 mod options;
 pub mod params;

@@ -13,6 +13,16 @@ use crate::params::{
 use crate::staging::bytes_of_i32;
 use crate::step::{Layout, MAX_COPIES};
 
+/// `QUIRE_ACT_*` of the kernels.
+pub(crate) const fn activation_kind(activation: Activation) -> i32 {
+    match activation {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+        Activation::Gelu => 2,
+        Activation::Relu => 3,
+    }
+}
+
 impl Cuda {
     /// Enqueues a launch of one of our kernels.
     pub(crate) fn launch<P: Copy>(
@@ -28,7 +38,7 @@ impl Cuda {
     }
 
     /// A buffer has at least `rows` rows of exactly `cols` columns, of `element`.
-    fn expect(
+    pub(crate) fn expect(
         &self,
         op: &str,
         buf: &CudaBuf,
@@ -90,7 +100,7 @@ impl Cuda {
     }
 
     /// `out = x · weightᵀ + bias` for dense rows of `x`.
-    fn product(
+    pub(crate) fn product(
         &mut self,
         x: DeviceSlice,
         weight: &CudaWeight,
@@ -188,12 +198,7 @@ impl Cuda {
             out: hidden.address(),
             num_rows: self.step_address(Layout::NUM_TOKENS),
             width: width as i32,
-            kind: match op.activation {
-                Activation::Silu => 0,
-                Activation::GeluTanh => 1,
-                Activation::Gelu => 2,
-                Activation::Relu => 3,
-            },
+            kind: activation_kind(op.activation),
             gated: i32::from(is_gated),
             reserved: 0,
         };

@@ -5,11 +5,11 @@
 use quire_backend::{Activation, AttnShape, Backend, LinearPart, LinearSource, MlpShape, RopeTable};
 use quire_core::{QuantFormat, Shard};
 use quire_model::{
-    Checkpoint, DenseFfn, Ffn, FfnShape, GlobalTensor, GqaSpec, Head, LayerTensor, Mixer, ModelError,
-    NormPlacement, QkNorm, RopeSpec, Tensor,
+    Checkpoint, DenseFfn, Ffn, FfnShape, GlobalTensor, GqaSpec, Head, LayerSpec, LayerTensor, Mixer,
+    ModelError, MoeFfn, NormPlacement, QkNorm, RopeSpec, Tensor,
 };
 
-use crate::decoder::{AttnLayer, Decoder, DecoderLayer, MlpLayer};
+use crate::decoder::{AttnLayer, Decoder, DecoderLayer, FfnLayer, MlpLayer, MoeLayer};
 use crate::weights::embed_format;
 use crate::{RunnerConfig, RunnerError};
 
@@ -57,19 +57,41 @@ pub(crate) fn load_decoder<B: Backend>(
     Ok(Decoder { embed, layers, ropes, final_norm, head, norm_eps: spec.norm_eps })
 }
 
-/// The workspace is shared by all layers, so they must have one shape.
+/// The workspace is shared by all layers, so those of one kind must have one shape.
 fn check_uniform(checkpoint: &Checkpoint) -> Result<(), RunnerError> {
     let layers = &checkpoint.spec().layers;
-    let shape = |layer: &quire_model::LayerSpec| {
+    let attention = |layer: &LayerSpec| {
         let Mixer::Gqa(gqa) = &layer.mixer;
-        let Ffn::Dense(ffn) = &layer.ffn;
-        (gqa.num_heads, gqa.num_kv_heads, gqa.head_dim, ffn.intermediate_size, ffn.shape)
+        (gqa.num_heads, gqa.num_kv_heads, gqa.head_dim)
     };
-    match layers.iter().position(|layer| shape(layer) != shape(&layers[0])) {
+    let differs = |layer: &LayerSpec| {
+        let is_of_its_kind =
+            |other: &&LayerSpec| std::mem::discriminant(&other.ffn) == std::mem::discriminant(&layer.ffn);
+        let first = layers.iter().find(is_of_its_kind).unwrap_or(layer);
+        attention(layer) != attention(&layers[0]) || ffn_shape(&layer.ffn) != ffn_shape(&first.ffn)
+    };
+    match layers.iter().position(differs) {
         None => Ok(()),
-        Some(layer) => {
-            Err(RunnerError::Unsupported { layer, what: "its widths differ from those of the first layer" })
-        }
+        Some(layer) => Err(RunnerError::Unsupported {
+            layer,
+            what: "its widths differ from those of the first layer of its kind",
+        }),
+    }
+}
+
+/// Numbers that decide the widths of buffers.
+fn ffn_shape(ffn: &Ffn) -> [usize; 3] {
+    match ffn {
+        Ffn::Dense(ffn) => [ffn.intermediate_size, usize::from(ffn.shape == FfnShape::Gated), 0],
+        Ffn::Moe(moe) => [moe.intermediate_size, moe.num_experts, moe.num_experts_per_tok],
+    }
+}
+
+fn activation(activation: quire_model::Activation) -> Activation {
+    match activation {
+        quire_model::Activation::Silu => Activation::Silu,
+        quire_model::Activation::Gelu => Activation::Gelu,
+        quire_model::Activation::GeluTanh => Activation::GeluTanh,
     }
 }
 
@@ -88,13 +110,15 @@ impl<B: Backend> Loader<'_, B> {
     fn layer(&mut self, layer: usize) -> Result<DecoderLayer<B>, RunnerError> {
         let spec = &self.checkpoint.spec().layers[layer];
         let Mixer::Gqa(gqa) = &spec.mixer;
-        let Ffn::Dense(ffn) = &spec.ffn;
         let NormPlacement::Pre = spec.norms;
         Ok(DecoderLayer {
             attn_norm: self.layer_norm(layer, LayerTensor::MixerNorm)?,
             attn: self.attention(layer, gqa)?,
             mlp_norm: self.layer_norm(layer, LayerTensor::FfnNorm)?,
-            mlp: self.mlp(layer, ffn)?,
+            ffn: match &spec.ffn {
+                Ffn::Dense(ffn) => FfnLayer::Dense(self.mlp(layer, ffn)?),
+                Ffn::Moe(moe) => FfnLayer::Moe(self.moe(layer, moe)?),
+            },
         })
     }
 
@@ -129,11 +153,31 @@ impl<B: Backend> Loader<'_, B> {
             up: self.layer_linear(layer, "up", up, ffn.bias)?,
             down: self.layer_linear(layer, "down", &[(Down, DownBias)], ffn.bias)?,
             shape,
-            activation: match ffn.activation {
-                quire_model::Activation::Silu => Activation::Silu,
-                quire_model::Activation::Gelu => Activation::Gelu,
-                quire_model::Activation::GeluTanh => Activation::GeluTanh,
-            },
+            activation: activation(ffn.activation),
+        })
+    }
+
+    /// Routers are small and decide much: they are never quantized.
+    fn moe(&mut self, layer: usize, moe: &MoeFfn) -> Result<MoeLayer<B>, RunnerError> {
+        use LayerTensor::{ExpertDown, ExpertGate, ExpertUp, Router};
+        let checkpoint = self.checkpoint;
+        let tensors = |roles: &mut dyn Iterator<Item = LayerTensor>| -> Result<Vec<_>, ModelError> {
+            roles.map(|role| Ok((checkpoint.layer_tensor(layer, role)?, None))).collect()
+        };
+        let name = |what: &str| format!("layers.{layer}.{what}");
+        let experts = 0..moe.num_experts;
+        let router = tensors(&mut [Router].into_iter())?;
+        let router = self.linear(&name("router"), &router, QuantFormat::None)?;
+        let up = tensors(&mut experts.clone().flat_map(|expert| [ExpertGate(expert), ExpertUp(expert)]))?;
+        let up = self.linear(&name("experts.up"), &up, self.quant)?;
+        let down = tensors(&mut experts.map(ExpertDown))?;
+        Ok(MoeLayer {
+            router,
+            up,
+            down: self.linear(&name("experts.down"), &down, self.quant)?,
+            top_k: moe.num_experts_per_tok,
+            renormalise: moe.norm_topk_prob,
+            activation: activation(moe.activation),
         })
     }
 

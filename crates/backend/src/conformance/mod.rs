@@ -2,6 +2,7 @@
 //!
 //! * Values: every operation of a small two-layer decoder, over a grid of odd shapes, within a tolerance.
 //! * Batch invariance: the same rows computed alone, in any batch, in any chunks, in any blocks, give the same bits.
+//! * Mixtures of experts: the same two questions, and ties between experts.
 //! * Quantized layers ([`run_quantized`]): the same numbers as the reference, exactly.
 //! * The host tier ([`run_host_copies`]): blocks come back as they went.
 //! * Sampling: the same ids as the reference, and the same bits alone and in a batch.
@@ -9,10 +10,11 @@
 //! Every body handed to [`crate::Backend::run`] is run twice, and keys recur with other lengths, so that a backend which
 //! records and replays is tested on replays. A failure panics with the name of the case.
 //!
-//! Reading order: `random`, `model`, `schedule`, `forward`, `quantized`, `sampling`.
+//! Reading order: `random`, `model`, `schedule`, `forward`, `moe`, `quantized`, `sampling`.
 
 mod forward;
 mod model;
+mod moe;
 mod quantized;
 mod random;
 mod sampling;
@@ -76,6 +78,7 @@ pub fn run<B: Backend>(make: impl FnMut() -> B) {
 /// As [`run`].
 pub fn run_with<B: Backend>(tolerance: Tolerance, support: Support, mut make: impl FnMut() -> B) {
     forward::run(tolerance, support, &mut make);
+    moe::run(QuantFormat::None, tolerance, support, &mut make);
     sampling::run(&mut make);
 }
 
@@ -86,6 +89,7 @@ pub fn run_with<B: Backend>(tolerance: Tolerance, support: Support, mut make: im
 /// As [`run`].
 pub fn run_quantized<B: Backend>(quant: QuantFormat, mut make: impl FnMut() -> B) {
     quantized::run(quant, &mut make);
+    moe::run(quant, Tolerance::default(), Support::default(), &mut make);
 }
 
 /// Copies between the device and the host tier. For backends that have one; apart from [`run`], which all pass.
