@@ -61,7 +61,7 @@ def positive(text: str) -> int:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    shapes = tuple(sorted(path.parent.name for path in models.SHAPES.glob("*/config.json")))[::-1]
+    shapes = tuple(models.shapes())[::-1]
     names = tuple(cases.BY_NAME)
     parser = argparse.ArgumentParser(
         prog="run.py", description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
