@@ -54,6 +54,7 @@ const fn raw(element: Element) -> c_int {
         Element::F16 => 6,
         Element::F32 => 7,
         Element::Bf16 => 9,
+        Element::E4m3 => 10,
     }
 }
 
