@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHAPES = Path(__file__).resolve().parent.parent / "shapes"
+FAMILIES = ("llama", "qwen3")
 SEED = 20
 """Any number; another one gives other weights of the same statistics."""
 SHARD_BYTES = 1 << 30
@@ -41,6 +42,12 @@ class Model:
         return 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
 
 
+def shapes() -> list[str]:
+    """The names of all shapes of known families."""
+    configs = {path.parent.name: json.loads(path.read_text()) for path in SHAPES.glob("*/config.json")}
+    return sorted(name for name, config in configs.items() if config["model_type"] in FAMILIES)
+
+
 def tensors(config: dict) -> list[tuple[str, list[int]]]:
     """Names and shapes, in the order of the file. Llama, and Qwen3, which also has norms on its heads."""
     hidden, ffn, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
@@ -58,8 +65,8 @@ def tensors(config: dict) -> list[tuple[str, list[int]]]:
     ]
     if config["model_type"] == "qwen3":
         layer += [("self_attn.q_norm", [head]), ("self_attn.k_norm", [head])]
-    elif config["model_type"] != "llama":
-        raise ValueError(f"model_type {config['model_type']!r} is not known here; llama and qwen3 are")
+    elif config["model_type"] not in FAMILIES:
+        raise ValueError(f"model_type {config['model_type']!r} is not known here; {' and '.join(FAMILIES)} are")
     if not config["tie_word_embeddings"]:
         raise ValueError("only shapes whose embedding is also the output layer are supported")
     names = [("model.embed_tokens.weight", [config["vocab_size"], hidden])]

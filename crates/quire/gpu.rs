@@ -1,7 +1,7 @@
 //! Where a model runs: on a GPU, where this build and this machine have one, else on the processor; and why.
 
-use quire_core::{DType, Executor};
-use quire_model::Checkpoint;
+use quire_core::{DType, Executor, QuantFormat};
+use quire_model::{Checkpoint, Ffn, ModelSpec};
 use quire_runner::LoadProgress;
 
 use crate::args::{Device, EngineArgs, ExecutorArg};
@@ -12,11 +12,12 @@ use crate::{Failure, Result};
 ///
 /// # Errors
 /// `--device cuda`, and no GPU can be used.
-pub(crate) fn choose(args: &EngineArgs, dtype: DType) -> Result<Option<Gpu>> {
+pub(crate) fn choose(args: &EngineArgs, spec: &ModelSpec) -> Result<Option<Gpu>> {
     if args.device == Device::Cpu || args.executor == ExecutorArg::Mock {
         return Ok(None);
     }
-    match (unsuited(args, dtype).map_or_else(|| Gpu::open(args, dtype), Err), args.device) {
+    let dtype = spec.dtype;
+    match (unsuited(args, spec).map_or_else(|| Gpu::open(args, dtype), Err), args.device) {
         (Ok(gpu), _) => Ok(Some(gpu)),
         (Err(reason), Device::Cuda) => Err(Failure(format!("--device cuda: {reason}"))),
         (Err(reason), _) => {
@@ -47,8 +48,16 @@ pub(crate) fn load(
 }
 
 /// What was asked for that only the processor can do.
-fn unsuited(args: &EngineArgs, dtype: DType) -> Option<String> {
+fn unsuited(args: &EngineArgs, spec: &ModelSpec) -> Option<String> {
+    let (quant, dtype) = (args.quantize.format(), spec.dtype);
     let kv = kv_dtype(args, dtype);
+    let has_experts = spec.layers.iter().any(|layer| matches!(layer.ffn, Ffn::Moe(_)));
+    if has_experts && quant != QuantFormat::None {
+        return Some(format!(
+            "--quantize {} of experts is not supported on CUDA; leave it out",
+            quant.name()
+        ));
+    }
     if kv != DType::F8E4M3 && kv != activation_dtype(dtype) {
         return Some(format!("--kv-cache-dtype {kv} is not supported on CUDA; use auto or fp8"));
     }

@@ -64,12 +64,33 @@ fn print_spec(out: &mut impl Write, spec: &ModelSpec) -> io::Result<()> {
         gqa.num_heads, gqa.num_kv_heads, gqa.head_dim
     )?;
     writeln!(out, "  rope          theta {}, scaling {:?}", gqa.rope.theta, gqa.rope.scaling)?;
-    let Ffn::Dense(ffn) = &layer.ffn;
-    let shape = if ffn.shape == FfnShape::Gated { "gated " } else { "" };
-    writeln!(out, "  feed-forward  {} wide, {shape}{:?}", ffn.intermediate_size, ffn.activation)?;
+    let mut kinds: Vec<(String, usize)> = Vec::new();
+    for text in spec.layers.iter().map(|layer| feed_forward(&layer.ffn)) {
+        match kinds.iter_mut().find(|(known, _)| *known == text) {
+            Some((_, layers)) => *layers += 1,
+            None => kinds.push((text, 1)),
+        }
+    }
+    for (text, layers) in &kinds {
+        let layers = if kinds.len() > 1 { format!(", in {layers} layers") } else { String::new() };
+        writeln!(out, "  feed-forward  {text}{layers}")?;
+    }
     writeln!(out, "  weights       {}", sizes(spec))?;
     writeln!(out, "  KV a token    {}", Bytes(spec.kv_bytes_per_token(spec.dtype)))?;
     writeln!(out, "  tokens        bos {:?}, eos {:?}", spec.bos_token_id, spec.eos_token_ids)
+}
+
+fn feed_forward(ffn: &Ffn) -> String {
+    match ffn {
+        Ffn::Dense(ffn) => {
+            let shape = if ffn.shape == FfnShape::Gated { "gated " } else { "" };
+            format!("{} wide, {shape}{:?}", ffn.intermediate_size, ffn.activation)
+        }
+        Ffn::Moe(moe) => format!(
+            "{} of {} experts a token, each {} wide, gated {:?}",
+            moe.num_experts_per_tok, moe.num_experts, moe.intermediate_size, moe.activation
+        ),
+    }
 }
 
 /// What the weights take as they are and in each format of `--quantize`: `1.1 GiB in bf16, 571.6 MiB in int8, …`.
@@ -82,15 +103,13 @@ fn sizes(spec: &ModelSpec) -> String {
     formats.map(size).join(", ")
 }
 
-/// The tensors; those of all layers after the first are left out unless `all`, because layers look alike.
+/// The tensors; those of all layers and experts after the first are left out unless `all`, because they look alike.
 fn print_tensors(out: &mut impl Write, checkpoint: &Checkpoint, all: bool) -> io::Result<()> {
     let tensors = checkpoint.tensors();
     let total: u64 = tensors.iter().map(|tensor| tensor.bytes).sum();
     writeln!(out, "\n{} tensors, {}", tensors.len(), Bytes(total))?;
-    let shown: Vec<&TensorInfo> = tensors
-        .iter()
-        .filter(|tensor| all || layer_of(&tensor.name).is_none_or(|layer| layer == 0))
-        .collect();
+    let shown: Vec<&TensorInfo> =
+        tensors.iter().filter(|tensor| all || numbers(&tensor.name).all(|number| number == 0)).collect();
     let width = shown.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0);
     for tensor in &shown {
         let shape = format!("{:?}", tensor.shape);
@@ -106,8 +125,9 @@ fn print_tensors(out: &mut impl Write, checkpoint: &Checkpoint, all: bool) -> io
     if shown.len() < tensors.len() {
         writeln!(
             out,
-            "  … and {} more in the layers after the first (--all-tensors)",
-            tensors.len() - shown.len()
+            "  … and {} more in the layers{} after the first (--all-tensors)",
+            tensors.len() - shown.len(),
+            if shown.iter().any(|tensor| numbers(&tensor.name).count() > 1) { " and experts" } else { "" }
         )?;
     }
     for name in checkpoint.ignored_tensors() {
@@ -116,7 +136,7 @@ fn print_tensors(out: &mut impl Write, checkpoint: &Checkpoint, all: bool) -> io
     Ok(())
 }
 
-/// The number between dots in a tensor's name.
-fn layer_of(name: &str) -> Option<usize> {
-    name.split('.').find_map(|part| part.parse().ok())
+/// The numbers between dots in a tensor's name: its layer, and its expert.
+fn numbers(name: &str) -> impl Iterator<Item = usize> {
+    name.split('.').filter_map(|part| part.parse().ok())
 }

@@ -66,7 +66,7 @@ pub(crate) fn load(
     for tensor in checkpoint.ignored_tensors() {
         tracing::warn!(tensor, "the checkpoint holds a tensor that this architecture does not use");
     }
-    let gpu = gpu::choose(args, checkpoint.spec().dtype)?;
+    let gpu = gpu::choose(args, checkpoint.spec())?;
     let machine = Machine { gpu_memory: gpu.as_ref().map(Gpu::free_memory), ..Machine::detect() };
     let mut config = Config::resolve(args, checkpoint.spec(), &machine)?;
     if let Some(targets) = targets {

@@ -4,7 +4,7 @@ use quire_core::{ExecError, HostCopy, LateInputs, ModelRunnerOutput, StepId, Ten
 
 use crate::{
     AddNorm, AllGather, AllReduce, Attention, Embed, GraphKey, KvLayout, Linear, LinearSource, Logits, Mlp,
-    RopeAndCache, RopeTable, SeqState, StepInput,
+    Moe, RopeAndCache, RopeTable, SeqState, StepInput,
 };
 
 /// Why a backend could not load or run.
@@ -167,6 +167,9 @@ pub trait Backend: Sized + Send + 'static {
 
     /// See [`Mlp`].
     fn mlp(&mut self, op: Mlp<'_, Self>) -> Result<(), BackendError>;
+
+    /// See [`Moe`].
+    fn moe(&mut self, op: Moe<'_, Self>) -> Result<(), BackendError>;
 
     /// See [`Logits`].
     fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError>;

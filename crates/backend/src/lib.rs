@@ -30,6 +30,7 @@ pub use backend::{Backend, BackendError, BufRole};
 pub use collective::{CollectiveError, Communicator};
 pub use ops::{
     Activation, AddNorm, AllGather, AllReduce, Attention, AttnShape, Embed, GraphKey, KvLayerShape, KvLayout,
-    Linear, LinearPart, LinearSource, Logits, Mlp, MlpShape, RopeAndCache, RopeTable,
+    Linear, LinearPart, LinearSource, Logits, MAX_EXPERTS, Mlp, MlpShape, Moe, MoeScratch, RopeAndCache,
+    RopeTable,
 };
 pub use step_input::{LogitKind, LogitRow, ON_DEVICE, SeqState, StepBuffer, StepInput};

@@ -257,6 +257,46 @@ pub struct Mlp<'a, B: Backend> {
     pub out: &'a mut B::Buf,
 }
 
+/// A mixture of experts: each token goes through the `top_k` gated networks that its router finds most fitting, and
+/// their results are added with the router's weights.
+///
+/// The router's weights are the softmax over all experts of `x · routerᵀ`, in f32. The largest are chosen, ties to the
+/// lower number; that is the rank order, in which results are multiplied by their weights and added to the sum, in f32.
+/// Which rows share an expert never shows in a row.
+pub struct Moe<'a, B: Backend> {
+    /// `[T, hidden]`.
+    pub x: &'a B::Buf,
+    /// `[num_experts, hidden]`, at most [`MAX_EXPERTS`].
+    pub router: &'a B::Weight,
+    /// `[num_experts * 2 * intermediate, hidden]`: of each expert, gate's rows, then up's.
+    pub up: &'a B::Weight,
+    /// `[num_experts * hidden, intermediate]`.
+    pub down: &'a B::Weight,
+    /// Experts of a token.
+    pub top_k: usize,
+    /// Whether the weights of a token's experts are divided by their sum.
+    pub renormalise: bool,
+    /// Nonlinearity of the gates.
+    pub activation: Activation,
+    /// To work in.
+    pub scratch: MoeScratch<'a, B>,
+    /// `[T, hidden]`.
+    pub out: &'a mut B::Buf,
+}
+
+/// What a mixture of experts works in. The content means nothing afterwards.
+pub struct MoeScratch<'a, B: Backend> {
+    /// `[T, num_experts]`, of role [`crate::BufRole::Logits`].
+    pub logits: &'a mut B::Buf,
+    /// `[T, top_k * 2 * intermediate]`: a row per token and rank.
+    pub hidden: &'a mut B::Buf,
+    /// `[T, top_k * hidden]`: a row per token and rank.
+    pub expert_out: &'a mut B::Buf,
+}
+
+/// The most experts that a router chooses from.
+pub const MAX_EXPERTS: usize = 512;
+
 /// Gathers the step's logit rows of `x` and applies the output head.
 pub struct Logits<'a, B: Backend> {
     /// `[T, hidden]`, after the final norm.

@@ -3,8 +3,8 @@
 use quire_backend::convert::to_f32;
 use quire_backend::{
     AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Communicator, Embed, GraphKey,
-    KvLayout, Linear, LinearSource, LogitKind, LogitRow, Logits, Mlp, MlpShape, RopeAndCache, RopeTable,
-    SeqState, StepBuffer, StepInput,
+    KvLayout, Linear, LinearSource, LogitKind, LogitRow, Logits, Mlp, MlpShape, Moe, MoeScratch,
+    RopeAndCache, RopeTable, SeqState, StepBuffer, StepInput,
 };
 use quire_core::{
     DType, ExecError, HostCopy, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId,
@@ -18,6 +18,7 @@ use crate::ops::attention::attention;
 use crate::ops::embed::embed_row;
 use crate::ops::linear::{Input, Inputs, Rows, linear};
 use crate::ops::mlp::{MlpArgs, mlp};
+use crate::ops::moe::{MoeArgs, Routing, moe};
 use crate::ops::norm::AddNormRow;
 use crate::ops::paged::{Workspace, paged_attention};
 use crate::ops::rope::{CpuRope, RopeRow, SharedLayer};
@@ -27,7 +28,7 @@ use crate::pool::{Pool, default_threads};
 use crate::prepacked::Prepacked;
 use crate::simd::dispatch;
 use crate::simd::pairs::PANEL;
-use crate::weights::CpuWeight;
+use crate::weights::{CpuWeight, Matrix};
 
 /// How products of bf16 weights are computed. Weights of other types are not affected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,6 +82,7 @@ pub struct CpuBackend {
     inputs: [Inputs; 2],
     attention: Workspace,
     communicator: Communicator,
+    routing: Routing,
 }
 
 /// What `sample` found for one logit row.
@@ -108,6 +110,7 @@ impl CpuBackend {
             inputs: [Inputs::new(threads)?, Inputs::new(threads)?],
             attention: Workspace::default(),
             communicator: Communicator::default(),
+            routing: Routing::default(),
         })
     }
 
@@ -343,6 +346,43 @@ impl Backend for CpuBackend {
         let out = out.shared();
         let args = MlpArgs { x, tokens, shape, up, down, activation, scratch, out };
         mlp(&mut self.pool, self.isa, args, &mut self.inputs)
+    }
+
+    fn moe(&mut self, op: Moe<'_, Self>) -> Result<(), BackendError> {
+        let Moe { x, router, up, down, top_k, renormalise, activation, scratch, out } = op;
+        let MoeScratch { logits, hidden, expert_out } = scratch;
+        let (tokens, num_experts) = (self.step.num_tokens(), router.out_features);
+        let (width, cols) = (down.in_features, router.in_features);
+        let is_packed = !matches!(up.matrix, Matrix::F32(_) | Matrix::F16(_) | Matrix::Bf16(_));
+        if is_packed && !(width.is_multiple_of(PANEL) && cols.is_multiple_of(PANEL)) {
+            return Err(failed(format!("moe: {cols} and {width} columns are not multiples of {PANEL}")));
+        }
+        let wanted = (num_experts * 2 * width, cols, num_experts * cols);
+        if (up.out_features, up.in_features, down.out_features) != wanted || top_k > num_experts {
+            let (up, down) = (up.out_features, down.out_features);
+            return Err(failed(format!("moe: {up} and {down} rows for {top_k} of {num_experts} experts")));
+        }
+        expect_shape("moe input", x, tokens, cols)?;
+        expect_shape("moe logits", logits, tokens, num_experts)?;
+        expect_shape("moe hidden", hidden, tokens, top_k * 2 * width)?;
+        expect_shape("moe results", expert_out, tokens, top_k * cols)?;
+        expect_shape("moe output", out, tokens, cols)?;
+        let out = out.shared();
+        let args = MoeArgs {
+            x,
+            tokens,
+            router,
+            up,
+            down,
+            top_k,
+            renormalise,
+            activation,
+            logits,
+            hidden,
+            expert_out,
+            out,
+        };
+        moe(&mut self.pool, self.isa, args, &mut self.inputs[0], &mut self.routing)
     }
 
     fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError> {

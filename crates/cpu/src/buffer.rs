@@ -180,7 +180,7 @@ impl CpuBuf {
     }
 
     pub(crate) fn shared(&mut self) -> SharedRows<'_> {
-        SharedRows { cols: self.cols, values: Shared::new(&mut self.values) }
+        SharedRows::new(&mut self.values, self.cols)
     }
 }
 
@@ -218,6 +218,14 @@ impl<'a, T> Shared<'a, T> {
 }
 
 impl<T> Shared<'_, T> {
+    /// What begins at `start`; panics if that is past the end.
+    pub fn after(&self, start: usize) -> Self {
+        assert!(start <= self.len, "elements from {start} of {}", self.len);
+        // SAFETY: within the borrowed slice, or one past it.
+        let begin = unsafe { self.start.add(start) };
+        Self { start: begin, len: self.len - start, borrow: PhantomData }
+    }
+
     /// The first of `count` elements that lie `stride` apart; panics if they are not all inside. Only these may be
     /// touched through it, and by one thread at a time.
     #[inline(always)]
@@ -241,6 +249,16 @@ pub struct SharedRows<'a> {
 }
 
 impl<'a> SharedRows<'a> {
+    /// Consecutive values as rows of `cols`.
+    pub(crate) fn new(values: &'a mut [f32], cols: usize) -> Self {
+        Self { cols, values: Shared::new(values) }
+    }
+
+    /// The rows from `first` on.
+    pub(crate) fn after(&self, first: usize) -> Self {
+        Self { cols: self.cols, values: self.values.after(first * self.cols) }
+    }
+
     /// Columns `from..from + len` of row `t`.
     ///
     /// # Safety

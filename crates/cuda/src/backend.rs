@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use quire_backend::{
     AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout,
-    Linear, LinearSource, Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
+    Linear, LinearSource, Logits, Mlp, Moe, RopeAndCache, RopeTable, SeqState, StepInput,
 };
 use quire_core::{ExecError, LateInputs, ModelRunnerOutput, StepId, TensorView};
 
@@ -18,6 +18,7 @@ use crate::driver::{
 };
 use crate::kernels::{DECODE_ROWS, Kernels};
 use crate::memory_use::Ledger;
+use crate::moe::Routing;
 use crate::nccl::Communicator;
 use crate::options::{CudaOptions, KernelSet};
 use crate::params::{StepPlanParams, UpdateTablesParams};
@@ -70,6 +71,7 @@ pub struct Cuda {
     pub(crate) quantized_rows: QuantizedRows,
     /// Logits of all ranks, one rank after the other.
     pub(crate) logit_parts: DeviceSlice,
+    pub(crate) routing: Routing,
 
     pub(crate) layout: Layout,
     /// Rows that are launched: the step's, or those of its bucket.
@@ -211,6 +213,7 @@ impl Cuda {
             gathered: null,
             quantized_rows: QuantizedRows::default(),
             logit_parts: null,
+            routing: Routing::empty(),
             layout: Layout::new(0, 0),
             rows: 0,
             logit_launch_rows: 0,
@@ -578,6 +581,11 @@ impl Backend for Cuda {
     fn mlp(&mut self, op: Mlp<'_, Self>) -> Result<(), BackendError> {
         self.alive()?;
         self.mlp_rows(&op)
+    }
+
+    fn moe(&mut self, op: Moe<'_, Self>) -> Result<(), BackendError> {
+        self.alive()?;
+        self.moe_rows(&op)
     }
 
     fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError> {

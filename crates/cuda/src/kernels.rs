@@ -7,8 +7,8 @@ use crate::int_weights::{Bits, PANEL};
 use crate::params::{
     ActParams, AddNormParams, AttentionParams, AttentionPlanParams, AttentionSm90aParams, CopyPagesParams,
     CountTokensParams, EmbedParams, Fp8EmbedParams, Fp8QuantizeParams, GatherRowsParams, IntEmbedParams,
-    IntGemmParams, LogitsParams, LogprobsParams, QuantizeParams, RopeCacheParams, SampleParams,
-    StepPlanParams, UpdateTablesParams,
+    IntGemmParams, LogitsParams, LogprobsParams, MoeCombineParams, MoeGemmParams, MoeRouteParams,
+    MoeSortParams, QuantizeParams, RopeCacheParams, SampleParams, StepPlanParams, UpdateTablesParams,
 };
 
 const ROW_THREADS: u32 = 256;
@@ -71,6 +71,16 @@ pub struct IntGemms {
     wide: Function<IntGemmParams>,
 }
 
+/// Mixtures of experts.
+#[derive(Debug)]
+pub struct MoeKernels {
+    pub route: Function<MoeRouteParams>,
+    pub sort: Function<MoeSortParams>,
+    pub gate_up: Function<MoeGemmParams>,
+    pub down: Function<MoeGemmParams>,
+    pub combine: Function<MoeCombineParams>,
+}
+
 /// Every kernel of one activation type.
 #[derive(Debug)]
 pub struct Kernels {
@@ -79,6 +89,7 @@ pub struct Kernels {
     rope_cache: Pair<RopeCacheParams>,
     rope_cache_fp8: Pair<RopeCacheParams>,
     pub act: Pair<ActParams>,
+    pub moe: MoeKernels,
     pub gather_rows: Function<GatherRowsParams>,
     pub quantize: Function<QuantizeParams>,
     pub quantize_fp8: Function<Fp8QuantizeParams>,
@@ -128,6 +139,13 @@ impl Kernels {
                 any: modules.function(&format!("quire_rope_cache_{act}_any_kv8"), 0)?,
             },
             act: pair(modules, "quire_act", act)?,
+            moe: MoeKernels {
+                route: modules.function("quire_moe_route", 0)?,
+                sort: modules.function("quire_moe_sort", 0)?,
+                gate_up: modules.function(&format!("quire_moe_gate_up_{act}"), 0)?,
+                down: modules.function(&format!("quire_moe_down_{act}"), 0)?,
+                combine: modules.function(&format!("quire_moe_combine_{act}"), 0)?,
+            },
             gather_rows: modules.function(&format!("quire_gather_rows_{act}"), 0)?,
             quantize: modules.function(&format!("quire_quantize_{act}"), 0)?,
             quantize_fp8: modules.function(&format!("quire_quantize_fp8_{act}"), 0)?,
@@ -192,6 +210,9 @@ impl Kernels {
         by_rows(rows, groups.div_ceil(INT_THREADS as usize / 32), INT_THREADS)
     }
 
+    /// One block, whatever there is to sort.
+    pub const MOE_SORT: LaunchShape = LaunchShape::linear(1, 1024);
+
     /// One block a row.
     pub fn by_row(rows: usize) -> LaunchShape {
         LaunchShape::linear(rows as u32, ROW_THREADS)
@@ -216,6 +237,23 @@ impl Kernels {
     pub fn sample(rows: usize, vocab: usize) -> LaunchShape {
         LaunchShape { dynamic_smem: sample_smem(vocab), ..LaunchShape::linear(rows as u32, 1024) }
     }
+}
+
+/// Slots of a tile of the experts' products.
+pub const MOE_TILE_ROWS: usize = 64;
+
+/// Eight rows a block.
+pub fn moe_route(rows: usize) -> LaunchShape {
+    LaunchShape::linear((rows as u32).div_ceil(8), 256)
+}
+
+/// As many blocks as run at once on `sm_count` multiprocessors.
+pub fn moe_gemm(sm_count: u32) -> LaunchShape {
+    LaunchShape::linear(3 * sm_count, 128)
+}
+
+pub fn moe_combine(rows: usize, hidden: usize) -> LaunchShape {
+    by_rows(rows, hidden.div_ceil(2048), 256)
 }
 
 /// Parts of a row of logits.

@@ -11,8 +11,8 @@
 //! * once the device has failed, every call fails with the first error.
 //!
 //! Reading order: [`driver`], [`blaslt`], [`params`], `kernels.rs`, `backend.rs` (a step), `step.rs` and `slots.rs` (what
-//! is sent), `ops.rs`, `quantized.rs`, `fp8.rs`, `attention.rs`, `sampling.rs` (what is launched), `load.rs` and
-//! `buffers.rs`; `nccl.rs` and `ranks.rs` for several GPUs; `memory_use.rs` and `timing.rs`.
+//! is sent), `ops.rs`, `quantized.rs`, `fp8.rs`, `moe.rs`, `attention.rs`, `sampling.rs` (what is launched), `load.rs`
+//! and `buffers.rs`; `nccl.rs` and `ranks.rs` for several GPUs; `memory_use.rs` and `timing.rs`.
 
 mod attention;
 mod backend;
@@ -24,6 +24,7 @@ pub mod int_weights;
 mod kernels;
 mod load;
 mod memory_use;
+mod moe;
 mod nccl;
 mod ops;
 mod options;

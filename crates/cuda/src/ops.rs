@@ -22,9 +22,19 @@ pub(crate) struct Rows {
     pub count: u64,
 }
 
+/// `QUIRE_ACT_*` of the kernels.
+pub(crate) const fn activation_kind(activation: Activation) -> i32 {
+    match activation {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+        Activation::Gelu => 2,
+        Activation::Relu => 3,
+    }
+}
+
 impl Cuda {
     /// One for each token of the step.
-    fn token_rows(&self) -> Rows {
+    pub(crate) fn token_rows(&self) -> Rows {
         Rows { launched: self.rows, count: self.step_address(Layout::NUM_TOKENS) }
     }
 
@@ -42,7 +52,7 @@ impl Cuda {
     }
 
     /// A buffer has at least `rows` rows of exactly `cols` columns, of `element`.
-    fn expect(
+    pub(crate) fn expect(
         &self,
         op: &str,
         buf: &CudaBuf,
@@ -109,7 +119,7 @@ impl Cuda {
     }
 
     /// `out = x · weightᵀ + bias` for dense rows of `x`.
-    fn product(
+    pub(crate) fn product(
         &mut self,
         x: DeviceSlice,
         weight: &CudaWeight,
@@ -223,12 +233,7 @@ impl Cuda {
             out: hidden.address(),
             num_rows: self.step_address(Layout::NUM_TOKENS),
             width: width as i32,
-            kind: match op.activation {
-                Activation::Silu => 0,
-                Activation::GeluTanh => 1,
-                Activation::Gelu => 2,
-                Activation::Relu => 3,
-            },
+            kind: activation_kind(op.activation),
             gated: i32::from(is_gated),
             reserved: 0,
         };

@@ -283,6 +283,56 @@ params! {
         num_rows: i32,
         reserved: [i32; 13],
     }
+    /// Slots of one expert.
+    MoeTile = "QuireMoeTile" {
+        expert: i32,
+        first: i32,
+        count: i32,
+        reserved: i32,
+    }
+    /// `quire_moe_route`.
+    MoeRouteParams = "QuireMoeRouteParams" {
+        logits: u64,
+        experts: u64,
+        weights: u64,
+        num_rows: u64,
+        num_experts: i32,
+        stride: i32,
+        top_k: i32,
+        renormalise: i32,
+    }
+    /// `quire_moe_sort`.
+    MoeSortParams = "QuireMoeSortParams" {
+        experts: u64,
+        num_rows: u64,
+        slots: u64,
+        tiles: u64,
+        num_tiles: u64,
+        num_experts: i32,
+        top_k: i32,
+    }
+    /// `quire_moe_{gate_up,down}_*`.
+    MoeGemmParams = "QuireMoeGemmParams" {
+        x: u64,
+        weight: u64,
+        out: u64,
+        slots: u64,
+        tiles: u64,
+        num_tiles: u64,
+        in_features: i32,
+        out_features: i32,
+        top_k: i32,
+        kind: i32,
+    }
+    /// `quire_moe_combine_*`.
+    MoeCombineParams = "QuireMoeCombineParams" {
+        y: u64,
+        weights: u64,
+        out: u64,
+        num_rows: u64,
+        hidden: i32,
+        top_k: i32,
+    }
     /// `quire_attention_plan`.
     AttentionPlanParams = "QuireAttentionPlanParams" {
         cu_seqlens_q: u64,

@@ -13,7 +13,12 @@ fn options(gpu: &MockGpu) -> CudaOptions {
 
 /// Activations in bf16 between operations; the reference keeps f32.
 const TOLERANCE: Tolerance = Tolerance { f32: 3e-2, f16_kv: 0.0, bf16_kv: 0.0, fp8_kv: 0.125 };
-const SUPPORT: Support = Support { dtype: Some(DType::BF16), min_block_size: 16, head_dim_multiple: 8 };
+const SUPPORT: Support = Support {
+    dtype: Some(DType::BF16),
+    min_block_size: 16,
+    head_dim_multiple: 8,
+    has_quantized_experts: false,
+};
 
 #[test]
 fn conforms_with_graphs_and_late_streams() {

@@ -306,29 +306,33 @@ fn two_steps_in_flight_and_company_change_no_token() {
     gpu.assert_nothing_left();
 }
 
-/// Nine launches a layer (norm, qkv, rope, attention, o, norm, up, activation, down); the step's plan, that of attention,
-/// embedding, last norm, gather and head; two to sample.
+/// Nine launches a layer (norm, qkv, rope, attention, o, norm, up, activation, down), twelve where it has experts (router,
+/// route, sort, gate and up, down, sum in place of the last three); the step's plan, that of attention, embedding, last
+/// norm, gather and head; two to sample.
 #[test]
 fn a_steady_step_is_one_graph_and_its_launches_are_counted() {
-    let Some(gpu) = MockGpu::new() else { return };
-    let checkpoint = Checkpoint::open(&repository().join("tests/data/golden/qwen3")).unwrap();
-    let runner = load(cuda(&gpu), &checkpoint, DType::BF16);
-    let mut steps = Steps::new(runner, prompts(checkpoint.spec().vocab_size), &SamplingParams::greedy(100));
-    (0..4).for_each(|_| steps.step());
-    let before = gpu.counters();
-    steps.step();
-    let after = gpu.counters();
-    let layers = checkpoint.spec().layers.len() as u64;
-    assert_eq!(after.graph_launches - before.graph_launches, 1);
-    assert_eq!(after.graph_nodes - before.graph_nodes, 9 * layers + 6);
-    assert_eq!(after.matmuls - before.matmuls, 4 * layers + 1);
-    assert_eq!(after.launches - before.launches, 5 * layers + 5 + 2, "products are not among them");
-    assert_eq!(after.direct_launches - before.direct_launches, 2);
-    assert_eq!(after.host_to_device - before.host_to_device, 1);
-    assert_eq!(after.device_to_host - before.device_to_host, 1);
-    assert_eq!(after.synchronizations - before.synchronizations, 2, "for the ring and for the tokens");
-    assert_eq!(after.allocations, before.allocations);
-    assert_eq!(after.pdl_launches - before.pdl_launches, 2);
+    for (name, [nodes, products]) in [("qwen3", [2 * 9, 2 * 4]), ("qwen3-moe", [9 + 2 * 12, 4 + 2 * 3])] {
+        let Some(gpu) = MockGpu::new() else { return };
+        let checkpoint = Checkpoint::open(&repository().join("tests/data/golden").join(name)).unwrap();
+        let runner = load(cuda(&gpu), &checkpoint, DType::BF16);
+        let vocab = checkpoint.spec().vocab_size;
+        let mut steps = Steps::new(runner, prompts(vocab), &SamplingParams::greedy(100));
+        (0..4).for_each(|_| steps.step());
+        let before = gpu.counters();
+        steps.step();
+        let after = gpu.counters();
+        assert_eq!(after.graph_launches - before.graph_launches, 1, "{name}");
+        assert_eq!(after.graph_nodes - before.graph_nodes, nodes + 6, "{name}");
+        assert_eq!(after.matmuls - before.matmuls, products + 1, "{name}");
+        let launches = after.launches - before.launches;
+        assert_eq!(launches, nodes - products + 5 + 2, "{name}: products are not among them");
+        assert_eq!(after.direct_launches - before.direct_launches, 2, "{name}");
+        assert_eq!(after.host_to_device - before.host_to_device, 1, "{name}");
+        assert_eq!(after.device_to_host - before.device_to_host, 1, "{name}");
+        assert_eq!(after.synchronizations - before.synchronizations, 2, "for the ring and for the tokens");
+        assert_eq!(after.allocations, before.allocations, "{name}");
+        assert_eq!(after.pdl_launches - before.pdl_launches, 2, "{name}");
+    }
 }
 
 #[test]

@@ -10,6 +10,7 @@ use crate::arch;
 use crate::check;
 use crate::dummy;
 use crate::error::{ModelError, Result};
+use crate::experts;
 use crate::generation::GenerationConfig;
 use crate::spec::{Head, ModelSpec};
 use crate::store::{Store, Stored, read_json};
@@ -104,8 +105,9 @@ impl Checkpoint {
         }
     }
 
-    fn assemble(mut spec: ModelSpec, generation_config: GenerationConfig, store: Store) -> Result<Self> {
+    fn assemble(mut spec: ModelSpec, generation_config: GenerationConfig, mut store: Store) -> Result<Self> {
         let names = arch::weight_names(&spec.architecture);
+        experts::split_fused(&spec, names, &mut store)?;
         let ignored = check::check(&spec, names, &store)?;
         spec.dtype = dtype(&embedding(&spec, names, &store)?)?;
         add_eos(&mut spec, &generation_config);
@@ -168,12 +170,15 @@ impl Checkpoint {
     /// If there is no such layer.
     pub fn layer_tensor(&self, layer: usize, tensor: LayerTensor) -> Result<Tensor<'_>> {
         let name = self.names.layer_name(layer, tensor);
-        let tensors = self.spec.layer_tensors(layer);
-        let shape = tensors.into_iter().find(|(kind, _)| *kind == tensor).map(|(_, shape)| shape);
-        let shape = shape.ok_or_else(|| missing(&name))?;
         match &self.weights {
+            // Opening has made sure that a layer's tensors are those of the spec.
             Weights::Stored(store) => borrow(find(store, &name)?),
-            Weights::Dummy { seed } => Ok(dummy::tensor(*seed, &name, shape, self.spec.dtype)),
+            Weights::Dummy { seed } => {
+                let tensors = self.spec.layer_tensors(layer);
+                let shape = tensors.into_iter().find(|(kind, _)| *kind == tensor).map(|(_, shape)| shape);
+                let shape = shape.ok_or_else(|| missing(&name))?;
+                Ok(dummy::tensor(*seed, &name, shape, self.spec.dtype))
+            }
         }
     }
 

@@ -76,6 +76,15 @@ impl Config<'_> {
         }
     }
 
+    /// A list of integers; empty if absent.
+    pub fn ints(&self, field: &str, range: RangeInclusive<u64>) -> Result<Vec<usize>> {
+        let Some(value) = self.get(field) else { return Ok(Vec::new()) };
+        let int =
+            |value: &Value| value.as_u64().filter(|value| range.contains(value)).map(|value| value as usize);
+        let ints = value.as_array().and_then(|list| list.iter().map(int).collect());
+        ints.ok_or_else(|| self.error(field, format!("must be a list; each {}", rule("an integer", &range))))
+    }
+
     /// A required number.
     pub fn float(&self, field: &str, range: RangeInclusive<f64>) -> Result<f64> {
         let rule = rule("a number", &range);

@@ -8,7 +8,8 @@
 //! * `unsafe` is in `mmap.rs` only.
 //!
 //! Reading order: [`spec`] (what a model is), [`weights`] (its tensors), `arch/llama.rs` and `arch/mod.rs` (from
-//! `config.json`), [`rope`]; then [`checkpoint`], with `safetensors.rs` and `store.rs` below it; [`memory`].
+//! `config.json`), [`rope`]; then [`checkpoint`], with `safetensors.rs`, `store.rs` and `experts.rs` below it;
+//! [`memory`].
 #![deny(unsafe_code)]
 
 mod arch;
@@ -17,6 +18,7 @@ pub mod checkpoint;
 mod config;
 mod dummy;
 pub mod error;
+mod experts;
 pub mod generation;
 pub mod memory;
 mod mmap;
@@ -32,7 +34,7 @@ pub use error::{ModelError, Result};
 pub use generation::GenerationConfig;
 pub use rope::{RopeScaling, RopeSpec};
 pub use spec::{
-    Activation, DenseFfn, Ffn, FfnShape, GqaSpec, Head, KvGroupSpec, LayerSpec, Mixer, ModelSpec,
+    Activation, DenseFfn, Ffn, FfnShape, GqaSpec, Head, KvGroupSpec, LayerSpec, Mixer, ModelSpec, MoeFfn,
     NormPlacement, QkNorm,
 };
 pub use tensor::Tensor;

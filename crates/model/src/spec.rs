@@ -88,6 +88,8 @@ pub enum QkNorm {
 pub enum Ffn {
     /// One network for every token.
     Dense(DenseFfn),
+    /// A few of many networks, chosen token by token.
+    Moe(MoeFfn),
 }
 
 /// A two-layer network.
@@ -101,6 +103,22 @@ pub struct DenseFfn {
     pub shape: FfnShape,
     /// Whether the projections add a bias.
     pub bias: bool,
+}
+
+/// A mixture of experts (Shazeer et al. 2017, arXiv:1701.06538), each a gated network without bias. The router's softmax
+/// over all experts says which are used, and with what weight.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MoeFfn {
+    /// Networks.
+    pub num_experts: usize,
+    /// How many of them a token goes through, those of the largest weights; `1..=num_experts`.
+    pub num_experts_per_tok: usize,
+    /// Width between the projections of one expert.
+    pub intermediate_size: usize,
+    /// The non-linearity.
+    pub activation: Activation,
+    /// Whether the weights of a token's experts are divided by their sum.
+    pub norm_topk_prob: bool,
 }
 
 /// How the projections of a feed-forward network are combined.

@@ -101,6 +101,22 @@ impl Store {
         Ok(())
     }
 
+    /// Takes a tensor apart: it gives way to equal parts of it, in order, of the shape given.
+    pub fn split(&mut self, name: &str, parts: Vec<String>, shape: &[usize]) -> Result<()> {
+        let Some((file, whole)) = self.tensors.remove(name) else { return Ok(()) };
+        let bytes = whole.range.len() / parts.len().max(1);
+        for (index, name) in parts.into_iter().enumerate() {
+            let start = whole.range.start + index * bytes;
+            let (shape, range) = (shape.to_vec(), start..start + bytes);
+            let part = Entry { name: name.clone(), dtype: whole.dtype, shape, range };
+            if self.tensors.insert(name.clone(), (file, part)).is_some() {
+                let detail = format!("tensor `{name}` is there by itself and in `{}`", whole.name);
+                return Err(ModelError::format(&self.files[file].0, detail));
+            }
+        }
+        Ok(())
+    }
+
     /// One tensor.
     pub fn get(&self, name: &str) -> Option<Stored<'_>> {
         self.tensors.get(name).map(|located| self.stored(located))

@@ -41,6 +41,14 @@ pub enum LayerTensor {
     UpBias,
     /// Bias of `Down`.
     DownBias,
+    /// The router of a mixture of experts, `[num_experts, hidden_size]`.
+    Router,
+    /// Gate projection of an expert, `[intermediate_size, hidden_size]`.
+    ExpertGate(usize),
+    /// Up projection of an expert, shaped as its gate.
+    ExpertUp(usize),
+    /// Down projection of an expert, `[hidden_size, intermediate_size]`.
+    ExpertDown(usize),
 }
 
 /// A tensor outside the layers.
@@ -60,14 +68,34 @@ pub(crate) struct WeightNames {
     pub global: fn(GlobalTensor) -> &'static str,
     /// What precedes the layer's index.
     pub layer_prefix: &'static str,
-    /// What follows the layer's index and a dot.
+    /// What follows the layer's index and a dot; `{}` stands for the number of an expert.
     pub layer: fn(LayerTensor) -> &'static str,
+    /// Experts' tensors stored as one, see [`crate::experts`].
+    pub fused: FusedNames,
+}
+
+/// What follows a layer's index and a dot where the experts of a layer are stored together.
+#[derive(Debug)]
+pub(crate) struct FusedNames {
+    /// `[num_experts, 2 * intermediate_size, hidden_size]`: of each, gate's rows, then up's.
+    pub gate_up: &'static str,
+    /// `[num_experts, hidden_size, intermediate_size]`.
+    pub down: &'static str,
 }
 
 impl WeightNames {
     /// The full name of a layer's tensor.
     pub fn layer_name(&self, layer: usize, tensor: LayerTensor) -> String {
-        format!("{}{layer}.{}", self.layer_prefix, (self.layer)(tensor))
+        let name = (self.layer)(tensor);
+        let prefix = self.layer_prefix;
+        match tensor {
+            LayerTensor::ExpertGate(expert)
+            | LayerTensor::ExpertUp(expert)
+            | LayerTensor::ExpertDown(expert) => {
+                format!("{prefix}{layer}.{}", name.replacen("{}", &expert.to_string(), 1))
+            }
+            _ => format!("{prefix}{layer}.{name}"),
+        }
     }
 
     /// The layer a name belongs to, if it has the form of a layer's tensor.
@@ -103,7 +131,12 @@ pub(crate) static LLAMA_NAMES: WeightNames = WeightNames {
         LayerTensor::GateBias => "mlp.gate_proj.bias",
         LayerTensor::UpBias => "mlp.up_proj.bias",
         LayerTensor::DownBias => "mlp.down_proj.bias",
+        LayerTensor::Router => "mlp.gate.weight",
+        LayerTensor::ExpertGate(_) => "mlp.experts.{}.gate_proj.weight",
+        LayerTensor::ExpertUp(_) => "mlp.experts.{}.up_proj.weight",
+        LayerTensor::ExpertDown(_) => "mlp.experts.{}.down_proj.weight",
     },
+    fused: FusedNames { gate_up: "mlp.experts.gate_up_proj", down: "mlp.experts.down_proj" },
 };
 
 impl ModelSpec {
@@ -144,12 +177,23 @@ impl LayerSpec {
         linear(V, gqa.qkv_bias.then_some(VBias), kv_size, hidden_size);
         linear(O, gqa.out_bias.then_some(OBias), hidden_size, q_size);
 
-        let Ffn::Dense(ffn) = &self.ffn;
-        if ffn.shape == FfnShape::Gated {
-            linear(Gate, ffn.bias.then_some(GateBias), ffn.intermediate_size, hidden_size);
+        match &self.ffn {
+            Ffn::Dense(ffn) => {
+                if ffn.shape == FfnShape::Gated {
+                    linear(Gate, ffn.bias.then_some(GateBias), ffn.intermediate_size, hidden_size);
+                }
+                linear(Up, ffn.bias.then_some(UpBias), ffn.intermediate_size, hidden_size);
+                linear(Down, ffn.bias.then_some(DownBias), hidden_size, ffn.intermediate_size);
+            }
+            Ffn::Moe(moe) => {
+                linear(Router, None, moe.num_experts, hidden_size);
+                for expert in 0..moe.num_experts {
+                    linear(ExpertGate(expert), None, moe.intermediate_size, hidden_size);
+                    linear(ExpertUp(expert), None, moe.intermediate_size, hidden_size);
+                    linear(ExpertDown(expert), None, hidden_size, moe.intermediate_size);
+                }
+            }
         }
-        linear(Up, ffn.bias.then_some(UpBias), ffn.intermediate_size, hidden_size);
-        linear(Down, ffn.bias.then_some(DownBias), hidden_size, ffn.intermediate_size);
 
         if gqa.qk_norm == QkNorm::PerHead {
             tensors.extend([QNorm, KNorm].map(|norm| (norm, vec![gqa.head_dim])));

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use quire_backend::quant::row_bytes;
 use quire_backend::{
     AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout,
-    Linear, LinearSource, Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
+    Linear, LinearSource, Logits, Mlp, Moe, MoeScratch, RopeAndCache, RopeTable, SeqState, StepInput,
 };
 use quire_core::{HostCopy, LateInputs, ModelRunnerOutput, StepId, TensorView};
 
@@ -319,6 +319,25 @@ impl<B: Backend, W: Watch<B>> Backend for Timed<B, W> {
         work.add(down.work(self.positions.len()));
         let (up, down) = (&up.inner, &down.inner);
         self.time(Op::Mlp, work, |inner| inner.mlp(Mlp { x, shape, up, down, activation, scratch, out }))
+    }
+
+    fn moe(&mut self, op: Moe<'_, Self>) -> Result<(), BackendError> {
+        let Moe { x, router, up, down, top_k, renormalise, activation, scratch, out } = op;
+        let MoeScratch { logits, hidden, expert_out } = scratch;
+        let rows = self.positions.len();
+        let mut work = router.work(rows);
+        // Of every row, its own experts; bytes as if no two rows shared one, but each at most once.
+        let share = top_k as f64 / router.out_features as f64;
+        for weight in [up, down] {
+            let Work { flops, bytes, .. } = weight.work(rows);
+            let bytes = bytes * (share * rows as f64).min(1.0);
+            work.add(Work { flops: flops * share, bytes, ..Work::default() });
+        }
+        let (router, up, down) = (&router.inner, &up.inner, &down.inner);
+        self.time(Op::Mlp, work, |inner| {
+            let scratch = MoeScratch { logits, hidden, expert_out };
+            inner.moe(Moe { x, router, up, down, top_k, renormalise, activation, scratch, out })
+        })
     }
 
     fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError> {

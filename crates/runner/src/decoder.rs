@@ -5,7 +5,7 @@
 
 use quire_backend::{
     Activation, AddNorm, AllGather, AllReduce, Attention, AttnShape, Backend, BackendError, Embed, Linear,
-    Logits, Mlp, MlpShape, RopeAndCache,
+    Logits, Mlp, MlpShape, Moe, RopeAndCache,
 };
 
 use crate::workspace::Workspace;
@@ -23,12 +23,18 @@ pub struct Decoder<B: Backend> {
     pub(crate) norm_eps: f32,
 }
 
-/// `x += attn(norm(x)); x += mlp(norm(x))`.
+/// `x += attn(norm(x)); x += ffn(norm(x))`.
 pub(crate) struct DecoderLayer<B: Backend> {
     pub attn_norm: B::Norm,
     pub attn: AttnLayer<B>,
     pub mlp_norm: B::Norm,
-    pub mlp: MlpLayer<B>,
+    pub ffn: FfnLayer<B>,
+}
+
+/// The part of a layer that works on each token by itself.
+pub(crate) enum FfnLayer<B: Backend> {
+    Dense(MlpLayer<B>),
+    Moe(MoeLayer<B>),
 }
 
 /// Grouped-query attention.
@@ -53,6 +59,17 @@ pub(crate) struct MlpLayer<B: Backend> {
     pub activation: Activation,
 }
 
+/// A mixture of experts; see [`Moe`].
+pub(crate) struct MoeLayer<B: Backend> {
+    pub router: B::Weight,
+    /// Gate and up rows of every expert in one.
+    pub up: B::Weight,
+    pub down: B::Weight,
+    pub top_k: usize,
+    pub renormalise: bool,
+    pub activation: Activation,
+}
+
 impl<B: Backend> Decoder<B> {
     /// The pass prepared last, from its tokens to its logits (none are computed if it wants none).
     pub(crate) fn forward(
@@ -69,7 +86,10 @@ impl<B: Backend> Decoder<B> {
             self.attention(backend, ws, kv, &layer.attn, index)?;
             backend.all_reduce(AllReduce { buf: &mut ws.delta })?;
             self.add_norm(backend, ws, &layer.mlp_norm, true)?;
-            self.mlp(backend, ws, &layer.mlp)?;
+            match &layer.ffn {
+                FfnLayer::Dense(mlp) => self.mlp(backend, ws, mlp)?,
+                FfnLayer::Moe(moe) => self.moe(backend, ws, moe)?,
+            }
             backend.all_reduce(AllReduce { buf: &mut ws.delta })?;
         }
         if !wants_logits {
@@ -140,7 +160,22 @@ impl<B: Backend> Decoder<B> {
             up: &mlp.up,
             down: &mlp.down,
             activation: mlp.activation,
-            scratch: &mut ws.mlp,
+            scratch: ws.mlp.as_mut().expect("a model with dense layers has room for them"),
+            out: &mut ws.delta,
+        })
+    }
+
+    /// `hidden` to `delta`.
+    fn moe(&self, backend: &mut B, ws: &mut Workspace<B>, moe: &MoeLayer<B>) -> Result<(), BackendError> {
+        backend.moe(Moe {
+            x: &ws.hidden,
+            router: &moe.router,
+            up: &moe.up,
+            down: &moe.down,
+            top_k: moe.top_k,
+            renormalise: moe.renormalise,
+            activation: moe.activation,
+            scratch: ws.moe.as_mut().expect("a model with experts has room for them").scratch(),
             out: &mut ws.delta,
         })
     }

@@ -5,11 +5,11 @@
 use quire_backend::{Activation, AttnShape, Backend, LinearPart, LinearSource, MlpShape, RopeTable};
 use quire_core::{QuantFormat, Shard};
 use quire_model::{
-    Checkpoint, DenseFfn, Ffn, FfnShape, GlobalTensor, GqaSpec, Head, LayerTensor, Mixer, ModelError,
-    ModelSpec, NormPlacement, QkNorm, RopeSpec, Tensor,
+    Checkpoint, DenseFfn, Ffn, FfnShape, GlobalTensor, GqaSpec, Head, LayerSpec, LayerTensor, Mixer,
+    ModelError, ModelSpec, MoeFfn, NormPlacement, QkNorm, RopeSpec, Tensor,
 };
 
-use crate::decoder::{AttnLayer, Decoder, DecoderLayer, MlpLayer};
+use crate::decoder::{AttnLayer, Decoder, DecoderLayer, FfnLayer, MlpLayer, MoeLayer};
 use crate::sharding::{Part, spec_of_rank};
 use crate::weights::embed_format;
 use crate::{RunnerConfig, RunnerError};
@@ -66,19 +66,41 @@ pub(crate) fn load_decoder<B: Backend>(
     Ok(Decoder { embed, layers, ropes, final_norm, head, norm_eps: spec.norm_eps })
 }
 
-/// The workspace is shared by all layers, so they must have one shape.
+/// The workspace is shared by all layers, so those of one kind must have one shape.
 fn check_uniform(checkpoint: &Checkpoint) -> Result<(), RunnerError> {
     let layers = &checkpoint.spec().layers;
-    let shape = |layer: &quire_model::LayerSpec| {
+    let attention = |layer: &LayerSpec| {
         let Mixer::Gqa(gqa) = &layer.mixer;
-        let Ffn::Dense(ffn) = &layer.ffn;
-        (gqa.num_heads, gqa.num_kv_heads, gqa.head_dim, ffn.intermediate_size, ffn.shape)
+        (gqa.num_heads, gqa.num_kv_heads, gqa.head_dim)
     };
-    match layers.iter().position(|layer| shape(layer) != shape(&layers[0])) {
+    let differs = |layer: &LayerSpec| {
+        let is_of_its_kind =
+            |other: &&LayerSpec| std::mem::discriminant(&other.ffn) == std::mem::discriminant(&layer.ffn);
+        let first = layers.iter().find(is_of_its_kind).unwrap_or(layer);
+        attention(layer) != attention(&layers[0]) || ffn_shape(&layer.ffn) != ffn_shape(&first.ffn)
+    };
+    match layers.iter().position(differs) {
         None => Ok(()),
-        Some(layer) => {
-            Err(RunnerError::Unsupported { layer, what: "its widths differ from those of the first layer" })
-        }
+        Some(layer) => Err(RunnerError::Unsupported {
+            layer,
+            what: "its widths differ from those of the first layer of its kind",
+        }),
+    }
+}
+
+/// Numbers that decide the widths of buffers.
+fn ffn_shape(ffn: &Ffn) -> [usize; 3] {
+    match ffn {
+        Ffn::Dense(ffn) => [ffn.intermediate_size, usize::from(ffn.shape == FfnShape::Gated), 0],
+        Ffn::Moe(moe) => [moe.intermediate_size, moe.num_experts, moe.num_experts_per_tok],
+    }
+}
+
+fn activation(activation: quire_model::Activation) -> Activation {
+    match activation {
+        quire_model::Activation::Silu => Activation::Silu,
+        quire_model::Activation::Gelu => Activation::Gelu,
+        quire_model::Activation::GeluTanh => Activation::GeluTanh,
     }
 }
 
@@ -107,13 +129,15 @@ impl<B: Backend> Loader<'_, B> {
     fn layer(&mut self, layer: usize) -> Result<DecoderLayer<B>, RunnerError> {
         let spec = &self.rank_spec.layers[layer];
         let Mixer::Gqa(gqa) = &spec.mixer;
-        let Ffn::Dense(ffn) = &spec.ffn;
         let NormPlacement::Pre = spec.norms;
         Ok(DecoderLayer {
             attn_norm: self.layer_norm(layer, LayerTensor::MixerNorm)?,
             attn: self.attention(layer, gqa)?,
             mlp_norm: self.layer_norm(layer, LayerTensor::FfnNorm)?,
-            mlp: self.mlp(layer, ffn)?,
+            ffn: match &spec.ffn {
+                Ffn::Dense(ffn) => FfnLayer::Dense(self.mlp(layer, ffn)?),
+                Ffn::Moe(moe) => FfnLayer::Moe(self.moe(layer, moe)?),
+            },
         })
     }
 
@@ -148,12 +172,39 @@ impl<B: Backend> Loader<'_, B> {
             up: self.layer_linear(layer, "up", up, ffn.bias)?,
             down: self.layer_linear(layer, "down", &[(Down, DownBias)], ffn.bias)?,
             shape,
-            activation: match ffn.activation {
-                quire_model::Activation::Silu => Activation::Silu,
-                quire_model::Activation::Gelu => Activation::Gelu,
-                quire_model::Activation::GeluTanh => Activation::GeluTanh,
-            },
+            activation: activation(ffn.activation),
         })
+    }
+
+    /// Routers are small and decide much: they are never quantized.
+    fn moe(&mut self, layer: usize, moe: &MoeFfn) -> Result<MoeLayer<B>, RunnerError> {
+        use LayerTensor::{ExpertDown, ExpertGate, ExpertUp, Router};
+        let tensors = |loader: &Self, roles: &mut dyn Iterator<Item = LayerTensor>| {
+            let pieces = roles.filter_map(|role| loader.piece(layer, role).transpose());
+            pieces.map(|piece| Ok((piece?, None))).collect::<Result<Vec<_>, ModelError>>()
+        };
+        let name = |what: &str| format!("layers.{layer}.{what}");
+        let experts = 0..moe.num_experts;
+        let router = tensors(self, &mut [Router].into_iter())?;
+        let router = self.linear(&name("router"), &router, QuantFormat::None)?;
+        let gates_and_ups = |expert| [ExpertGate(expert), ExpertUp(expert)];
+        let up = tensors(self, &mut experts.clone().flat_map(gates_and_ups))?;
+        let up = self.linear(&name("experts.up"), &up, self.quant)?;
+        let down = tensors(self, &mut experts.map(ExpertDown))?;
+        Ok(MoeLayer {
+            router,
+            up,
+            down: self.linear(&name("experts.down"), &down, self.quant)?,
+            top_k: moe.num_experts_per_tok,
+            renormalise: moe.norm_topk_prob,
+            activation: activation(moe.activation),
+        })
+    }
+
+    /// A tensor of a layer with this rank's part of it; `None` if another rank adds this bias.
+    fn piece(&self, layer: usize, role: LayerTensor) -> Result<Option<Piece<'a>>, ModelError> {
+        let part = Part::of_layer_tensor(self.checkpoint.spec(), layer, role, self.shard);
+        part.map(|part| Ok((self.checkpoint.layer_tensor(layer, role)?, part))).transpose()
     }
 
     /// One linear layer out of several, their outputs one after the other.
@@ -164,16 +215,10 @@ impl<B: Backend> Loader<'_, B> {
         parts: &[(LayerTensor, LayerTensor)],
         has_bias: bool,
     ) -> Result<B::Weight, RunnerError> {
-        let checkpoint = self.checkpoint;
-        let of_rank = |role| Part::of_layer_tensor(checkpoint.spec(), layer, role, self.shard);
-        let piece = |role| -> Result<Option<Piece<'_>>, ModelError> {
-            let Some(part) = of_rank(role) else { return Ok(None) };
-            Ok(Some((checkpoint.layer_tensor(layer, role)?, part)))
-        };
         let mut pieces = Vec::with_capacity(parts.len());
         for &(weight, bias) in parts {
-            let bias = if has_bias { piece(bias)? } else { None };
-            pieces.extend(piece(weight)?.map(|weight| (weight, bias)));
+            let bias = if has_bias { self.piece(layer, bias)? } else { None };
+            pieces.extend(self.piece(layer, weight)?.map(|weight| (weight, bias)));
         }
         self.linear(&format!("layers.{layer}.{name}"), &pieces, self.quant)
     }

@@ -1,7 +1,7 @@
 //! What one rank of a tensor-parallel group holds of a model (Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053, section 3).
 //!
-//! Query, key, value, gate and up are split by their outputs, along heads and along the intermediate width; o and down by
-//! their inputs, so that each rank makes a full-width summand and one sum over the ranks ends each half of a layer. Where
+//! Query, key, value, gate and up (of every expert, where there are experts) are split by their outputs, along heads and
+//! along the intermediate width; o and down by their inputs, so that each rank makes a full-width summand and one sum over the ranks ends each half of a layer. Where
 //! there are more ranks than key/value heads, several ranks hold the same one. The output head is split by the
 //! vocabulary: at four ranks, a head of a model like Llama 3.1 8B held whole would be a fifth of all that a rank reads in
 //! a step of decoding. What is left, embeddings and norms, every rank holds as a whole.
@@ -53,9 +53,12 @@ fn split(spec: &ModelSpec, quant: QuantFormat, world: usize) -> Result<ModelSpec
             heads => even("key/value heads", heads, world)?,
         };
         in_groups("the attention's output", gqa.num_heads * gqa.head_dim)?;
-        let Ffn::Dense(ffn) = &mut layer.ffn;
-        ffn.intermediate_size = even("the intermediate width", ffn.intermediate_size, world)?;
-        in_groups("the feed-forward output", ffn.intermediate_size)?;
+        let width = match &mut layer.ffn {
+            Ffn::Dense(ffn) => &mut ffn.intermediate_size,
+            Ffn::Moe(moe) => &mut moe.intermediate_size,
+        };
+        *width = even("the intermediate width", *width, world)?;
+        in_groups("the feed-forward output", *width)?;
     }
     let last = Shard { rank: world as u32 - 1, world: world as u32 };
     match last.range(spec.vocab_size).is_empty() {
@@ -98,16 +101,21 @@ impl Part {
             return Some(Self::Whole);
         }
         let Mixer::Gqa(gqa) = &spec.layers[layer].mixer;
-        let Ffn::Dense(ffn) = &spec.layers[layer].ffn;
+        let intermediate_size = match &spec.layers[layer].ffn {
+            Ffn::Dense(ffn) => ffn.intermediate_size,
+            Ffn::Moe(moe) => moe.intermediate_size,
+        };
         let heads = |Range { start, end }| start * gqa.head_dim..end * gqa.head_dim;
         Some(match tensor {
             Q | QBias => Self::Rows(heads(shard.range(gqa.num_heads))),
             K | KBias | V | VBias => Self::Rows(heads(kv_heads(gqa.num_kv_heads, shard))),
             O => Self::Columns(heads(shard.range(gqa.num_heads))),
-            Gate | GateBias | Up | UpBias => Self::Rows(shard.range(ffn.intermediate_size)),
-            Down => Self::Columns(shard.range(ffn.intermediate_size)),
+            Gate | GateBias | Up | UpBias | ExpertGate(_) | ExpertUp(_) => {
+                Self::Rows(shard.range(intermediate_size))
+            }
+            Down | ExpertDown(_) => Self::Columns(shard.range(intermediate_size)),
             OBias | DownBias if shard.rank > 0 => return None,
-            OBias | DownBias | MixerNorm | FfnNorm | QNorm | KNorm => Self::Whole,
+            Router | OBias | DownBias | MixerNorm | FfnNorm | QNorm | KNorm => Self::Whole,
         })
     }
 

@@ -91,6 +91,8 @@ const fn kind(tensor: LayerTensor) -> &'static str {
     use LayerTensor::*;
     match tensor {
         Q | K | V | O | Gate | Up | Down => "linear layers",
+        ExpertGate(_) | ExpertUp(_) | ExpertDown(_) => "linear layers",
+        Router => "routers",
         QBias | KBias | VBias | OBias | GateBias | UpBias | DownBias => "biases",
         MixerNorm | FfnNorm | QNorm | KNorm => "norms",
     }

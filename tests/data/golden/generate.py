@@ -80,6 +80,13 @@ FAMILIES = {
                     tie_word_embeddings=True, attention_bias=False, use_sliding_window=False, sliding_window=None,
                     max_window_layers=2, layer_types=["full_attention", "full_attention"], dtype="bfloat16",
                     rms_norm_eps=1e-6, rope_parameters=dict(rope_type="default", rope_theta=1000000.0)),
+    # Two layers of experts around a dense one.
+    "qwen3-moe": config("Qwen3MoeForCausalLM", "qwen3_moe", num_hidden_layers=3, num_attention_heads=1,
+                        num_key_value_heads=1, head_dim=64, tie_word_embeddings=True, attention_bias=False,
+                        use_sliding_window=False, sliding_window=None, num_experts=8, num_experts_per_tok=2,
+                        moe_intermediate_size=16, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[1],
+                        dtype="bfloat16", rms_norm_eps=1e-6,
+                        rope_parameters=dict(rope_type="default", rope_theta=1000000.0)),
     "smollm": llama(tie_word_embeddings=True, rope_theta=10000.0, torch_dtype="float16",
                     max_position_embeddings=256),
     "rope-linear": llama(rope_theta=10000.0, rope_scaling=dict(type="linear", factor=4.0), torch_dtype="bfloat16"),
@@ -118,6 +125,9 @@ def random_weights(fields, seed):
     weights = {}
     for name, parameter in model.state_dict().items():
         noise = torch.randn(parameter.shape)
+        if parameter.dim() == 3:
+            # Experts that have much in common, so that it matters little which one of two equals rounding chooses.
+            noise = 0.9 * noise[:1] + 0.4 * noise
         if name == "lm_head.weight" and fields["tie_word_embeddings"]:
             continue
         if "norm" in name:
@@ -126,10 +136,28 @@ def random_weights(fields, seed):
             value = 0.3 * noise
         elif "embed_tokens" in name or "lm_head" in name:
             value = noise * 2.0 / parameter.shape[-1] ** 0.5
+        elif name.endswith("mlp.gate.weight"):
+            # A decided router: the last expert chosen and the next are often close, but then neither weighs much.
+            value = noise * 4.0 / parameter.shape[-1] ** 0.5
         else:
             value = noise * 1.3 / parameter.shape[-1] ** 0.5
-        weights[name] = value.to(DTYPES[fields.get("dtype") or fields["torch_dtype"]]).contiguous()
+        value = value.to(DTYPES[fields.get("dtype") or fields["torch_dtype"]])
+        weights |= {name: part.contiguous() for name, part in one_by_one(name, value)}
     return weights
+
+
+def one_by_one(name, value):
+    """Experts as published checkpoints and `save_pretrained` store them; transformers 5 holds those of a layer in one."""
+    prefix, projection = name.rpartition(".")[::2]
+    if projection == "gate_up_proj":
+        for expert, both in enumerate(value):
+            for half, part in zip(("gate", "up"), both.chunk(2)):
+                yield f"{prefix}.{expert}.{half}_proj.weight", part
+    elif projection == "down_proj":
+        for expert, part in enumerate(value):
+            yield f"{prefix}.{expert}.down_proj.weight", part
+    else:
+        yield name, value
 
 
 def save(path, name, fields, weights):
@@ -158,7 +186,8 @@ def write_json(path, value):
 
 
 def load(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    eager = dict(attn_implementation="eager", experts_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **eager).eval()
 
 
 def forward(model, ids):

@@ -2,6 +2,7 @@
 //!
 //! * Values: every operation of a small two-layer decoder, over a grid of odd shapes, within a tolerance.
 //! * Batch invariance: the same rows computed alone, in any batch, in any chunks, in any blocks, give the same bits.
+//! * Mixtures of experts: the same two questions, and ties between experts.
 //! * Quantized layers ([`run_quantized`]): the same numbers as the reference, in integers exactly.
 //! * The host tier ([`run_host_copies`]): blocks come back as they went.
 //! * Ranks ([`run_ranks`]): sums and gathers, exactly.
@@ -10,10 +11,11 @@
 //! Every body handed to [`crate::Backend::run`] is run twice, and keys recur with other lengths, so that a backend which
 //! records and replays is tested on replays. A failure panics with the name of the case.
 //!
-//! Reading order: `random`, `model`, `schedule`, `forward`, `quantized`, `ranks`, `sampling`.
+//! Reading order: `random`, `model`, `schedule`, `forward`, `moe`, `quantized`, `ranks`, `sampling`.
 
 mod forward;
 mod model;
+mod moe;
 mod quantized;
 mod random;
 mod ranks;
@@ -57,12 +59,14 @@ pub struct Support {
     pub min_block_size: u32,
     /// What `head_dim` is a multiple of.
     pub head_dim_multiple: u32,
+    /// Whether experts may be quantized.
+    pub has_quantized_experts: bool,
 }
 
 impl Default for Support {
     /// Everything.
     fn default() -> Self {
-        Self { dtype: None, min_block_size: 1, head_dim_multiple: 1 }
+        Self { dtype: None, min_block_size: 1, head_dim_multiple: 1, has_quantized_experts: true }
     }
 }
 
@@ -80,6 +84,7 @@ pub fn run<B: Backend>(make: impl FnMut() -> B) {
 /// As [`run`].
 pub fn run_with<B: Backend>(tolerance: Tolerance, support: Support, mut make: impl FnMut() -> B) {
     forward::run(tolerance, support, &mut make);
+    moe::run(QuantFormat::None, tolerance, support, &mut make);
     sampling::run(&mut make);
 }
 
@@ -111,6 +116,9 @@ pub fn run_quantized<B: Backend>(quant: QuantFormat, make: impl FnMut() -> B) {
 /// As [`run`].
 pub fn run_quantized_with<B: Backend>(quant: QuantFormat, support: Support, mut make: impl FnMut() -> B) {
     quantized::run(quant, support, &mut make);
+    if support.has_quantized_experts {
+        moe::run(quant, Tolerance::default(), support, &mut make);
+    }
 }
 
 /// Copies between the device and the host tier. For backends that have one; apart from [`run`], which all pass.

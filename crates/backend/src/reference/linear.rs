@@ -88,45 +88,56 @@ impl RefWeight {
 
     /// `out = weight · x + bias`.
     pub(super) fn apply(&self, x: &[f32], out: &mut [f32]) {
+        self.apply_rows(0, x, out);
+    }
+
+    /// The same of as many rows as `out` has elements, from `first` on.
+    pub(super) fn apply_rows(&self, first: usize, x: &[f32], out: &mut [f32]) {
+        let (rows, k) = (first..first + out.len(), self.in_features);
+        let elements = rows.start * k..rows.end * k;
+        let bias = &self.bias[rows.clone()];
         match &self.matrix {
-            Matrix::Float(weights) => self.apply_float(weights, x, out),
-            Matrix::Quantized { values, scales } => self.apply_quantized(values, scales, x, out),
-            Matrix::Fp8 { values, scales } => self.apply_fp8(values, scales, x, out),
-        }
-    }
-
-    /// Summed in f64 from the first column to the last.
-    fn apply_float(&self, weights: &[f32], x: &[f32], out: &mut [f32]) {
-        let rows = weights.chunks_exact(self.in_features);
-        for ((out, row), &bias) in out.iter_mut().zip(rows).zip(&self.bias) {
-            let dot: f64 = row.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum();
-            *out = (dot + f64::from(bias)) as f32;
-        }
-    }
-
-    /// As [`quant`] defines, to the bit.
-    fn apply_quantized(&self, values: &[i8], scales: &[f32], x: &[f32], out: &mut [f32]) {
-        let (mut q, mut x_scales) = (vec![0; x.len()], vec![0.0; x.len().div_ceil(ACT_GROUP)]);
-        quant::quantize_activations(x, &mut q, &mut x_scales);
-        for (n, (out, row)) in out.iter_mut().zip(values.chunks_exact(self.in_features)).enumerate() {
-            let mut sum = 0.0f32;
-            for ((row, q), &scale) in row.chunks(ACT_GROUP).zip(q.chunks(ACT_GROUP)).zip(&x_scales) {
-                let exact: i32 = row.iter().zip(q).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
-                sum = scale.mul_add(exact as f32, sum);
+            Matrix::Float(weights) => apply_float(&weights[elements], bias, x, out),
+            Matrix::Quantized { values, scales } => {
+                apply_quantized(&values[elements], &scales[rows], bias, x, out);
             }
-            *out = sum * scales[n] + self.bias[n];
+            Matrix::Fp8 { values, scales } => apply_fp8(&values[elements], &scales[rows], bias, x, out),
         }
     }
+}
 
-    /// As [`quant`] defines, with the sum in f64.
-    fn apply_fp8(&self, values: &[f32], scales: &[f32], x: &[f32], out: &mut [f32]) {
-        let mut codes = vec![0; x.len()];
-        let x_scale = f64::from(quant::quantize_fp8(x, &mut codes));
-        let x: Vec<_> = codes.into_iter().map(fp8::to_f32).collect();
-        for (n, (out, row)) in out.iter_mut().zip(values.chunks_exact(self.in_features)).enumerate() {
-            let dot: f64 = row.iter().zip(&x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum();
-            *out = (dot * x_scale * f64::from(scales[n]) + f64::from(self.bias[n])) as f32;
+/// Summed in f64 from the first column to the last.
+fn apply_float(weights: &[f32], bias: &[f32], x: &[f32], out: &mut [f32]) {
+    let rows = weights.chunks_exact(x.len());
+    for ((out, row), &bias) in out.iter_mut().zip(rows).zip(bias) {
+        let dot: f64 = row.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum();
+        *out = (dot + f64::from(bias)) as f32;
+    }
+}
+
+/// As [`quant`] defines, to the bit.
+fn apply_quantized(values: &[i8], scales: &[f32], bias: &[f32], x: &[f32], out: &mut [f32]) {
+    let (mut q, mut x_scales) = (vec![0; x.len()], vec![0.0; x.len().div_ceil(ACT_GROUP)]);
+    quant::quantize_activations(x, &mut q, &mut x_scales);
+    for (n, (out, row)) in out.iter_mut().zip(values.chunks_exact(x.len())).enumerate() {
+        let mut sum = 0.0f32;
+        for ((row, q), &scale) in row.chunks(ACT_GROUP).zip(q.chunks(ACT_GROUP)).zip(&x_scales) {
+            let exact: i32 = row.iter().zip(q).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
+            sum = scale.mul_add(exact as f32, sum);
         }
+        *out = sum * scales[n] + bias[n];
+    }
+}
+
+/// As [`quant`] defines, with the sum in f64.
+fn apply_fp8(values: &[f32], scales: &[f32], bias: &[f32], x: &[f32], out: &mut [f32]) {
+    let mut codes = vec![0; x.len()];
+    let x_scale = f64::from(quant::quantize_fp8(x, &mut codes));
+    let rows = values.chunks_exact(x.len());
+    let x: Vec<_> = codes.into_iter().map(fp8::to_f32).collect();
+    for (n, (out, row)) in out.iter_mut().zip(rows).enumerate() {
+        let dot: f64 = row.iter().zip(&x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum();
+        *out = (dot * x_scale * f64::from(scales[n]) + f64::from(bias[n])) as f32;
     }
 }
 

@@ -6,6 +6,7 @@
 mod attention;
 mod linear;
 mod mlp;
+mod moe;
 mod norm;
 mod rope;
 pub mod sampler;
@@ -20,7 +21,8 @@ use crate::convert::to_f32;
 use crate::step_input::StepBuffer;
 use crate::{
     AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Communicator, Embed, GraphKey,
-    KvLayout, Linear, LinearSource, LogitKind, Logits, Mlp, RopeAndCache, RopeTable, SeqState, StepInput,
+    KvLayout, Linear, LinearSource, LogitKind, Logits, Mlp, Moe, RopeAndCache, RopeTable, SeqState,
+    StepInput,
 };
 
 /// Activations `[rows, cols]`, row-major.
@@ -214,6 +216,21 @@ impl Backend for RefBackend {
     fn mlp(&mut self, op: Mlp<'_, Self>) -> Result<(), BackendError> {
         for t in 0..self.step.num_tokens() {
             mlp::mlp(op.shape, op.activation, op.up, op.down, op.x.row(t), op.out.row_mut(t));
+        }
+        Ok(())
+    }
+
+    fn moe(&mut self, op: Moe<'_, Self>) -> Result<(), BackendError> {
+        let mut logits = vec![0.0; op.router.out_features()];
+        for t in 0..self.step.num_tokens() {
+            let (x, out) = (op.x.row(t), op.out.row_mut(t));
+            op.router.apply(x, &mut logits);
+            let mut result = vec![0.0; out.len()];
+            out.fill(0.0);
+            for (expert, weight) in moe::route(&logits, op.top_k, op.renormalise) {
+                moe::expert(expert, op.activation, op.up, op.down, x, &mut result);
+                out.iter_mut().zip(&result).for_each(|(out, y)| *out += weight * y);
+            }
         }
         Ok(())
     }

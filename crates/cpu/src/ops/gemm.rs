@@ -40,7 +40,7 @@ impl Gemm<'_> {
     /// `out = x · weightᵀ + bias`; `weight` has `n` channels.
     pub(crate) fn run(self, pool: &mut Pool, isa: Isa, out: SharedRows<'_>) -> Result<(), ExecError> {
         let to = ToRows { bias: self.bias, out, n: self.n };
-        self.split(pool, isa, self.n.div_ceil(PANEL), |p| p, to)
+        self.split(pool, isa, self.n.div_ceil(PANEL), Places::IN_ORDER, to)
     }
 
     /// `out = activation(x · gateᵀ) * (x · upᵀ)`, rounded; `weight` has gate's channels, then up's: `2 * n`, and `n` is a
@@ -54,16 +54,16 @@ impl Gemm<'_> {
     ) -> Result<(), ExecError> {
         let panels = self.n / PANEL;
         let to = ToGated { bias: self.bias, activation, out: Hidden::Pairs(out), n: self.n };
-        self.split(pool, isa, 2 * panels, gate_and_up(panels), to)
+        self.split(pool, isa, 2 * panels, Places::gate_and_up(panels), to)
     }
 
-    /// Hands out panels `0..panels`; panel `p` lies at `place(p)` of the weights.
+    /// Hands out panels `0..panels`, which lie at `places` of the weights.
     fn split(
         self,
         pool: &mut Pool,
         isa: Isa,
         panels: usize,
-        place: impl Fn(usize) -> usize + Copy + Sync,
+        places: Places,
         to: impl Sink,
     ) -> Result<(), ExecError> {
         let units = panels.div_ceil(NARROW);
@@ -71,14 +71,54 @@ impl Gemm<'_> {
         pool.split(units, pieces(units, work, self.tokens, pool.num_threads()), |_, units| {
             let panels = units.start * NARROW..(units.end * NARROW).min(panels);
             // SAFETY: `isa` was detected; each piece has panels, that is columns of the output, of its own.
-            unsafe { dispatch_pairs(isa, Product { gemm: self, panels, place, to }) }
+            unsafe { self.piece(isa, 0..self.tokens, panels, places, to) }
         })
+    }
+
+    /// Some panels for some rows of `x`, on this thread.
+    ///
+    /// # Safety
+    /// `isa` is available; nobody else touches these columns of these rows of the output.
+    pub(crate) unsafe fn piece(
+        self,
+        isa: Isa,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        places: Places,
+        to: impl Sink,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { dispatch_pairs(isa, Product { gemm: self, rows, panels, places, to }) }
     }
 }
 
-/// The order of panels in which gate and up take turns, so that a tile holds both of the same channels.
-pub(crate) fn gate_and_up(panels: usize) -> impl Fn(usize) -> usize + Copy + Sync {
-    move |p| p / 2 + if p.is_multiple_of(2) { 0 } else { panels }
+/// Where panels that are computed one after the other lie in the weights.
+///
+/// Data, not a function: each type that a product is generic over doubles the machine code.
+#[derive(Clone, Copy)]
+pub(crate) struct Places {
+    first: usize,
+    /// Panels of the gate where gate and up take turns, so that a tile holds both of the same channels; else 0.
+    gate: usize,
+}
+
+impl Places {
+    pub(crate) const IN_ORDER: Self = Self { first: 0, gate: 0 };
+
+    /// Gate's panels, then as many of up.
+    pub(crate) const fn gate_and_up(panels: usize) -> Self {
+        Self { first: 0, gate: panels }
+    }
+
+    /// The same from panel `first` of the weights on.
+    pub(crate) const fn from(self, first: usize) -> Self {
+        Self { first, ..self }
+    }
+
+    #[inline(always)]
+    pub(crate) const fn at(self, p: usize) -> usize {
+        self.first + if self.gate == 0 { p } else { p / 2 + p % 2 * self.gate }
+    }
 }
 
 /// Where the sums of a tile go.
@@ -222,35 +262,36 @@ fn add_bias(values: &mut [f32], bias: Option<&[f32]>, first: usize) {
     }
 }
 
-/// One piece: some panels for all tokens.
-struct Product<'a, F, T> {
+/// One piece: some panels for some rows.
+struct Product<'a, T> {
     gemm: Gemm<'a>,
+    rows: Range<usize>,
     panels: Range<usize>,
-    place: F,
+    places: Places,
     to: T,
 }
 
-impl<F: Fn(usize) -> usize, T: Sink> PairKernel for Product<'_, F, T> {
+impl<T: Sink> PairKernel for Product<'_, T> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<D: ByteDot>(self) {
         let group = (GROUP_PAIRS / self.gemm.weight.k2().max(1)).max(MIN_GROUP);
-        for first in (0..self.gemm.tokens).step_by(group) {
-            let tokens = first..(first + group).min(self.gemm.tokens);
+        for first in self.rows.clone().step_by(group) {
+            let rows = first..(first + group).min(self.rows.end);
             // SAFETY: the caller's.
-            unsafe { each_panel::<D, _>(&self, tokens, self.panels.clone()) };
+            unsafe { each_panel::<D, _>(&self, rows, self.panels.clone()) };
         }
     }
 }
 
-impl<F: Fn(usize) -> usize, T: Sink> Product<'_, F, T> {
+impl<T: Sink> Product<'_, T> {
     /// What memory works ahead on while a tile of `panels` computes.
     #[inline(always)]
     fn ahead<const P: usize>(&self, p: usize, panels: [*const u32; P], turn: Turn) -> Ahead<P> {
         let next = |i: usize| {
             let next = p + P + i;
-            (next < self.panels.end).then(|| self.gemm.weight.panel((self.place)(next)))
+            (next < self.panels.end).then(|| self.gemm.weight.panel(self.places.at(next)))
         };
         Ahead::of(panels, self.gemm.weight.k2(), turn, next)
     }
@@ -280,12 +321,12 @@ unsafe fn column<D: PairDot, const M: usize>(
     }
 }
 
-impl<F: Fn(usize) -> usize, T: Sink> Tiled for Product<'_, F, T> {
+impl<T: Sink> Tiled for Product<'_, T> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, turn: Turn) {
         let k2 = self.gemm.weight.k2();
         let panels: [*const u32; P] =
-            std::array::from_fn(|i| self.gemm.weight.panel((self.place)(p + i)).as_ptr());
+            std::array::from_fn(|i| self.gemm.weight.panel(self.places.at(p + i)).as_ptr());
         let (x, stride) = self.gemm.x.rows(m, M);
         assert!(k2 <= stride, "rows of {stride} pairs for weights of {k2}");
         // SAFETY: `panels` hold k2 vectors each, `x` M rows of `stride`; prefetches may leave them.

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use quire_core::ExecError;
 
-use super::gemm::{Sink, give};
+use super::gemm::{Places, Sink, give};
 use super::tiles::{Ahead, MEMORY_BOUND, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel, pieces};
 use crate::buffer::Shared;
 use crate::pool::Pool;
@@ -38,74 +38,93 @@ pub(crate) struct IntGemm<'a> {
 pub(crate) type Panels = Vec<u32>;
 
 impl IntGemm<'_> {
-    /// Hands out panels `0..panels`, of which panel `p` lies at `place(p)` of the weights, and the sums of each to `to`.
+    /// Hands out panels `0..panels`, which lie at `places` of the weights, and the sums of each to `to`.
     pub(crate) fn run(
         self,
         pool: &mut Pool,
         isa: Isa,
         scratch: &mut [Panels],
         panels: usize,
-        place: impl Fn(usize) -> usize + Copy + Sync,
+        places: Places,
         to: impl Sink,
     ) -> Result<(), ExecError> {
-        let quads = self.weight.quads();
-        if self.weight.codes() == Codes::Int4 && self.tokens > MEMORY_BOUND {
-            scratch
-                .iter_mut()
-                .for_each(|panels| panels.resize((NARROW * quads * PANEL).max(panels.len()), 0));
-        }
+        self.reserve(scratch, self.tokens);
         let scratch = Shared::new(scratch);
         let units = panels.div_ceil(NARROW);
-        let work = NARROW * PANEL * quads * self.tokens;
+        let work = NARROW * PANEL * self.weight.quads() * self.tokens;
         pool.split(units, pieces(units, work, self.tokens, pool.num_threads()), |worker, units| {
             let panels = units.start * NARROW..(units.end * NARROW).min(panels);
             // SAFETY: `isa` was detected; each piece has panels, that is columns of the output, of its own, and each
             // thread its scratch.
-            unsafe {
-                let expanded = Shared::new(&mut scratch.slice(worker, 1)[0]);
-                dispatch_pairs(isa, Piece { gemm: self, panels, place, to, expanded });
-            }
+            unsafe { self.piece(isa, &mut scratch.slice(worker, 1)[0], 0..self.tokens, panels, places, to) }
         })
+    }
+
+    /// Makes the room that [`Self::piece`] needs for up to `rows` rows.
+    pub(crate) fn reserve(&self, scratch: &mut [Panels], rows: usize) {
+        if self.weight.codes() == Codes::Int4 && rows > MEMORY_BOUND {
+            let len = NARROW * self.weight.quads() * PANEL;
+            scratch.iter_mut().for_each(|panels| panels.resize(len.max(panels.len()), 0));
+        }
+    }
+
+    /// Some panels for some rows of `x`, on this thread; `expanded` is its own.
+    ///
+    /// # Safety
+    /// `isa` is available; nobody else touches these columns of these rows of the output.
+    pub(crate) unsafe fn piece(
+        self,
+        isa: Isa,
+        expanded: &mut Panels,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        places: Places,
+        to: impl Sink,
+    ) {
+        let expanded = Shared::new(expanded);
+        // SAFETY: the caller's.
+        unsafe { dispatch_pairs(isa, Piece { gemm: self, rows, panels, places, to, expanded }) };
     }
 }
 
-/// Some panels for all tokens.
-struct Piece<'a, F, T> {
+/// Some panels for some rows.
+struct Piece<'a, T> {
     gemm: IntGemm<'a>,
+    rows: Range<usize>,
     panels: Range<usize>,
-    place: F,
+    places: Places,
     to: T,
     /// Where int4 panels are expanded to.
     expanded: Shared<'a, u32>,
 }
 
-impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> PairKernel for Piece<'_, F, T> {
+impl<T: Sink> PairKernel for Piece<'_, T> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<D: ByteDot>(self) {
-        let IntGemm { weight, tokens, .. } = self.gemm;
+        let weight = self.gemm.weight;
         let group = (GROUP_QUADS / weight.quads().max(1)).max(MIN_GROUP);
-        for first in (0..tokens).step_by(group) {
-            let tokens = first..(first + group).min(tokens);
+        for first in self.rows.clone().step_by(group) {
+            let rows = first..(first + group).min(self.rows.end);
             // SAFETY: the caller's.
             unsafe {
-                if weight.codes() == Codes::Int4 && self.gemm.tokens <= MEMORY_BOUND {
-                    each_panel::<D, _>(&Nibbles(&self), tokens, self.panels.clone());
+                if weight.codes() == Codes::Int4 && self.rows.len() <= MEMORY_BOUND {
+                    each_panel::<D, _>(&Nibbles(&self), rows, self.panels.clone());
                 } else {
-                    each_panel::<D, _>(&self, tokens, self.panels.clone());
+                    each_panel::<D, _>(&self, rows, self.panels.clone());
                 }
             }
         }
     }
 }
 
-impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> Piece<'_, F, T> {
+impl<T: Sink> Piece<'_, T> {
     /// Panel `p + i` as bytes, expanded if need be: once for all tiles of the same panels.
     #[inline(always)]
     unsafe fn bytes<D: ByteDot>(&self, p: usize, i: usize, turn: Turn) -> *const u32 {
         let weight = self.gemm.weight;
-        let panel = weight.panel((self.place)(p + i));
+        let panel = weight.panel(self.places.at(p + i));
         match weight.codes() {
             Codes::Int8 => panel.as_ptr(),
             Codes::Int4 => {
@@ -126,34 +145,34 @@ impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> Piece<'_, F, T> {
     fn ahead<const P: usize>(&self, p: usize, panels: [*const u32; P], turn: Turn) -> Ahead<P> {
         let next = |i: usize| {
             let next = p + P + i;
-            (next < self.panels.end).then(|| self.gemm.weight.panel((self.place)(next)))
+            (next < self.panels.end).then(|| self.gemm.weight.panel(self.places.at(next)))
         };
         Ahead::of(panels, self.gemm.weight.quads(), turn, next)
     }
 
     /// Where sums go to.
     #[inline(always)]
-    fn scaled(&self) -> Scaled<'_, F, T> {
-        Scaled { weight: self.gemm.weight, place: &self.place, to: self.to }
+    fn scaled(&self) -> Scaled<'_, T> {
+        Scaled { weight: self.gemm.weight, places: self.places, to: self.to }
     }
 }
 
 /// Scales sums by those of the weights.
 #[derive(Clone, Copy)]
-struct Scaled<'a, F, T> {
+struct Scaled<'a, T> {
     weight: &'a Quantized,
-    place: &'a F,
+    places: Places,
     to: T,
 }
 
-impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> Sink for Scaled<'_, F, T> {
+impl<T: Sink> Sink for Scaled<'_, T> {
     #[inline(always)]
     unsafe fn take<D: PairDot, const P: usize>(&self, m: usize, p: usize, sums: [D::V; P]) {
         let mut scaled = sums;
         // SAFETY: a panel's scales are one vector; the rest is the caller's.
         unsafe {
             for i in 0..P {
-                let scales = self.weight.scales((self.place)(p + i));
+                let scales = self.weight.scales(self.places.at(p + i));
                 scaled[i] = D::mul(sums[i], D::load_sums(scales.as_ptr()));
             }
             self.to.take::<D, P>(m, p, scaled);
@@ -182,7 +201,7 @@ unsafe fn expand<D: ByteDot>(panel: &[u32], steps_at: usize, to: &mut [u32]) {
     }
 }
 
-impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> Tiled for Piece<'_, F, T> {
+impl<T: Sink> Tiled for Piece<'_, T> {
     /// Sums of integers lie beside those of floats.
     const SHARE: (usize, usize) = (2, 3);
 
@@ -268,15 +287,15 @@ unsafe fn column<D: ByteDot, const M: usize>(panel: *const u32, quads: usize, x:
 }
 
 /// The product with int4 as it is, for so few tokens that memory is the limit.
-struct Nibbles<'a, 'b, F, T>(&'b Piece<'a, F, T>);
+struct Nibbles<'a, 'b, T>(&'b Piece<'a, T>);
 
-impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> Tiled for Nibbles<'_, '_, F, T> {
+impl<T: Sink> Tiled for Nibbles<'_, '_, T> {
     /// Of one panel at a time, beside sums of integers and those of one group.
     const SHARE: (usize, usize) = (2, 3);
 
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, m: usize, p: usize, _: Turn) {
-        let (weight, place) = (self.0.gemm.weight, self.0.place);
+        let (weight, places) = (self.0.gemm.weight, self.0.places);
         let quads = weight.quads();
         // SAFETY: rows hold `quads` quads; the rest is the caller's.
         unsafe {
@@ -284,8 +303,8 @@ impl<F: Fn(usize) -> usize + Copy + Sync, T: Sink> Tiled for Nibbles<'_, '_, F, 
             let mut sums = [[D::zero(); P]; M];
             for i in 0..P {
                 let next = (p + i + 1).min(self.0.panels.end - 1);
-                let next_steps = weight.panel(place(next)).as_ptr().add(weight.steps_at());
-                let panel = NibblePanel { codes: weight.panel(place(p + i)).as_ptr(), next_steps };
+                let next_steps = weight.panel(places.at(next)).as_ptr().add(weight.steps_at());
+                let panel = NibblePanel { codes: weight.panel(places.at(p + i)).as_ptr(), next_steps };
                 let column = panel.column::<D, M>(quads, weight.steps_at(), x);
                 for r in 0..M {
                     sums[r][i] = column[r];

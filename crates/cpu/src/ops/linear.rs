@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use quire_backend::{BackendError, LogitRow};
 
 use super::dot::dot_tile;
-use super::gemm::{Gemm, ToRows};
+use super::gemm::{Gemm, Places, ToRows};
 use super::grain;
 use super::int_gemm::{IntGemm, Panels};
 use crate::buffer::{CpuBuf, SharedRows};
@@ -36,6 +36,8 @@ pub(crate) enum Rows<'a> {
     First(usize),
     /// One row per logit row.
     Gather(&'a [LogitRow]),
+    /// Of each slot, the row that it belongs to: rows have `per_row` slots each.
+    Slots { slots: &'a [u32], per_row: usize },
 }
 
 impl Rows<'_> {
@@ -43,6 +45,7 @@ impl Rows<'_> {
         match self {
             Self::First(n) => *n,
             Self::Gather(rows) => rows.len(),
+            Self::Slots { slots, .. } => slots.len(),
         }
     }
 
@@ -50,6 +53,7 @@ impl Rows<'_> {
         match self {
             Self::First(_) => m,
             Self::Gather(rows) => rows[m].row as usize,
+            Self::Slots { slots, per_row } => slots[m] as usize / per_row,
         }
     }
 }
@@ -111,7 +115,7 @@ pub(crate) fn linear(
             inputs.bytes.quantize(pool, isa, x, k)?;
             let gemm = IntGemm { weight: quantized, x: &inputs.bytes, tokens };
             let to = ToRows { bias, out, n };
-            return Ok(gemm.run(pool, isa, &mut inputs.panels, n.div_ceil(PANEL), |p| p, to)?);
+            return Ok(gemm.run(pool, isa, &mut inputs.panels, n.div_ceil(PANEL), Places::IN_ORDER, to)?);
         }
         Matrix::F32(_) | Matrix::F16(_) | Matrix::Bf16(_) => {}
     }
@@ -121,29 +125,33 @@ pub(crate) fn linear(
     pool.split(pieces, grain, |_, pieces| {
         let rows = pieces.start * SINGLE_ROWS..(pieces.end * SINGLE_ROWS).min(n);
         // SAFETY: `isa` was detected; each thread has weight rows, that is columns of `out`, of its own.
-        unsafe { linear_rows(isa, weight, rows, x, out) };
+        unsafe { linear_rows(isa, weight, 0, rows, x, out) };
     })?;
     Ok(())
 }
 
-/// Output columns `rows` for all tokens; not of packed weights.
+/// Output columns `rows` for all tokens, of a layer that begins at row `first` of `weight`; not of packed weights.
 ///
 /// # Safety
 /// `isa` is available; nobody else touches these columns of `out`.
 pub(crate) unsafe fn linear_rows(
     isa: Isa,
     weight: &CpuWeight,
+    first: usize,
     rows: Range<usize>,
     x: Input<'_>,
     out: SharedRows<'_>,
 ) {
-    let (k, bias) = (weight.in_features, weight.bias.as_deref());
+    let (k, bias) = (weight.in_features, weight.bias.as_deref().map(|bias| &bias[first..]));
+    let from = first * k;
     // SAFETY: the caller's.
     unsafe {
         match &weight.matrix {
-            Matrix::F32(matrix) => dispatch(isa, RowGemm::<f32> { matrix, k, bias, rows, x, out }),
-            Matrix::F16(matrix) => dispatch(isa, RowGemm::<f16> { matrix, k, bias, rows, x, out }),
-            Matrix::Bf16(matrix) => dispatch(isa, RowGemm::<bf16> { matrix, k, bias, rows, x, out }),
+            Matrix::F32(all) => dispatch(isa, RowGemm::<f32> { matrix: &all[from..], k, bias, rows, x, out }),
+            Matrix::F16(all) => dispatch(isa, RowGemm::<f16> { matrix: &all[from..], k, bias, rows, x, out }),
+            Matrix::Bf16(all) => {
+                dispatch(isa, RowGemm::<bf16> { matrix: &all[from..], k, bias, rows, x, out })
+            }
             Matrix::Packed(_) | Matrix::Quantized(_) => {
                 unreachable!("packed weights have an operation of their own")
             }

@@ -2,7 +2,7 @@
 
 use quire_backend::{Activation, BackendError, MlpShape};
 
-use super::gemm::{Gemm, Hidden, ToGated, gate_and_up};
+use super::gemm::{Gemm, Hidden, Places, ToGated};
 use super::grain;
 use super::int_gemm::IntGemm;
 use super::linear::{Input, Inputs, Rows, linear, linear_rows};
@@ -61,7 +61,7 @@ pub(crate) fn mlp(
             let first = IntGemm { weight: up, x: &first_inputs.bytes, tokens };
             let to = ToGated { bias, activation, out: Hidden::Rows(scratch.shared()), n: intermediate };
             let panels = intermediate / PANEL;
-            first.run(pool, isa, &mut first_inputs.panels, 2 * panels, gate_and_up(panels), to)?;
+            first.run(pool, isa, &mut first_inputs.panels, 2 * panels, Places::gate_and_up(panels), to)?;
             linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), second_inputs, out)
         }
         (Matrix::Packed(_) | Matrix::Quantized(_), _) => in_turn(pool, isa, args, first_inputs),
@@ -103,10 +103,10 @@ fn by_columns(pool: &mut Pool, isa: Isa, args: MlpArgs<'_>, inputs: &mut Inputs)
         let columns = pieces.start * PIECE..(pieces.end * PIECE).min(intermediate);
         // SAFETY: `isa` was detected; the columns, and those of the other half, belong to this thread.
         unsafe {
-            linear_rows(isa, up, columns.clone(), x, hidden);
+            linear_rows(isa, up, 0, columns.clone(), x, hidden);
             if gated {
                 let others = columns.start + intermediate..columns.end + intermediate;
-                linear_rows(isa, up, others, x, hidden);
+                linear_rows(isa, up, 0, others, x, hidden);
             }
             for t in 0..tokens {
                 let values = hidden.part(t, columns.start, columns.len());
@@ -119,10 +119,10 @@ fn by_columns(pool: &mut Pool, isa: Isa, args: MlpArgs<'_>, inputs: &mut Inputs)
 }
 
 /// `values = activation(values)`, times `up` if gated.
-struct Activate<'a> {
-    activation: Activation,
-    values: &'a mut [f32],
-    up: Option<&'a [f32]>,
+pub(crate) struct Activate<'a> {
+    pub activation: Activation,
+    pub values: &'a mut [f32],
+    pub up: Option<&'a [f32]>,
 }
 
 impl Kernel for Activate<'_> {

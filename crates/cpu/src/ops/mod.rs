@@ -7,6 +7,7 @@ pub mod gemm;
 pub(crate) mod int_gemm;
 pub mod linear;
 pub mod mlp;
+pub(crate) mod moe;
 pub mod norm;
 pub(crate) mod paged;
 pub mod rope;

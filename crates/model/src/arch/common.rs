@@ -69,21 +69,22 @@ impl<'a> Common<'a> {
 
     /// A gated network without bias.
     pub fn gated_ffn(&self) -> Result<DenseFfn> {
-        let activation = match self.config.opt_str("hidden_act")? {
-            None | Some("silu" | "swish") => Activation::Silu,
-            Some("gelu") => Activation::Gelu,
-            Some("gelu_pytorch_tanh" | "gelu_new") => Activation::GeluTanh,
-            Some(_) => {
-                let rule = "supported are silu, gelu, gelu_pytorch_tanh";
-                return Err(self.config.error("hidden_act", rule));
-            }
-        };
         Ok(DenseFfn {
             intermediate_size: self.config.int("intermediate_size", 1..=MAX_DIM)?,
-            activation,
+            activation: self.activation()?,
             shape: FfnShape::Gated,
             bias: false,
         })
+    }
+
+    /// `hidden_act`.
+    pub fn activation(&self) -> Result<Activation> {
+        match self.config.opt_str("hidden_act")? {
+            None | Some("silu" | "swish") => Ok(Activation::Silu),
+            Some("gelu") => Ok(Activation::Gelu),
+            Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
+            Some(_) => Err(self.config.error("hidden_act", "supported are silu, gelu, gelu_pytorch_tanh")),
+        }
     }
 
     /// The layer that pre-norm families repeat.
@@ -106,6 +107,17 @@ impl<'a> Common<'a> {
     /// `sliding_window` as it stands.
     pub fn window(&self) -> Result<Option<u32>> {
         Ok(self.config.opt_int("sliding_window", 1..=MAX_POSITIONS)?.map(|window| window as u32))
+    }
+
+    /// `window` for all layers, which `layer_types` must agree with if the file has it.
+    pub fn one_window(&self, window: Option<u32>) -> Result<Option<u32>> {
+        match self.layer_windows(window)? {
+            Some(windows) if windows.iter().any(|&layer| layer != window) => Err(ModelError::Unsupported(
+                "config.json: `layer_types`: a window in some layers only is not supported in this family"
+                    .into(),
+            )),
+            _ => Ok(window),
+        }
     }
 
     /// The windows by `layer_types`, if the file has it.

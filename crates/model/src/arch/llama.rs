@@ -8,8 +8,13 @@ use crate::weights::LLAMA_NAMES;
 use super::Architecture;
 use super::common::Common;
 
-pub(super) const ARCH: Architecture =
-    Architecture { name: "LlamaForCausalLM", model_type: "llama", spec, weights: &LLAMA_NAMES };
+pub(super) const ARCH: Architecture = Architecture {
+    name: "LlamaForCausalLM",
+    model_type: "llama",
+    spec,
+    weights: &LLAMA_NAMES,
+    reads_experts: false,
+};
 
 fn spec(config: &Config) -> Result<ModelSpec> {
     let common = Common::read(config)?;

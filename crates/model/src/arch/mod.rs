@@ -8,6 +8,7 @@ mod llama;
 mod mistral;
 mod qwen2;
 mod qwen3;
+mod qwen3_moe;
 mod rope;
 
 use crate::config::Config;
@@ -23,10 +24,12 @@ pub(crate) struct Architecture {
     model_type: &'static str,
     spec: fn(&Config) -> Result<ModelSpec>,
     weights: &'static WeightNames,
+    /// Whether `spec` reads the fields of a mixture of experts.
+    reads_experts: bool,
 }
 
 /// All families.
-static REGISTRY: &[Architecture] = &[llama::ARCH, mistral::ARCH, qwen2::ARCH, qwen3::ARCH];
+static REGISTRY: &[Architecture] = &[llama::ARCH, mistral::ARCH, qwen2::ARCH, qwen3::ARCH, qwen3_moe::ARCH];
 
 impl ModelSpec {
     /// Reads the text of a `config.json`.
@@ -36,8 +39,11 @@ impl ModelSpec {
     pub fn from_config_json(json: &str) -> Result<Self> {
         let config = Config::parse("config.json", json)?;
         refuse_unsupported_features(&config)?;
-        let arch = find(&config)?;
-        (arch.spec)(&config)
+        let arch = find(&config);
+        if !arch.as_ref().is_ok_and(|arch| arch.reads_experts) {
+            refuse_experts(&config)?;
+        }
+        (arch?.spec)(&config)
     }
 }
 
@@ -75,11 +81,6 @@ fn refuse_unsupported_features(config: &Config) -> Result<()> {
              are not supported; use the bf16, f16 or f32 checkpoint, and --quantize to quantize it at load"
         ));
     }
-    for field in ["num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"] {
-        if config.get(field).is_some_and(|value| value.as_u64().is_none_or(|count| count > 1)) {
-            return refuse(format!("config.json: `{field}`: mixture of experts (MoE) is not supported"));
-        }
-    }
     if config.get("kv_lora_rank").is_some() {
         return refuse(
             "config.json: `kv_lora_rank`: multi-head latent attention (MLA) is not supported".into(),
@@ -94,6 +95,19 @@ fn refuse_unsupported_features(config: &Config) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The fields of a mixture of experts, in a family that does not read them.
+fn refuse_experts(config: &Config) -> Result<()> {
+    let count = |field: &&str| config.get(field).is_some_and(|n| n.as_u64().is_none_or(|count| count > 1));
+    let fields = ["num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"];
+    match fields.into_iter().find(count) {
+        None => Ok(()),
+        Some(field) => Err(ModelError::Unsupported(format!(
+            "config.json: `{field}`: mixture of experts (MoE) is not supported in this family; it is in \
+             Qwen3MoeForCausalLM"
+        ))),
+    }
 }
 
 /// What a well-known but unsupported architecture would need, for the message.

@@ -1,7 +1,7 @@
 //! `config.json`, good and bad, old and new style.
 
 use quire_core::DType;
-use quire_model::{GenerationConfig, GqaSpec, Mixer, ModelSpec, RopeScaling};
+use quire_model::{Activation, Ffn, GenerationConfig, GqaSpec, Mixer, ModelSpec, MoeFfn, RopeScaling};
 use serde_json::{Value, json};
 
 /// A valid Llama config with fields replaced; `null` removes one.
@@ -115,9 +115,9 @@ fn unsupported_features_are_named() {
             "`MixtralForCausalLM` (mixture of",
         ),
         (json!({"architectures": ["Gemma3ForCausalLM"]}), "`Gemma3ForCausalLM` (Gemma's norms"),
-        (json!({"architectures": ["Qwen3MoeForCausalLM"]}), "(mixture of experts)"),
+        (json!({"architectures": ["Qwen2MoeForCausalLM"]}), "(mixture of experts)"),
         (json!({"architectures": null, "model_type": "gpt2"}), "model type `gpt2`"),
-        (json!({"num_local_experts": 8}), "`num_local_experts`: mixture of experts (MoE) is not supported"),
+        (json!({"num_local_experts": 8}), "`num_local_experts`: mixture of experts (MoE) is not"),
         (json!({"n_routed_experts": 64}), "mixture of experts (MoE)"),
         (json!({"kv_lora_rank": 512}), "multi-head latent attention (MLA)"),
         (json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}), "`quantization_config` (gptq)"),
@@ -145,7 +145,7 @@ fn unsupported_features_are_named() {
     assert_eq!(
         unknown,
         "architecture `FooForCausalLM` is not supported; supported are LlamaForCausalLM, MistralForCausalLM, \
-         Qwen2ForCausalLM, Qwen3ForCausalLM"
+         Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
     );
     spec(&json!({"auto_map": {"AutoTokenizer": ["t.T", null]}, "num_experts": 0}));
 }
@@ -208,7 +208,7 @@ fn windows_of_mistral_and_qwen() {
     assert_eq!(windows(&mistral(json!({"sliding_window": 7}))), [Some(7); 2]);
     let mixed =
         error(&mistral(json!({"sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]})));
-    assert!(mixed.contains("window in some layers only is not supported"), "{mixed}");
+    assert!(mixed.contains("a window in some layers only is not supported in this family"), "{mixed}");
 
     let qwen = |rest: Value| {
         let mut changes =
@@ -233,6 +233,48 @@ fn windows_of_mistral_and_qwen() {
     }
     let zero = error(&qwen(json!({"use_sliding_window": true, "sliding_window": 0})));
     assert!(zero.contains("field `sliding_window` is 0"), "{zero}");
+}
+
+#[test]
+fn layers_with_experts_and_without() {
+    let moe = |rest: Value| {
+        let mut changes = json!({"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 4, "num_experts": 8,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 24});
+        changes.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
+        changes
+    };
+    let which = |rest: Value| -> Vec<bool> {
+        spec(&moe(rest)).layers.iter().map(|layer| matches!(layer.ffn, Ffn::Moe(_))).collect()
+    };
+    assert_eq!(which(json!({})), [true; 4]);
+    assert_eq!(which(json!({"decoder_sparse_step": 2})), [false, true, false, true]);
+    assert_eq!(which(json!({"mlp_only_layers": [0, 3]})), [false, true, true, false]);
+    let plain = MoeFfn {
+        num_experts: 8,
+        num_experts_per_tok: 2,
+        intermediate_size: 24,
+        activation: Activation::Silu,
+        norm_topk_prob: false,
+    };
+    assert_eq!(spec(&moe(json!({}))).layers[0].ffn, Ffn::Moe(plain));
+    let renamed = json!({"num_experts": null, "num_local_experts": 8});
+    assert_eq!(spec(&moe(renamed)).layers, spec(&moe(json!({}))).layers);
+    for (rest, expected) in [
+        (
+            json!({"num_experts_per_tok": 9}),
+            "field `num_experts_per_tok` is 9: must be an integer between 1 and 8",
+        ),
+        (json!({"num_experts": 513}), "field `num_experts` is 513"),
+        (json!({"moe_intermediate_size": null}), "field `moe_intermediate_size` is null"),
+        (json!({"norm_topk_prob": "yes"}), "field `norm_topk_prob` is \"yes\""),
+        (json!({"decoder_sparse_step": 0}), "field `decoder_sparse_step` is 0"),
+        (json!({"mlp_only_layers": [0, -1]}), "field `mlp_only_layers` is [0,-1]: must be a list; each"),
+        (json!({"scoring_func": "sigmoid"}), "`scoring_func`: only a softmax over all experts"),
+        (json!({"shared_expert_intermediate_size": 64}), "`shared_expert_intermediate_size`: only"),
+    ] {
+        let message = error(&moe(rest));
+        assert!(message.contains(expected), "{message}");
+    }
 }
 
 #[test]

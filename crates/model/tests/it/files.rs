@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use quire_model::{Checkpoint, GlobalTensor};
+use quire_model::{Checkpoint, GlobalTensor, LayerTensor};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 
 use crate::{golden_dir, scratch};
@@ -85,6 +85,56 @@ fn unexplained_tensors_in_a_layer_are_refused_and_others_ignored() {
     let expected =
         "config.json (LlamaForCausalLM) does not account for tensor `model.layers.1.self_attn.q_proj.bias`";
     assert_error(&write("unexplained", "llama2", &all), expected);
+}
+
+/// Gives a family's experts the form of transformers 5: the tensors of all experts of a layer in one.
+fn fused(family: &str) -> Tensors {
+    let mut all = tensors(family);
+    for layer in [0, 2] {
+        let mut stack = |projections: &[&str], name: &str| {
+            let (mut data, mut shape) = (Vec::new(), vec![8]);
+            for expert in 0..8 {
+                for projection in projections {
+                    let name = format!("model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight");
+                    let (_, part, bytes) = all.remove(&name).unwrap();
+                    shape = vec![8, projections.len() * part[0], part[1]];
+                    data.extend(bytes);
+                }
+            }
+            all.insert(format!("model.layers.{layer}.mlp.experts.{name}"), (Dtype::BF16, shape, data));
+        };
+        stack(&["gate", "up"], "gate_up_proj");
+        stack(&["down"], "down_proj");
+    }
+    all
+}
+
+#[test]
+fn experts_may_be_stored_as_one_tensor() {
+    let expected = Checkpoint::open(&golden_dir("qwen3-moe")).unwrap();
+    let mut all = fused("qwen3-moe");
+    let got = Checkpoint::open(&write("fused", "qwen3-moe", &all)).unwrap();
+    assert_eq!(got.tensors().len(), expected.tensors().len());
+    for (layer, spec) in expected.spec().layers.iter().enumerate() {
+        for (tensor, shape) in spec.tensors(64) {
+            let (want, have) =
+                (expected.layer_tensor(layer, tensor).unwrap(), got.layer_tensor(layer, tensor).unwrap());
+            assert_eq!((&*have.shape, &have.data), (&*shape, &want.data), "{layer} {tensor:?}");
+        }
+    }
+    let last = got.layer_tensor(2, LayerTensor::ExpertUp(7)).unwrap();
+    assert_ne!(last.data, got.layer_tensor(2, LayerTensor::ExpertUp(6)).unwrap().data);
+
+    let one = tensors("qwen3-moe").remove("model.layers.2.mlp.experts.3.up_proj.weight").unwrap();
+    all.insert("model.layers.2.mlp.experts.3.up_proj.weight".into(), one);
+    assert_error(
+        &write("fused_twice", "qwen3-moe", &all),
+        "is there by itself and in `model.layers.2.mlp.ex",
+    );
+    all.remove("model.layers.2.mlp.experts.3.up_proj.weight");
+    all.get_mut("model.layers.0.mlp.experts.down_proj").unwrap().1 = vec![8, 16, 64];
+    let expected = "has shape [8, 16, 64], but config.json asks for [8, 64, 16]";
+    assert_error(&write("fused_shape", "qwen3-moe", &all), expected);
 }
 
 #[test]

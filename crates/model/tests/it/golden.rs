@@ -3,20 +3,21 @@
 use quire_core::{DType, TensorView};
 use quire_model::{
     Activation, Checkpoint, DenseFfn, Ffn, FfnShape, GlobalTensor, GqaSpec, Head, LayerSpec, LayerTensor,
-    Mixer, ModelSpec, NormPlacement, QkNorm, RopeScaling, RopeSpec,
+    Mixer, ModelSpec, MoeFfn, NormPlacement, QkNorm, RopeScaling, RopeSpec,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
 
 use crate::golden_dir;
 
-const FAMILIES: [&str; 12] = [
+const FAMILIES: [&str; 13] = [
     "llama2",
     "llama3",
     "mistral",
     "qwen2",
     "qwen2-window",
     "qwen3",
+    "qwen3-moe",
     "smollm",
     "rope-linear",
     "rope-dynamic",
@@ -62,7 +63,7 @@ fn layer(gqa: &GqaSpec, ffn: &DenseFfn) -> LayerSpec {
 fn expected(family: &str) -> ModelSpec {
     let theta = match family {
         "llama3" => 500_000.0,
-        "qwen2" | "qwen2-window" | "qwen3" | "rope-yarn" => 1_000_000.0,
+        "qwen2" | "qwen2-window" | "qwen3" | "qwen3-moe" | "rope-yarn" => 1_000_000.0,
         _ => 10_000.0,
     };
     let (mut spec, mut gqa, mut ffn) = base(theta);
@@ -96,6 +97,21 @@ fn expected(family: &str) -> ModelSpec {
             spec.architecture = "Qwen3ForCausalLM".to_owned();
             (gqa.head_dim, gqa.rope.dim, gqa.softmax_scale) = (128, 128, 128f32.powf(-0.5));
             (gqa.qk_norm, spec.head, spec.norm_eps) = (QkNorm::PerHead, Head::Tied, 1e-6);
+        }
+        // The second of three layers is dense.
+        "qwen3-moe" => {
+            spec.architecture = "Qwen3MoeForCausalLM".to_owned();
+            (gqa.num_heads, gqa.qk_norm, spec.head, spec.norm_eps) = (1, QkNorm::PerHead, Head::Tied, 1e-6);
+            let experts = MoeFfn {
+                num_experts: 8,
+                num_experts_per_tok: 2,
+                intermediate_size: 16,
+                activation: Activation::Silu,
+                norm_topk_prob: true,
+            };
+            let moe = LayerSpec { ffn: Ffn::Moe(experts), ..layer(&gqa, &ffn) };
+            spec.layers = vec![moe.clone(), layer(&gqa, &ffn), moe];
+            num_layers = 0;
         }
         "smollm" => {
             (spec.head, spec.dtype, spec.max_position_embeddings) = (Head::Tied, DType::F16, 256);
@@ -252,8 +268,8 @@ fn tensors_hold_the_bytes_of_their_files() {
     }
 }
 
-fn hf_name(tensor: LayerTensor) -> &'static str {
-    match tensor {
+fn hf_name(tensor: LayerTensor) -> String {
+    let name = match tensor {
         LayerTensor::MixerNorm => "input_layernorm.weight",
         LayerTensor::Q => "self_attn.q_proj.weight",
         LayerTensor::K => "self_attn.k_proj.weight",
@@ -272,7 +288,12 @@ fn hf_name(tensor: LayerTensor) -> &'static str {
         LayerTensor::GateBias => "mlp.gate_proj.bias",
         LayerTensor::UpBias => "mlp.up_proj.bias",
         LayerTensor::DownBias => "mlp.down_proj.bias",
-    }
+        LayerTensor::Router => "mlp.gate.weight",
+        LayerTensor::ExpertGate(expert) => return format!("mlp.experts.{expert}.gate_proj.weight"),
+        LayerTensor::ExpertUp(expert) => return format!("mlp.experts.{expert}.up_proj.weight"),
+        LayerTensor::ExpertDown(expert) => return format!("mlp.experts.{expert}.down_proj.weight"),
+    };
+    name.to_owned()
 }
 
 #[test]

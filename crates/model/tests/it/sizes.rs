@@ -17,6 +17,7 @@ const QWEN_2_5_0_5B: &str = r#"{"architectures": ["Qwen2ForCausalLM"], "hidden_s
 const QWEN_3_0_6B: &str = r#"{"architectures": ["Qwen3ForCausalLM"], "hidden_size": 1024, "intermediate_size": 3072,
     "head_dim": 128, "max_position_embeddings": 40960, "num_attention_heads": 16, "num_hidden_layers": 28,
     "num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": true, "torch_dtype": "bfloat16"}"#;
+const QWEN_3_30B_A3B: &str = include_str!("../../../../benches/shapes/qwen3-30b-a3b/config.json");
 const SMOLLM_135M: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536,
     "max_position_embeddings": 2048, "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
     "vocab_size": 49152, "tie_word_embeddings": true, "torch_dtype": "bfloat16"}"#;
@@ -29,6 +30,8 @@ fn parameter_counts_of_real_models() {
         (MISTRAL_7B, 7_241_732_096),
         (QWEN_2_5_0_5B, 494_032_768),
         (QWEN_3_0_6B, 596_049_920),
+        // "30.5B in total", its card says.
+        (QWEN_3_30B_A3B, 30_532_122_624),
         (SMOLLM_135M, 134_515_008),
     ] {
         let spec = ModelSpec::from_config_json(config).unwrap();

@@ -1,0 +1,212 @@
+//! Mixtures of experts: the values of the reference, and rows that do not show whom they share their experts with.
+//!
+//! Inputs are exact in 16 bits, so that every backend's router sees the same numbers; ties between experts are there on
+//! purpose, as routers of equal rows.
+
+use quire_core::{DType, QuantFormat, Slot, StepId};
+
+use super::random::{HostTensor, Rng};
+use super::schedule::same_bits;
+use super::{Support, Tolerance};
+use crate::reference::RefBackend;
+use crate::{
+    Activation, Backend, BackendError, BufRole, GraphKey, LinearPart, LinearSource, Moe, MoeScratch,
+    StepInput,
+};
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    /// Of the second half of them, the routers are those of the first.
+    num_experts: usize,
+    top_k: usize,
+    renormalise: bool,
+    hidden: usize,
+    width: usize,
+    activation: Activation,
+    dtype: DType,
+}
+
+const CASE: Case = Case {
+    num_experts: 8,
+    top_k: 2,
+    renormalise: true,
+    hidden: 64,
+    width: 32,
+    activation: Activation::Silu,
+    dtype: DType::F32,
+};
+
+const CASES: &[Case] = &[
+    CASE,
+    Case { top_k: 3, renormalise: false, width: 48, dtype: DType::BF16, ..CASE },
+    Case { num_experts: 1, top_k: 1, activation: Activation::GeluTanh, dtype: DType::F16, ..CASE },
+    Case { num_experts: 60, top_k: 5, hidden: 144, width: 80, dtype: DType::BF16, ..CASE },
+    Case { num_experts: 4, top_k: 4, hidden: 320, width: 16, activation: Activation::Relu, ..CASE },
+    Case { num_experts: 512, top_k: 8, hidden: 32, width: 16, dtype: DType::BF16, ..CASE },
+];
+
+/// Rows of the largest step.
+const MAX_ROWS: usize = 48;
+
+pub(super) fn run<B: Backend>(
+    quant: QuantFormat,
+    tolerance: Tolerance,
+    support: Support,
+    make: &mut impl FnMut() -> B,
+) {
+    for case in CASES {
+        // Exact, so that no activation of the next layer is rounded to another code.
+        let exact = Case { activation: Activation::Relu, ..*case };
+        let case = if quant == QuantFormat::None { case } else { &exact };
+        let dtype = support.dtype.unwrap_or(case.dtype);
+        let all: Vec<usize> = (0..MAX_ROWS).collect();
+        let expected = Layer::load(RefBackend::new(), case, quant, dtype).rows(&all);
+        let got = Layer::load(make(), case, quant, dtype).rows(&all);
+        assert_close(case, &expected, &got, tolerance.f32);
+
+        // Alone, in other company, in another order, and in another backend.
+        let mut rng = Rng::new(23);
+        let mut shuffled = all.clone();
+        rng.shuffle(&mut shuffled);
+        let mut other = Layer::load(make(), case, quant, dtype);
+        for rows in all[..5].chunks(1).chain(shuffled.chunks(19)).chain([&shuffled[..]]) {
+            for (row, have) in rows.iter().zip(other.rows(rows)) {
+                let company = rows.len();
+                assert!(same_bits(&got[*row], &have), "{case:?}: row {row} has other bits among {company}");
+            }
+        }
+    }
+}
+
+fn assert_close(case: &Case, expected: &[Vec<f32>], got: &[Vec<f32>], tolerance: f32) {
+    let scale = expected.iter().flatten().fold(1.0f32, |max, v| max.max(v.abs()));
+    for (row, (want, have)) in expected.iter().zip(got).enumerate() {
+        assert_eq!(want.len(), have.len(), "{case:?}: width");
+        for (i, (want, have)) in want.iter().zip(have).enumerate() {
+            assert!(
+                (want - have).abs() <= tolerance * scale,
+                "{case:?}: row {row}, column {i}: expected {want}, got {have}"
+            );
+        }
+    }
+}
+
+/// A layer with its buffers.
+struct Layer<'a, B: Backend> {
+    case: &'a Case,
+    backend: B,
+    router: B::Weight,
+    up: B::Weight,
+    down: B::Weight,
+    x: B::Buf,
+    logits: B::Buf,
+    hidden: B::Buf,
+    expert_out: B::Buf,
+    out: B::Buf,
+}
+
+impl<'a, B: Backend> Layer<'a, B> {
+    fn load(backend: B, case: &'a Case, quant: QuantFormat, dtype: DType) -> Self {
+        Self::try_load(backend, case, quant, dtype).unwrap_or_else(|error| panic!("{case:?}: {error}"))
+    }
+
+    fn try_load(
+        mut backend: B,
+        case: &'a Case,
+        quant: QuantFormat,
+        dtype: DType,
+    ) -> Result<Self, BackendError> {
+        let Case { num_experts, top_k, hidden, width, .. } = *case;
+        let mut rng = Rng::new(29);
+        let mut tensors = |count: usize, rows, cols| -> Vec<HostTensor> {
+            let scale = 1.5 / (cols as f32).sqrt();
+            let tensor = |_| HostTensor::random(&mut rng, dtype, &[rows, cols], 0.0, scale);
+            (0..count).map(tensor).collect()
+        };
+        let half = tensors(1, num_experts.div_ceil(2), hidden);
+        let router: Vec<_> = half.iter().chain(&half).take(num_experts.min(2)).collect();
+        let (up, down) = (tensors(2 * num_experts, width, hidden), tensors(num_experts, hidden, width));
+        let mut load = |tensors: &[&HostTensor], quant| {
+            let views = tensors.iter().map(|tensor| tensor.view());
+            let parts: Vec<_> = views.map(|weight| LinearPart { weight, bias: None }).collect();
+            backend.load_linear(&LinearSource { name: "test", parts: &parts, quant })
+        };
+        let router = load(&router, QuantFormat::None)?;
+        let up = load(&up.iter().collect::<Vec<_>>(), quant)?;
+        let down = load(&down.iter().collect::<Vec<_>>(), quant)?;
+        let mut alloc = |role, cols| backend.alloc(role, MAX_ROWS, cols);
+        Ok(Self {
+            router,
+            up,
+            down,
+            x: alloc(BufRole::Hidden, hidden)?,
+            logits: alloc(BufRole::Logits, num_experts)?,
+            hidden: alloc(BufRole::Hidden, top_k * 2 * width)?,
+            expert_out: alloc(BufRole::Hidden, top_k * hidden)?,
+            out: alloc(BufRole::Hidden, hidden)?,
+            case,
+            backend,
+        })
+    }
+
+    /// The layer's results for rows of the test's input, in a step of their own.
+    fn rows(&mut self, rows: &[usize]) -> Vec<Vec<f32>> {
+        self.try_rows(rows).unwrap_or_else(|error| panic!("{:?}, {} rows: {error}", self.case, rows.len()))
+    }
+
+    fn try_rows(&mut self, rows: &[usize]) -> Result<Vec<Vec<f32>>, BackendError> {
+        let Self { case, backend, .. } = self;
+        let values: Vec<f32> = rows.iter().flat_map(|&row| input(row, case.hidden)).collect();
+        // Twice: what a backend records is replayed.
+        let mut results = Vec::new();
+        for _ in 0..2 {
+            backend.write(&mut self.x, &values)?;
+            prepare(backend, rows.len())?;
+            backend.run(Some(GraphKey(0)), |backend| {
+                backend.moe(Moe {
+                    x: &self.x,
+                    router: &self.router,
+                    up: &self.up,
+                    down: &self.down,
+                    top_k: case.top_k,
+                    renormalise: case.renormalise,
+                    activation: case.activation,
+                    scratch: MoeScratch {
+                        logits: &mut self.logits,
+                        hidden: &mut self.hidden,
+                        expert_out: &mut self.expert_out,
+                    },
+                    out: &mut self.out,
+                })
+            })?;
+            results = backend.read(&self.out, rows.len())?;
+        }
+        Ok(results.chunks(case.hidden).map(<[f32]>::to_vec).collect())
+    }
+}
+
+/// A row of numbers of 7 bits.
+fn input(row: usize, hidden: usize) -> impl Iterator<Item = f32> {
+    let mut rng = Rng::new(1000 + row as u32);
+    (0..hidden).map(move |_| (rng.signed() * 64.0).round() / 32.0)
+}
+
+/// A step of `rows` sequences of one token, without logits.
+fn prepare<B: Backend>(backend: &mut B, rows: usize) -> Result<(), BackendError> {
+    let numbers: Vec<u32> = (0..=rows as u32).collect();
+    let slots: Vec<_> = numbers[..rows].iter().map(|&slot| Slot(slot)).collect();
+    backend.prepare(&StepInput {
+        step: StepId(0),
+        token_ids: &vec![0; rows],
+        positions: &vec![0; rows],
+        slot_mapping: &numbers[..rows],
+        cu_seqlens_q: &numbers,
+        seq_lens: &vec![1; rows],
+        seq_slots: &slots,
+        block_tables: &numbers[..rows],
+        max_blocks_per_seq: 1,
+        logit_rows: &[],
+        block_copies: &[],
+        seqs: &vec![None; rows],
+    })
+}

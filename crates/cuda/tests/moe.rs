@@ -1,0 +1,263 @@
+//! The kernels of mixtures of experts, built for the host: routing against its definition, sorting by what it must keep,
+//! products and sums against f64.
+
+mod common;
+mod data;
+
+use common::{HostKernels, under_sanitizers};
+use data::{ACTS, Act, POISON, Rng, address, address_mut, count};
+use quire_backend::Activation;
+use quire_cuda::params::{MoeCombineParams, MoeGemmParams, MoeRouteParams, MoeSortParams, MoeTile};
+
+const TILE_ROWS: usize = 64;
+
+/// Experts and weights of every slot.
+fn route(
+    kernels: &HostKernels,
+    logits: &[f32],
+    num_experts: usize,
+    top_k: usize,
+    renormalise: bool,
+) -> (Vec<i32>, Vec<f32>) {
+    let rows = logits.len() / num_experts;
+    let (mut experts, mut weights) = (vec![-1; rows * top_k], vec![f32::NAN; rows * top_k]);
+    let num_rows = count(rows);
+    let params = MoeRouteParams {
+        logits: address(logits),
+        experts: address_mut(&mut experts),
+        weights: address_mut(&mut weights),
+        num_rows: address(&num_rows),
+        num_experts: num_experts as i32,
+        stride: num_experts as i32,
+        top_k: top_k as i32,
+        renormalise: i32::from(renormalise),
+    };
+    // The grid of a bucket: more rows than there are.
+    let grid = [rows.div_ceil(8) as u32 + 1, 1, 1];
+    kernels.launch("quire_moe_route", grid, [256, 1, 1], 0, &params, 7);
+    (experts, weights)
+}
+
+#[test]
+fn tokens_go_to_the_experts_with_the_largest_logits() {
+    let Some(kernels) = HostKernels::load() else { return };
+    let mut rng = Rng::new(3);
+    for (num_experts, top_k) in [(1, 1), (4, 4), (8, 2), (33, 5), (128, 8), (512, 32)] {
+        for renormalise in [false, true] {
+            let rows = 11;
+            let mut logits = rng.vector(rows * num_experts, 4.0);
+            // Coarse, so that there are ties, and a row of equals.
+            logits.iter_mut().for_each(|x| *x = (*x * 2.0).round() / 2.0 + 0.0);
+            logits[num_experts..2 * num_experts].fill(1.5);
+            let (experts, weights) = route(kernels, &logits, num_experts, top_k, renormalise);
+            for (row, logits) in logits.chunks(num_experts).enumerate() {
+                let mut order: Vec<usize> = (0..num_experts).collect();
+                order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+                let exp = |expert: usize| f64::from(logits[expert] - logits[order[0]]).exp();
+                let all = 0..num_experts;
+                let sum: f64 = if renormalise {
+                    order[..top_k].iter().map(|&e| exp(e)).sum()
+                } else {
+                    all.map(exp).sum()
+                };
+                for (rank, &expected) in order[..top_k].iter().enumerate() {
+                    let (expert, weight) = (experts[row * top_k + rank], weights[row * top_k + rank]);
+                    assert_eq!(expert as usize, expected, "{num_experts}, row {row}, rank {rank}");
+                    let exact = exp(expected) / sum;
+                    assert!(
+                        (f64::from(weight) - exact).abs() < 1e-6,
+                        "{num_experts} {row} {rank}: {weight} {exact}"
+                    );
+                }
+            }
+        }
+    }
+    let (experts, weights) = route(kernels, &[f32::NAN, -3.0, f32::NAN, 2.0], 4, 3, true);
+    assert_eq!(experts, [3, 1, 0], "NaN comes last");
+    assert!(weights.iter().all(|weight| weight.is_nan()));
+}
+
+/// Slots by expert, and tiles of them.
+fn sort(
+    kernels: &HostKernels,
+    experts: &[i32],
+    num_experts: usize,
+    top_k: usize,
+    seed: u64,
+) -> (Vec<i32>, Vec<MoeTile>) {
+    let mut slots = vec![-1; experts.len()];
+    let mut tiles = vec![MoeTile::default(); num_experts + experts.len() / TILE_ROWS];
+    let (mut num_tiles, num_rows) = ([-1], count(experts.len() / top_k));
+    let params = MoeSortParams {
+        experts: address(experts),
+        num_rows: address(&num_rows),
+        slots: address_mut(&mut slots),
+        tiles: address_mut(&mut tiles),
+        num_tiles: address_mut(&mut num_tiles),
+        num_experts: num_experts as i32,
+        top_k: top_k as i32,
+    };
+    kernels.launch("quire_moe_sort", [1, 1, 1], [1024, 1, 1], 0, &params, seed);
+    tiles.truncate(num_tiles[0] as usize);
+    (slots, tiles)
+}
+
+#[test]
+fn every_slot_is_in_one_tile_of_its_expert() {
+    let Some(kernels) = HostKernels::load() else { return };
+    let mut rng = Rng::new(5);
+    for (num_experts, slots, top_k) in
+        [(1, 1, 1), (8, 6, 2), (8, 2, 2), (3, 300, 3), (512, 1000, 8), (512, 8, 8)]
+    {
+        let experts: Vec<i32> =
+            rng.vector(slots, 1.0).iter().map(|x| (x.abs().powi(2) * num_experts as f32) as i32).collect();
+        let experts: Vec<i32> = experts.iter().map(|&e| e.min(num_experts as i32 - 1)).collect();
+        let (sorted, tiles) = sort(kernels, &experts, num_experts, top_k, 11);
+        let mut seen = vec![0; slots];
+        let mut before = -1;
+        for tile in &tiles {
+            assert!((1..=TILE_ROWS as i32).contains(&tile.count) && tile.expert >= before, "{tile:?}");
+            before = tile.expert;
+            for &slot in &sorted[tile.first as usize..][..tile.count as usize] {
+                assert_eq!(experts[slot as usize], tile.expert);
+                seen[slot as usize] += 1;
+            }
+        }
+        assert!(seen.iter().all(|&times| times == 1), "{num_experts} experts, {slots} slots");
+    }
+}
+
+/// The two products and the sum of a layer.
+struct Layer {
+    act: Act,
+    num_experts: usize,
+    top_k: usize,
+    hidden: usize,
+    width: usize,
+    up: Vec<u16>,
+    down: Vec<u16>,
+}
+
+impl Layer {
+    fn random(
+        rng: &mut Rng,
+        act: Act,
+        num_experts: usize,
+        top_k: usize,
+        hidden: usize,
+        width: usize,
+    ) -> Self {
+        let up = act.pack(&rng.vector(num_experts * 2 * width * hidden, 1.7 / (hidden as f32).sqrt()));
+        let down = act.pack(&rng.vector(num_experts * hidden * width, 1.7 / (width as f32).sqrt()));
+        Self { act, num_experts, top_k, hidden, width, up, down }
+    }
+
+    /// Results of rows whose slots go to these experts.
+    fn run(&self, kernels: &HostKernels, x: &[u16], experts: &[i32], weights: &[f32], seed: u64) -> Vec<u16> {
+        let (slots, rows) = (experts.len(), experts.len() / self.top_k);
+        let (sorted, tiles) = sort(kernels, experts, self.num_experts, self.top_k, seed);
+        let num_tiles = count(tiles.len());
+        let mut hidden = vec![POISON; slots * self.width];
+        let mut results = vec![POISON; slots * self.hidden];
+        let gate_up = MoeGemmParams {
+            x: address(x),
+            weight: address(&self.up),
+            out: address_mut(&mut hidden),
+            slots: address(&sorted),
+            tiles: address(&tiles),
+            num_tiles: address(&num_tiles),
+            in_features: self.hidden as i32,
+            out_features: self.width as i32,
+            top_k: self.top_k as i32,
+            kind: 0,
+        };
+        let down = MoeGemmParams {
+            x: address(&hidden),
+            weight: address(&self.down),
+            out: address_mut(&mut results),
+            in_features: self.width as i32,
+            out_features: self.hidden as i32,
+            ..gate_up
+        };
+        let name = |what: &str| format!("quire_moe_{what}_{}", self.act.name());
+        kernels.launch(&name("gate_up"), [3, 1, 1], [128, 1, 1], 0, &gate_up, seed);
+        kernels.launch(&name("down"), [2, 1, 1], [128, 1, 1], 0, &down, seed);
+        let (num_rows, mut out) = (count(rows), vec![POISON; (rows + 1) * self.hidden]);
+        let combine = MoeCombineParams {
+            y: address(&results),
+            weights: address(weights),
+            out: address_mut(&mut out),
+            num_rows: address(&num_rows),
+            hidden: self.hidden as i32,
+            top_k: self.top_k as i32,
+        };
+        let grid = [rows as u32 + 1, self.hidden.div_ceil(2048) as u32, 1];
+        kernels.launch(&name("combine"), grid, [256, 1, 1], 0, &combine, seed);
+        assert!(out[rows * self.hidden..].iter().all(|&x| x == POISON), "surplus rows");
+        out.truncate(rows * self.hidden);
+        out
+    }
+
+    /// One row in f64, rounded where the kernels round.
+    fn exact(&self, x: &[u16], experts: &[i32], weights: &[f32]) -> Vec<f64> {
+        let value = |bits: u16| f64::from(self.act.unpack(&[bits])[0]);
+        let dot = |row: &[u16], x: &[u16]| row.iter().zip(x).map(|(&w, &x)| value(w) * value(x)).sum::<f64>();
+        let mut out = vec![0.0; self.hidden];
+        for (&expert, &weight) in experts.iter().zip(weights) {
+            let rows =
+                &self.up[expert as usize * 2 * self.width * self.hidden..][..2 * self.width * self.hidden];
+            let (gate, up) = rows.split_at(self.width * self.hidden);
+            let pairs = gate.chunks(self.hidden).zip(up.chunks(self.hidden));
+            let hidden: Vec<f32> = pairs
+                .map(|(gate, up)| Activation::Silu.apply(dot(gate, x) as f32) * dot(up, x) as f32)
+                .collect();
+            let hidden = self.act.pack(&hidden);
+            let rows = &self.down[expert as usize * self.hidden * self.width..];
+            for (out, row) in out.iter_mut().zip(rows.chunks(self.width)) {
+                *out += f64::from(weight) * dot(row, &hidden);
+            }
+        }
+        out
+    }
+}
+
+#[test]
+fn experts_give_right_values_in_any_company() {
+    let Some(kernels) = HostKernels::load() else { return };
+    let mut rng = Rng::new(9);
+    // One expert with more rows than a tile, several with few; widths that end inside every kind of chunk.
+    for (num_experts, top_k, hidden, width, rows) in
+        [(4, 2, 72, 40, 13), (3, 2, 136, 24, 90), (40, 3, 64, 136, 12)]
+    {
+        for act in ACTS {
+            let layer = Layer::random(&mut rng, act, num_experts, top_k, hidden, width);
+            let x = act.pack(&rng.vector(rows * hidden, 1.5));
+            let expert = |slot: usize| ((slot / top_k * 7 % 5 + slot % top_k * 2) % num_experts) as i32;
+            let experts: Vec<i32> = (0..rows * top_k).map(expert).collect();
+            let weights: Vec<f32> = rng.vector(rows * top_k, 0.5).iter().map(|w| w.abs()).collect();
+            let all = layer.run(kernels, &x, &experts, &weights, 1);
+            let values = act.unpack(&all);
+            for row in [0, rows / 2, rows - 1] {
+                let slots = row * top_k..(row + 1) * top_k;
+                let (x, experts, weights) =
+                    (&x[row * hidden..][..hidden], &experts[slots.clone()], &weights[slots]);
+                let exact = layer.exact(x, experts, weights);
+                for (i, (got, want)) in values[row * hidden..].iter().zip(&exact).enumerate() {
+                    let bound = 0.02 * (1.0 + want.abs());
+                    assert!(
+                        (f64::from(*got) - want).abs() < bound,
+                        "{act:?}, row {row}, {i}: {got}, not {want}"
+                    );
+                }
+                let alone = layer.run(kernels, x, experts, weights, 2);
+                assert!(alone == all[row * hidden..][..hidden], "{act:?}: row {row} has other bits alone");
+            }
+        }
+    }
+}
+
+#[test]
+fn sanitizers_find_nothing() {
+    under_sanitizers("every_slot_is_in_one_tile_of_its_expert");
+    under_sanitizers("experts_give_right_values");
+}

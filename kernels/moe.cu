@@ -1,0 +1,26 @@
+// Mixtures of experts: see include/moe.cuh, and include/moe_route.cuh for routing and the sum.
+#include "moe.cuh"
+#include "moe_route.cuh"
+
+QUIRE_KERNEL_BOUNDS(quire_moe_route, QuireMoeRouteParams, QUIRE_MOE_ROUTE_THREADS, 2) { quire::moe_route(p); }
+QUIRE_KERNEL_BOUNDS(quire_moe_sort, QuireMoeSortParams, QUIRE_MOE_SORT_THREADS, 1) { quire::moe_sort(p); }
+
+QUIRE_KERNEL_BOUNDS(quire_moe_gate_up_bf16, QuireMoeGemmParams, QUIRE_MOE_THREADS, 3) {
+    quire::moe_gemm<quire::bf16, true>(p);
+}
+QUIRE_KERNEL_BOUNDS(quire_moe_gate_up_f16, QuireMoeGemmParams, QUIRE_MOE_THREADS, 3) {
+    quire::moe_gemm<quire::f16, true>(p);
+}
+QUIRE_KERNEL_BOUNDS(quire_moe_down_bf16, QuireMoeGemmParams, QUIRE_MOE_THREADS, 3) {
+    quire::moe_gemm<quire::bf16, false>(p);
+}
+QUIRE_KERNEL_BOUNDS(quire_moe_down_f16, QuireMoeGemmParams, QUIRE_MOE_THREADS, 3) {
+    quire::moe_gemm<quire::f16, false>(p);
+}
+
+QUIRE_KERNEL_BOUNDS(quire_moe_combine_bf16, QuireMoeCombineParams, QUIRE_MOE_COMBINE_THREADS, 4) {
+    quire::moe_combine<quire::bf16>(p);
+}
+QUIRE_KERNEL_BOUNDS(quire_moe_combine_f16, QuireMoeCombineParams, QUIRE_MOE_COMBINE_THREADS, 4) {
+    quire::moe_combine<quire::f16>(p);
+}
