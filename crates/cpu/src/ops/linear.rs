@@ -150,7 +150,7 @@ pub(crate) unsafe fn linear_rows(
             Matrix::F32(all) => dispatch(isa, RowGemm::<f32> { matrix: &all[from..], k, bias, rows, x, out }),
             Matrix::F16(all) => dispatch(isa, RowGemm::<f16> { matrix: &all[from..], k, bias, rows, x, out }),
             Matrix::Bf16(all) => {
-                dispatch(isa, RowGemm::<bf16> { matrix: &all[from..], k, bias, rows, x, out })
+                dispatch(isa, RowGemm::<bf16> { matrix: &all[from..], k, bias, rows, x, out });
             }
             Matrix::Packed(_) | Matrix::Quantized(_) => {
                 unreachable!("packed weights have an operation of their own")
