@@ -125,8 +125,12 @@ mod tests {
     #[test]
     fn shapes_have_the_parameters_of_their_models() {
         let shapes = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/shapes");
-        let published =
-            [("qwen3-0.6b", 596_049_920), ("llama-3.2-1b", 1_235_814_400), ("llama-3.1-8b", 8_030_261_248), ("qwen3-30b-a3b", 30_532_122_624)];
+        let published = [
+            ("qwen3-0.6b", 596_049_920),
+            ("llama-3.2-1b", 1_235_814_400),
+            ("llama-3.1-8b", 8_030_261_248),
+            ("qwen3-30b-a3b", 30_532_122_624),
+        ];
         for (name, parameters) in published {
             let model = quire_model::Checkpoint::open_dummy(&shapes.join(name), 0).unwrap();
             let bytes: u64 = model.tensors().iter().map(|tensor| tensor.bytes).sum();
