@@ -42,12 +42,6 @@ class Model:
         return 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
 
 
-def shapes() -> list[str]:
-    """The names of all shapes of known families."""
-    configs = {path.parent.name: json.loads(path.read_text()) for path in SHAPES.glob("*/config.json")}
-    return sorted(name for name, config in configs.items() if config["model_type"] in FAMILIES)
-
-
 def tensors(config: dict) -> list[tuple[str, list[int]]]:
     """Names and shapes, in the order of the file. Llama, and Qwen3, which also has norms on its heads."""
     hidden, ffn, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]

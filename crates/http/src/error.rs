@@ -304,7 +304,7 @@ mod tests {
         let busy = RequestError::Overloaded {
             queued: 3,
             limit: 3,
-            retry_after: std::time::Duration::from_millis(10),
+            retry_after: Duration::from_millis(10),
         };
         let busy = ApiError::from(busy).into_response();
         assert_eq!(

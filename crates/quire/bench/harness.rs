@@ -67,7 +67,7 @@ impl Model {
         let name = args.served_model_name.clone().unwrap_or_else(|| source.default_name());
         let checkpoint = source.fetch(args.engine.load_format)?.open(args.engine.load_format)?;
         let spec = checkpoint.spec();
-        let gpu = gpu::choose(&args.engine, spec.dtype)?;
+        let gpu = gpu::choose(&args.engine, spec)?;
         let (args, config) = size(&args.engine, spec, needs, gpu.as_ref())?;
         let (slug, format) = (slug(&name), format_word(spec.dtype, args.quantize));
         Ok(Self { checkpoint, args, gpu, config, slug, format })

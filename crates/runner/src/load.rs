@@ -125,7 +125,7 @@ struct Loader<'a, B: Backend> {
     ropes: Vec<RopeSpec>,
 }
 
-impl<B: Backend> Loader<'_, B> {
+impl<'a, B: Backend> Loader<'a, B> {
     fn layer(&mut self, layer: usize) -> Result<DecoderLayer<B>, RunnerError> {
         let spec = &self.rank_spec.layers[layer];
         let Mixer::Gqa(gqa) = &spec.mixer;

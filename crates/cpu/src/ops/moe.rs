@@ -14,7 +14,7 @@ use super::grain;
 use super::int_gemm::IntGemm;
 use super::linear::{Input, Inputs, Rows, linear, linear_rows};
 use super::mlp::Activate;
-use super::tiles::WIDE;
+use super::tiles::NARROW;
 use crate::buffer::{CpuBuf, Shared, SharedRows};
 use crate::pool::Pool;
 use crate::simd::pairs::PANEL;
@@ -242,8 +242,8 @@ impl Experts<'_> {
         to: impl Sink,
     ) -> Result<bool, BackendError> {
         let (k, panels) = (self.weight.in_features, self.rows / PANEL);
-        let (units, work) = (panels.div_ceil(WIDE), WIDE * PANEL * k);
-        let some = |units: Range<usize>| units.start * WIDE..(units.end * WIDE).min(panels);
+        let (units, work) = (panels.div_ceil(NARROW), NARROW * PANEL * k);
+        let some = |units: Range<usize>| units.start * NARROW..(units.end * NARROW).min(panels);
         match &self.weight.matrix {
             Matrix::Packed(weight) => {
                 inputs.rounded.round(pool, isa, self.x, k)?;

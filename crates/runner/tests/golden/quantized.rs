@@ -6,7 +6,7 @@
 use quire_backend::reference::RefBackend;
 use quire_core::{QuantFormat, TokenId};
 use quire_model::Checkpoint;
-use quire_runner::RunnerConfig;
+use quire_runner::{ModelRunner, RunnerConfig};
 use serde_json::Value;
 
 use crate::checkpoints::{ids, list, read_json, trained_model};
@@ -38,7 +38,7 @@ const fn int4(perplexity: f64, divergence: f64) -> Bound {
 #[test]
 fn demo_model_keeps_its_quality_in_fp8() {
     let bound = Bound { quant: QuantFormat::Fp8, perplexity: 0.01, divergence: 0.0006 };
-    demo_model::<RefBackend>(&[bound]);
+    demo_model::<ModelRunner<RefBackend>>(&[bound]);
 }
 
 /// The bounds of int4 are what llama.cpp's Q4_0 loses, whose activations stay in f32: in perplexity by its own files,
