@@ -70,11 +70,14 @@ def best(figures: Iterable[Figure], lower: bool) -> Figure | None:
 
 
 def figures(cells: Sequence[Cell]) -> dict[str, Figure]:
-    """Of one row: each engine's best setting by the median over the rounds."""
+    """Of one row: each engine's best setting by the median over the rounds. Settings that were left out early do not count:
+    one round that happened to be fast would beat the median of many."""
     rounds: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         rounds.setdefault((cell.engine, cell.setting), []).append(cell)
     engines = dict.fromkeys(cell.engine for cell in cells)
+    most = {engine: max(len(own) for (name, _), own in rounds.items() if name == engine) for engine in engines}
+    rounds = {key: own for key, own in rounds.items() if 2 * len(own) > most[key[0]]}
     lower = cells[0].lower_is_better
     all_figures = [
         Figure(engine, setting, {c.round: c.value for c in own}, {c.round: c.ceiling for c in own})

@@ -82,6 +82,10 @@ class Table(unittest.TestCase):
         self.assertEqual((found["B"].setting, found["B"].value), ("fast", 55))
         self.assertEqual(found["Quire"].value, 110)
 
+    def test_one_fast_round_of_a_setting_left_out_does_not_count(self) -> None:
+        found = table.figures([*self.CELLS, cell("B", "lucky", 1, 999)])
+        self.assertEqual((found["B"].setting, found["B"].value), ("fast", 55))
+
     def test_ratio_is_of_medians_with_the_range_of_the_rounds(self) -> None:
         found = table.figures(self.CELLS)
         middle, low, high = table.ratio(found["Quire"], found["B"], lower=False)
