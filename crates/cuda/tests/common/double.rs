@@ -2,6 +2,8 @@
 //! cuBLASLt and of NCCL. Loaded by tests, or found by a whole process in [`folder`].
 
 use std::path::{Path, PathBuf};
+#[cfg(unix)]
+use std::sync::OnceLock;
 
 use super::build::{CppLibrary, compiler, files, repository};
 
@@ -58,8 +60,15 @@ pub fn libraries(compiler: &str) -> [PathBuf; 3] {
 
 /// A folder with all of them, under the names that a process looks for: for `LD_LIBRARY_PATH`, with
 /// `QUIRE_MOCK_KERNELS` naming the kernels in it.
+/// Made once, whichever tests of this process ask for it at the same time.
 #[cfg(unix)]
 pub fn folder() -> Option<PathBuf> {
+    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
+    FOLDER.get_or_init(make_folder).clone()
+}
+
+#[cfg(unix)]
+fn make_folder() -> Option<PathBuf> {
     let kernels = host_library_path()?;
     let [driver, cublaslt, nccl] = libraries(&compiler()?);
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("double");
