@@ -196,19 +196,37 @@ fn attention(
     (0..LAYERS).try_for_each(|_| rope_and_cache(backend))?;
     prepare(backend, seqs, rows, context)?;
     let rope_seconds = best(|| rope_and_cache(backend))?;
-    let seconds = median(|| {
-        turn += 1;
-        let (layer, out) = (turn % LAYERS, &mut out);
-        backend.attention(Attention { qkv: &qkv, shape, scale: 0.1, window: None, kv: &kv, layer, out })
-    })?;
+    let mut reader = Reader::new(backend)?;
+    let (mut times, mut read_times, begin) = (Vec::new(), Vec::new(), Instant::now());
+    while begin.elapsed().as_secs_f64() < 1.0 {
+        read_times.push(reader.read(backend)?);
+        prepare(backend, seqs, rows, context)?;
+        let start = Instant::now();
+        for _ in 0..LAYERS {
+            turn += 1;
+            let (layer, out) = (turn % LAYERS, &mut out);
+            backend.attention(Attention {
+                qkv: &qkv,
+                shape,
+                scale: 0.1,
+                window: None,
+                kv: &kv,
+                layer,
+                out,
+            })?;
+        }
+        times.push(start.elapsed().as_secs_f64() / LAYERS as f64);
+    }
+    let (seconds, read) = (middle(times), Reader::BYTES as f64 / middle(read_times));
     let keys: u64 = u64::from(seqs) * (context - rows..context).map(|p| u64::from(p) + 1).sum::<u64>();
     let flops = 4.0 * keys as f64 * shape.q_size() as f64;
     let bytes = layout.block_bytes() * layout.num_blocks as usize / LAYERS;
     println!(
-        "attention {dtype:?} {seqs} x {rows} rows, context {context}: {:.1} us, {:.1} GFLOP/s, {:.1} GB/s; rope {:.1} us",
+        "attention {dtype:?} {seqs} x {rows} rows, context {context}: {:.1} us, {:.1} GFLOP/s, {:.1} GB/s = {:.0} % of a layer's; rope {:.1} us",
         seconds * 1e6,
         flops / seconds / 1e9,
         bytes as f64 / seconds / 1e9,
+        100.0 * bytes as f64 / seconds / read,
         rope_seconds * 1e6
     );
     Ok(())
@@ -222,8 +240,49 @@ fn median(mut run: impl FnMut() -> Result<(), BackendError>) -> Result<f64, Back
         run()?;
         all.push(start.elapsed().as_secs_f64());
     }
+    Ok(middle(all))
+}
+
+fn middle(mut all: Vec<f64>) -> f64 {
     all.sort_by(f64::total_cmp);
-    Ok(all[all.len() / 2])
+    all[all.len() / 2]
+}
+
+/// Layers of one token in bf16, which come at the rate of memory: what else comes from there is held against them, in
+/// turn, as that rate changes with whoever shares the machine.
+struct Reader {
+    weights: Vec<CpuWeight>,
+    x: CpuBuf,
+    out: CpuBuf,
+    turn: usize,
+}
+
+impl Reader {
+    const SHAPE: (usize, usize) = (4096, 1024);
+    const LAYERS: usize = 4;
+    const BYTES: usize = Self::LAYERS * 2 * Self::SHAPE.0 * Self::SHAPE.1;
+
+    fn new(backend: &mut CpuBackend) -> Result<Self, BackendError> {
+        let weights = (0..4 * Self::LAYERS).map(|_| load(backend, QuantFormat::None, Self::SHAPE));
+        Ok(Self {
+            weights: weights.collect::<Result<_, _>>()?,
+            x: activations(backend, 1, Self::SHAPE.1)?,
+            out: backend.alloc(BufRole::Hidden, 1, Self::SHAPE.0)?,
+            turn: 0,
+        })
+    }
+
+    /// Seconds for [`Self::BYTES`].
+    fn read(&mut self, backend: &mut CpuBackend) -> Result<f64, BackendError> {
+        prepare(backend, 1, 1, 1)?;
+        let start = Instant::now();
+        for _ in 0..Self::LAYERS {
+            self.turn = (self.turn + 1) % self.weights.len();
+            let weight = &self.weights[self.turn];
+            backend.linear(Linear { x: &self.x, weight, out: &mut self.out })?;
+        }
+        Ok(start.elapsed().as_secs_f64())
+    }
 }
 
 /// One hand-over to the team and back.

@@ -132,6 +132,13 @@ impl PackedPages {
         }
     }
 
+    /// Bytes from the keys of a head to those of the next one, in the same block, and from its values.
+    #[inline(always)]
+    pub(crate) const fn head_strides(&self) -> [usize; 2] {
+        let size = if self.is_bytes() { size_of::<u16>() } else { size_of::<u32>() };
+        [self.shape.key_len() * size, self.shape.value_len() * size]
+    }
+
     /// Copies block `src` of other pages of this shape and these elements.
     pub(crate) fn copy_block_of(&mut self, from: &Self, src: usize, dst: usize) {
         fn copy<T: Plain>(to: &mut Aligned<T>, from: &Aligned<T>, len: usize, src: usize, dst: usize) {

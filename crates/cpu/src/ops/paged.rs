@@ -14,7 +14,7 @@ use quire_backend::{Attention, AttnShape, StepBuffer};
 use quire_core::ExecError;
 
 use super::softmax::{Softmax, State, sum_lanes};
-use super::tiles::{NARROW, Tiled, Turn, each_panel};
+use super::tiles::{NARROW, Tiled, Turn, each_panel, each_wide_panel};
 use crate::CpuBackend;
 use crate::buffer::{CpuBuf, Shared, SharedRows};
 use crate::packed::round_row;
@@ -30,9 +30,13 @@ pub(super) const TILE: usize = 128;
 pub(super) const PANELS: usize = TILE / PANEL;
 /// Pairs of values in a panel of keys.
 const PANEL_PAIRS: usize = PANEL / 2;
+/// Panels of keys that are read side by side at least.
+const RUN: usize = 1;
+/// Panels of values that a few rows take at once.
+const WIDE: usize = 8;
 /// Positions of a partial result.
 const SPLIT: usize = 1024;
-/// Rows (tokens times query heads of a KV head) of an item.
+/// Rows (tokens times query heads) of an item.
 const ROWS: usize = 64;
 
 /// Consecutive tokens of one sequence.
@@ -43,10 +47,19 @@ struct Block {
     tokens: usize,
 }
 
-/// Memory to work in: the blocks of a step, partial results, and one [`Scratch`] a thread.
+/// What one thread computes: these tokens, and some of the KV heads.
+#[derive(Clone, Copy)]
+struct Item {
+    block: Block,
+    first_head: usize,
+    /// More than one if it is one token.
+    heads: usize,
+}
+
+/// Memory to work in: the items of a step, partial results, and one [`Scratch`] a thread.
 #[derive(Default)]
 pub(crate) struct Workspace {
-    blocks: Vec<Block>,
+    items: Vec<Item>,
     partial: Vec<f32>,
     scratch: Vec<Scratch>,
 }
@@ -68,7 +81,7 @@ struct Scratch {
     /// A tile that does not lie ready in the cache: `[PANELS][key_pairs][PANEL]`, `[TILE / 2][columns]`.
     keys: Vec<u32>,
     values: Vec<u32>,
-    /// Of the tile's keys, then of its values, if they have any.
+    /// Of each KV head, of the tile's keys, then of its values, if they have any.
     scales: Vec<f32>,
 }
 
@@ -82,7 +95,7 @@ impl Scratch {
         self.total.resize(State::len(rows, columns), 0.0);
         self.keys.resize(TILE * key_pairs, 0);
         self.values.resize(TILE / 2 * columns, 0);
-        self.scales.resize(2 * TILE, 1.0);
+        self.scales.resize(rows * 2 * TILE, 1.0);
     }
 }
 
@@ -99,8 +112,7 @@ pub(crate) fn paged_attention(
     let (kv_heads, columns) = (shape.num_kv_heads as usize, pages.shape.columns());
     let group = (shape.num_heads / shape.num_kv_heads) as usize;
     let most_rows = ROWS.max(group);
-    let Workspace { blocks, partial, scratch } = workspace;
-    cut_blocks(step, (ROWS / group).max(1), blocks);
+    let Workspace { items, partial, scratch } = workspace;
     scratch.resize_with(pool.num_threads(), Scratch::default);
     scratch.iter_mut().for_each(|scratch| scratch.reserve(most_rows, pages.shape.key_pairs(), columns));
     let scratch = Shared::new(scratch);
@@ -114,64 +126,52 @@ pub(crate) fn paged_attention(
         step,
         out: out.shared(),
     };
-    let items = blocks.len() * kv_heads;
+    work.cut(pool.num_threads(), items);
+    let count = items.len();
     // Later blocks see more keys: they go first, so that no long one is left at the end.
-    let item = |i: usize| {
-        let i = i.min(items - 1);
-        Item { block: blocks[blocks.len() - 1 - i / kv_heads], kv_head: i % kv_heads }
-    };
-    let splits = blocks.iter().map(|&block| work.splits(block).end).max().unwrap_or(0);
-    if splits < 2 || items >= 4 * pool.num_threads() {
+    let item = |i: usize| items[count - 1 - i.min(count - 1)];
+    let splits = items.iter().map(|item| work.splits(item.block).end).max().unwrap_or(0);
+    if splits < 2 || count >= 4 * pool.num_threads() {
         // Neighbours share a block of tokens, and each asks for what the next one reads first.
-        let grain = (items / (8 * pool.num_threads())).clamp(1, kv_heads);
-        return pool.split(items, grain, |worker, range| {
-            for i in range {
+        let grain = (count / (8 * pool.num_threads())).clamp(1, kv_heads);
+        return pool.split(count, grain, |worker, range| {
+            for i in range.clone() {
                 // SAFETY: `isa` was detected; scratch `worker` is this thread's, the item's columns of `out` its own.
                 unsafe {
                     let scratch = &mut scratch.slice(worker, 1)[0];
-                    let items = (item(i), item(i + 1));
-                    dispatch_pairs(isa, Run { work: &work, items, scratch, task: Task::Whole });
+                    let after = (i + 1 < range.end).then(|| item(i + 1));
+                    let run = Run { work: &work, item: item(i), after, scratch, task: Task::Whole };
+                    dispatch_pairs(isa, run);
                 }
             }
         });
     }
     // Few items over a long context: their splits are computed side by side and folded afterwards.
     let len = State::len(most_rows, columns);
-    partial.resize((items * splits * len).max(partial.len()), 0.0);
+    partial.resize((count * splits * len).max(partial.len()), 0.0);
     let partial = Shared::new(partial);
-    pool.split(items * splits, 1, |worker, range| {
+    pool.split(count * splits, 1, |worker, range| {
         for i in range {
             let (item, split) = (item(i / splits), i % splits);
             // SAFETY: as above, and the partial result is this piece's own.
             unsafe {
                 let (scratch, part) = (&mut scratch.slice(worker, 1)[0], partial.slice(i * len, len));
-                let (items, task) = ((item, item), Task::Split(split, part));
-                dispatch_pairs(isa, Run { work: &work, items, scratch, task });
+                let task = Task::Split(split, part);
+                dispatch_pairs(isa, Run { work: &work, item, after: None, scratch, task });
             }
         }
     })?;
-    pool.split(items, 1, |worker, range| {
+    pool.split(count, 1, |worker, range| {
         for i in range {
             // SAFETY: as above; this piece has all partial results of its items.
             unsafe {
                 let scratch = &mut scratch.slice(worker, 1)[0];
                 let parts = partial.slice(i * splits * len, splits * len);
-                let (items, task) = ((item(i), item(i)), Task::Fold(parts, len));
-                dispatch_pairs(isa, Run { work: &work, items, scratch, task });
+                let task = Task::Fold(parts, len);
+                dispatch_pairs(isa, Run { work: &work, item: item(i), after: None, scratch, task });
             }
         }
     })
-}
-
-/// Cuts the rows of each sequence into blocks of at most `most` tokens.
-fn cut_blocks(step: &StepBuffer, most: usize, blocks: &mut Vec<Block>) {
-    blocks.clear();
-    for seq in 0..step.num_seqs() {
-        let rows = step.rows_of(seq);
-        for first_row in rows.clone().step_by(most) {
-            blocks.push(Block { seq, first_row, tokens: most.min(rows.end - first_row) });
-        }
-    }
 }
 
 /// What all items share.
@@ -188,13 +188,37 @@ struct Work<'a> {
     out: SharedRows<'a>,
 }
 
-#[derive(Clone, Copy)]
-struct Item {
-    block: Block,
-    kv_head: usize,
-}
-
 impl Work<'_> {
+    /// Cuts the step into items: the rows of each sequence into blocks of at most [`ROWS`] rows, one KV head each. A token
+    /// alone is cut into no more items than threads need, as the heads of a block of keys lie one after the other and come
+    /// fastest when they are read in that order.
+    fn cut(&self, threads: usize, items: &mut Vec<Item>) {
+        items.clear();
+        let (kv_heads, most) = (self.shape.num_kv_heads as usize, (ROWS / self.group).max(1));
+        let together = self.heads_together(threads);
+        for seq in 0..self.step.num_seqs() {
+            let rows = self.step.rows_of(seq);
+            for first_row in rows.clone().step_by(most) {
+                let block = Block { seq, first_row, tokens: most.min(rows.end - first_row) };
+                let heads = if block.tokens == 1 { together } else { 1 };
+                for first_head in (0..kv_heads).step_by(heads) {
+                    items.push(Item { block, first_head, heads: heads.min(kv_heads - first_head) });
+                }
+            }
+        }
+    }
+
+    /// KV heads of an item of one token.
+    fn heads_together(&self, threads: usize) -> usize {
+        let kv_heads = self.shape.num_kv_heads as usize;
+        if self.pages.shape.block_size < PANEL {
+            return 1; // keys are gathered, head by head
+        }
+        let splits = |seq: usize| (self.step.seq_lens[seq] as usize).div_ceil(SPLIT);
+        let pieces = (0..self.step.num_seqs()).map(splits).sum::<usize>() * kv_heads;
+        (pieces / (2 * threads)).clamp(1, kv_heads.min((ROWS / self.group).max(1)))
+    }
+
     /// Positions that token `t` of a block sees.
     #[inline(always)]
     fn seen(&self, block: Block, t: usize) -> Range<usize> {
@@ -216,13 +240,15 @@ impl Work<'_> {
     #[inline(always)]
     unsafe fn load_queries<D: PairDot>(&self, item: Item, q: &mut [u32]) {
         let (head_dim, pairs) = (self.shape.head_dim as usize, self.pages.shape.key_pairs());
-        let first = item.kv_head * self.group * head_dim;
+        let size = self.group * head_dim;
         let mut to = q.chunks_exact_mut(pairs);
-        for t in 0..item.block.tokens {
-            let heads = &self.qkv.row(item.block.first_row + t)[first..first + self.group * head_dim];
-            for (q, to) in heads.chunks_exact(head_dim).zip(&mut to) {
-                // SAFETY: the caller's.
-                unsafe { round_row::<D>(q, to) };
+        for kv_head in item.first_head..item.first_head + item.heads {
+            for t in 0..item.block.tokens {
+                let heads = &self.qkv.row(item.block.first_row + t)[kv_head * size..(kv_head + 1) * size];
+                for (q, to) in heads.chunks_exact(head_dim).zip(&mut to) {
+                    // SAFETY: the caller's.
+                    unsafe { round_row::<D>(q, to) };
+                }
             }
         }
     }
@@ -231,17 +257,18 @@ impl Work<'_> {
     #[inline(always)]
     unsafe fn split<D: ByteDot>(
         &self,
-        items: (Item, Item),
+        item: Item,
+        ahead: Ahead,
         split: usize,
         s: &mut Buffers<'_>,
         state: &mut State<'_>,
     ) {
         state.clear();
-        let seen = self.all_seen(items.0.block);
+        let seen = self.all_seen(item.block);
         let (from, to) = (seen.start.max(split * SPLIT), seen.end.min((split + 1) * SPLIT));
         for tile in from / TILE..to.div_ceil(TILE) {
             // SAFETY: the caller's.
-            unsafe { self.tile::<D>(items, tile * TILE, s, state) };
+            unsafe { self.tile::<D>(item, ahead, tile * TILE, s, state) };
         }
     }
 
@@ -249,12 +276,13 @@ impl Work<'_> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot>(
         &self,
-        items: (Item, Item),
+        item: Item,
+        ahead: Ahead,
         start: usize,
         s: &mut Buffers<'_>,
         state: &mut State<'_>,
     ) {
-        let Item { block, kv_head } = items.0;
+        let Item { block, first_head, heads } = item;
         // Positions grow from token to token, so those that see part of the tile are neighbours.
         let sees = |t: usize| {
             let seen = self.seen(block, t);
@@ -270,23 +298,25 @@ impl Work<'_> {
         let panels = keys.start / PANEL..keys.end.div_ceil(PANEL);
         let rows = first * self.group..end * self.group;
         let block_table = self.step.block_table(block.seq);
-        let wanted = Wanted { block_table, head: kv_head, start, keys };
+        let wanted = Wanted { block_table, first_head, heads, start, keys };
         let pages = self.pages;
-        let shown = Shown { block, start, keys: wanted.keys.clone(), panels, rows };
+        let shown = Shown { item, start, keys: wanted.keys.clone(), panels, rows };
         // SAFETY: the caller's; bytes are read as bytes.
         unsafe {
-            let next = self.next_tile::<D>(items, start);
+            let next = self.next_tile::<D>(item, ahead, start);
             if pages.is_bytes() {
                 find_scales(pages, &wanted, s.tile.scales);
             }
             match Tile::in_place(pages, &wanted) {
-                Some(tile) if !pages.is_bytes() => self.attend::<D, Wide>(&shown, tile, next, s, state),
+                Some(tile) if !pages.is_bytes() => {
+                    self.attend::<D, Wide>(&shown, tile, next.unwrap_or(tile), s, state)
+                }
                 // Few rows are one tile, which reads everything once.
-                Some(tile) if shown.rows.len() <= D::TILE_SUMS / NARROW => {
-                    self.attend::<D, Bytes>(&shown, tile, next, s, state);
+                Some(tile) if heads > 1 || shown.rows.len() <= D::TILE_SUMS / NARROW => {
+                    self.attend::<D, Bytes>(&shown, tile, next.unwrap_or(tile), s, state);
                 }
                 Some(bytes) => {
-                    let tile = bytes.widen::<D>(pages, &shown.panels, &next, &mut s.tile);
+                    let tile = bytes.widen::<D>(pages, &shown.panels, &next.unwrap_or(bytes), &mut s.tile);
                     self.attend::<D, Wide>(&shown, tile, tile, s, state);
                 }
                 None => {
@@ -307,42 +337,76 @@ impl Work<'_> {
         s: &mut Buffers<'_>,
         state: &mut State<'_>,
     ) {
-        let Shown { keys, panels, rows, .. } = shown;
+        let Shown { item, keys, panels, rows, .. } = shown;
         let (pairs, columns) = (self.pages.shape.key_pairs(), self.pages.shape.columns());
         let scales = self.pages.is_bytes().then_some(&*s.tile.scales);
-        let form = PhantomData::<F>;
-        let scores =
-            Scores { q: s.q, pairs, keys: tile.keys, next: next.keys, out: Shared::new(s.scores), form };
+        let (head_rows, form) = (item.block.tokens * self.group, PhantomData::<F>);
+        let rows_of = |head: usize| head * head_rows + rows.start..head * head_rows + rows.end;
+        let all_rows = rows.start..rows_of(item.heads - 1).end;
+        let strides = self.pages.head_strides();
         // SAFETY: the tile was found, and the buffers have been made for its shape.
         unsafe {
-            each_panel::<D, _>(&scores, rows.clone(), panels.clone());
+            let mut scores =
+                Scores { q: s.q, pairs, keys: tile.keys, next: next.keys, out: Shared::new(s.scores), form };
+            for run in self.runs(shown) {
+                for head in 0..item.heads {
+                    (scores.keys, scores.next) = (tile.keys_of(head, strides), next.keys_of(head, strides));
+                    each_panel::<D, _>(&scores, rows_of(head), run.clone());
+                }
+            }
             self.hide(shown, s.scores);
-            let softmax = Softmax { factor: self.factor, scales, rows: rows.clone(), panels: panels.clone() };
-            softmax.run::<D>(s.scores, s.highest, s.weights, state);
-            let values = Values {
-                weights: s.weights,
-                shrink: s.highest,
-                values: tile.values,
-                next: next.values,
-                pairs: panels.start * PANEL_PAIRS..keys.end.div_ceil(2),
-                columns,
-                out: Shared::new(state.out),
-                form,
+            let softmax = Softmax {
+                factor: self.factor,
+                scales,
+                head_rows,
+                rows: all_rows.clone(),
+                panels: panels.clone(),
             };
-            each_panel::<D, _>(&values, rows.clone(), 0..columns / PANEL);
+            softmax.run::<D>(s.scores, s.highest, s.weights, state);
+            for run in self.runs(shown) {
+                for head in 0..item.heads {
+                    let values = Values {
+                        weights: s.weights,
+                        shrink: s.highest,
+                        values: tile.values_of(head, strides),
+                        next: next.values_of(head, strides),
+                        pairs: run.start * PANEL_PAIRS..(run.end * PANEL_PAIRS).min(keys.end.div_ceil(2)),
+                        columns,
+                        out: Shared::new(state.out),
+                        form,
+                    };
+                    each_wide_panel::<D, _, WIDE>(&values, rows_of(head), 0..columns / PANEL);
+                }
+                s.highest[all_rows.clone()].fill(1.0);
+            }
         }
+    }
+
+    /// The panels of a tile in pieces, of which each is read head by head: blocks, where an item has several heads.
+    fn runs(&self, shown: &Shown) -> impl Iterator<Item = Range<usize>> + use<> {
+        let Range { start, end } = shown.panels;
+        let len = if shown.item.heads > 1 {
+            (self.pages.shape.block_size / PANEL).clamp(RUN, PANELS)
+        } else {
+            PANELS
+        };
+        (start / len * len..end).step_by(len).map(move |run| run.max(start)..(run + len).min(end))
     }
 
     /// Takes away the scores of keys in these panels that a row does not see.
     #[inline(always)]
     fn hide(&self, shown: &Shown, scores: &mut [f32]) {
-        let Shown { block, start, panels, rows, .. } = shown;
+        let Shown { item: Item { block, heads, .. }, start, panels, rows, .. } = shown;
         let all = panels.start * PANEL..panels.end * PANEL;
         for t in rows.start / self.group..rows.end / self.group {
             let seen = self.seen(*block, t);
             let seen = seen.start.max(*start) - start..seen.end.min(start + TILE) - start;
-            if seen.len() < all.len() {
-                for scores in scores[t * self.group * TILE..][..self.group * TILE].chunks_exact_mut(TILE) {
+            if seen.len() == all.len() {
+                continue;
+            }
+            for head in 0..*heads {
+                let row = (head * block.tokens + t) * self.group;
+                for scores in scores[row * TILE..][..self.group * TILE].chunks_exact_mut(TILE) {
                     scores[all.start..seen.start].fill(f32::NEG_INFINITY);
                     scores[seen.end..all.end].fill(f32::NEG_INFINITY);
                 }
@@ -353,10 +417,10 @@ impl Work<'_> {
     /// The tile that follows the one at `start`: after the last one that the item sees, the first one of the next item.
     /// Memory works on its scales from here on.
     #[inline(always)]
-    unsafe fn next_tile<D: ByteDot>(&self, (item, after): (Item, Item), start: usize) -> Tile {
+    unsafe fn next_tile<D: ByteDot>(&self, item: Item, ahead: Ahead, start: usize) -> Option<Tile> {
         let shape = self.pages.shape;
-        let more = start + TILE < self.all_seen(item.block).end;
-        let Item { block, kv_head } = if more { item } else { after };
+        let more = start + TILE < self.all_seen(item.block).end.min(ahead.until);
+        let Item { block, first_head, heads } = if more { item } else { ahead.after? };
         let (seen, block_table) = (self.all_seen(block), self.step.block_table(block.seq));
         let start = if more { start + TILE } else { seen.start / TILE * TILE };
         let mut last = seen.start.max(start);
@@ -368,34 +432,44 @@ impl Work<'_> {
                 last = position;
             }
             let (block, offset) = (block_table[last / shape.block_size] as usize, last % shape.block_size);
-            (keys[panel], values[panel]) = self.pages.address(block, kv_head, offset);
+            (keys[panel], values[panel]) = self.pages.address(block, first_head, offset);
             if let Pairs::Int8 { scales, .. } = &self.pages.pairs {
-                let at = (block * shape.num_kv_heads + kv_head) * 2 * shape.block_size + offset;
-                let key = scales.as_ptr().wrapping_add(at);
-                // SAFETY: any address may be prefetched; the rest is the caller's.
-                unsafe {
-                    D::prefetch(key.cast());
-                    D::prefetch(key.wrapping_add(shape.block_size).cast());
+                for head in first_head..first_head + heads {
+                    let at = (block * shape.num_kv_heads + head) * 2 * shape.block_size + offset;
+                    let key = scales.as_ptr().wrapping_add(at);
+                    // SAFETY: any address may be prefetched; the rest is the caller's.
+                    unsafe {
+                        D::prefetch(key.cast());
+                        D::prefetch(key.wrapping_add(shape.block_size).cast());
+                    }
                 }
             }
         }
-        Tile { keys, values }
+        Some(Tile { keys, values })
     }
 
     /// Divides by the sums and writes the rows of an item.
     #[inline(always)]
     unsafe fn finish(&self, item: Item, state: &mut State<'_>) {
         let head_dim = self.shape.head_dim as usize;
-        for t in 0..item.block.tokens {
-            for h in 0..self.group {
-                let (r, head) = (t * self.group + h, item.kv_head * self.group + h);
-                let scale = 1.0 / sum_lanes(state.sum[r]);
-                // SAFETY: the columns are this item's, by contract.
-                let out = unsafe { self.out.part(item.block.first_row + t, head * head_dim, head_dim) };
-                out.iter_mut().zip(state.row(r)).for_each(|(out, x)| *out = *x * scale);
-            }
+        let tokens = item.block.tokens;
+        for r in 0..item.heads * tokens * self.group {
+            let (head, t) = (r / (tokens * self.group), r / self.group % tokens);
+            let head = (item.first_head + head) * self.group + r % self.group;
+            let scale = 1.0 / sum_lanes(state.sum[r]);
+            // SAFETY: the columns are this item's, by contract.
+            let out = unsafe { self.out.part(item.block.first_row + t, head * head_dim, head_dim) };
+            out.iter_mut().zip(state.row(r)).for_each(|(out, x)| *out = *x * scale);
         }
     }
+}
+
+/// What a thread reads after a tile of an item: the item's next one, if it begins before `until`, or the first one of the
+/// item `after`.
+#[derive(Clone, Copy)]
+struct Ahead {
+    until: usize,
+    after: Option<Item>,
 }
 
 /// The parts of [`Scratch`] that a tile works in.
@@ -435,8 +509,9 @@ enum Task<'a> {
 /// A task. One kernel for all of them, as what it calls is compiled into it.
 struct Run<'a> {
     work: &'a Work<'a>,
-    /// The item, and the one that the thread is likely to do next.
-    items: (Item, Item),
+    item: Item,
+    /// The one that the thread does next, if that is known.
+    after: Option<Item>,
     scratch: &'a mut Scratch,
     task: Task<'a>,
 }
@@ -446,10 +521,9 @@ impl PairKernel for Run<'_> {
 
     #[inline(always)]
     unsafe fn run<D: ByteDot>(self) {
-        let Self { work, items, scratch, mut task } = self;
-        let item = items.0;
+        let Self { work, item, after, scratch, mut task } = self;
         let (mut buffers, mut part, mut total) = scratch.parts();
-        let (rows, columns) = (item.block.tokens * work.group, work.pages.shape.columns());
+        let (rows, columns) = (item.heads * item.block.tokens * work.group, work.pages.shape.columns());
         let splits = work.splits(item.block);
         let (computes, folds) = (!matches!(task, Task::Fold(..)), !matches!(task, Task::Split(..)));
         // SAFETY: the caller's.
@@ -458,7 +532,8 @@ impl PairKernel for Run<'_> {
                 work.load_queries::<D>(item, buffers.q);
             }
             // Folding a single split into nothing would change nothing.
-            let single = matches!(task, Task::Whole) && splits.len() == 1;
+            let whole = matches!(task, Task::Whole);
+            let single = whole && splits.len() == 1;
             if !single {
                 State::of(total, rows, columns).clear();
             }
@@ -471,7 +546,8 @@ impl PairKernel for Run<'_> {
                 };
                 let mut state = State::of(memory, rows, columns);
                 if computes {
-                    work.split::<D>(items, split, &mut buffers, &mut state);
+                    let until = if whole { usize::MAX } else { (split + 1) * SPLIT };
+                    work.split::<D>(item, Ahead { until, after }, split, &mut buffers, &mut state);
                 }
                 if folds && !single {
                     State::of(total, rows, columns).fold::<D>(&mut state);
@@ -527,7 +603,7 @@ impl Form for Bytes {
     }
 }
 
-/// Where the keys and values of a tile lie: panels of 16 keys, `[key_pairs][PANEL]`, and the values of the same keys,
+/// Where the keys and values of a tile's first head lie: panels of 16 keys, `[key_pairs][PANEL]`, and the values of the same keys,
 /// `[PANEL_PAIRS][columns]`. Panels without a visible key are null, or in a tile to come like their neighbours.
 #[derive(Clone, Copy)]
 struct Tile {
@@ -537,20 +613,21 @@ struct Tile {
 
 /// Who sees what of a tile.
 struct Shown {
-    block: Block,
+    item: Item,
     /// Position of the tile.
     start: usize,
     /// Within the tile: those that any row sees, and the panels that hold them.
     keys: Range<usize>,
     panels: Range<usize>,
-    /// Rows of the block's that see any of them.
+    /// Rows of the first head that see any of them.
     rows: Range<usize>,
 }
 
 /// The keys of a tile that are to be found.
 struct Wanted<'a> {
     block_table: &'a [u32],
-    head: usize,
+    first_head: usize,
+    heads: usize,
     /// Position of the tile.
     start: usize,
     /// Within the tile.
@@ -579,9 +656,21 @@ impl Tile {
         for panel in wanted.keys.start / PANEL..wanted.keys.end.div_ceil(PANEL) {
             let (block, offset) = wanted.at(panel * PANEL, shape.block_size);
             pages.check(block);
-            (tile.keys[panel], tile.values[panel]) = pages.address(block, wanted.head, offset);
+            (tile.keys[panel], tile.values[panel]) = pages.address(block, wanted.first_head, offset);
         }
         Some(tile)
+    }
+
+    /// The keys of another head, `strides` apart.
+    #[inline(always)]
+    fn keys_of(&self, head: usize, strides: [usize; 2]) -> [*const u8; PANELS] {
+        self.keys.map(|at| at.wrapping_add(head * strides[0]))
+    }
+
+    /// The values of another head.
+    #[inline(always)]
+    fn values_of(&self, head: usize, strides: [usize; 2]) -> [*const u8; PANELS] {
+        self.values.map(|at| at.wrapping_add(head * strides[1]))
     }
 
     /// A tile of bytes as one of pairs, in `room`, while memory works on the next one.
@@ -629,10 +718,14 @@ unsafe fn widen<D: ByteDot>(from: *const u8, to: &mut [u32], next: *const u8) {
 fn find_scales(pages: &PackedPages, wanted: &Wanted<'_>, to: &mut [f32]) {
     let shape = pages.shape;
     if let Pairs::Int8 { scales, .. } = &pages.pairs {
-        for key in wanted.keys.clone() {
-            let (block, offset) = wanted.at(key, shape.block_size);
-            let at = (block * shape.num_kv_heads + wanted.head) * 2 * shape.block_size + offset;
-            (to[key], to[TILE + key]) = (scales[at], scales[at + shape.block_size]);
+        for head in 0..wanted.heads {
+            let to = &mut to[head * 2 * TILE..][..2 * TILE];
+            for key in wanted.keys.clone() {
+                let (block, offset) = wanted.at(key, shape.block_size);
+                let head = block * shape.num_kv_heads + wanted.first_head + head;
+                let at = head * 2 * shape.block_size + offset;
+                (to[key], to[TILE + key]) = (scales[at], scales[at + shape.block_size]);
+            }
         }
     }
 }
@@ -643,14 +736,14 @@ fn gather(pages: &PackedPages, wanted: &Wanted<'_>, room: &mut TileRoom<'_>) -> 
     let (pairs, columns, lanes) = (shape.key_pairs(), shape.columns(), shape.lanes());
     for key in wanted.keys.clone() {
         let (block, offset) = wanted.at(key, shape.block_size);
-        let from = shape.key_panel(block, wanted.head, offset) + offset;
+        let from = shape.key_panel(block, wanted.first_head, offset) + offset;
         for i in 0..pairs {
             room.keys[(key / PANEL * pairs + i) * PANEL + key % PANEL] = match &pages.pairs {
                 Pairs::Bf16 { k, .. } => k[from + i * lanes],
                 Pairs::Int8 { k, .. } => widen_pair(k[from + i * lanes]),
             };
         }
-        let from = shape.value_row(block, wanted.head, offset);
+        let from = shape.value_row(block, wanted.first_head, offset);
         for column in 0..columns {
             let pair = match &pages.pairs {
                 Pairs::Bf16 { v, .. } => v[from + column],

@@ -83,8 +83,10 @@ pub(super) fn sum_lanes(lanes: [f32; PANEL]) -> f32 {
 pub(super) struct Softmax<'a> {
     /// Of a score, in the exponent of 2.
     pub factor: f32,
-    /// Of the tile's keys, then of its values, if they have any.
+    /// Of each KV head, of the tile's keys, then of its values, if they have any.
     pub scales: Option<&'a [f32]>,
+    /// Rows of a KV head.
+    pub head_rows: usize,
     pub rows: Range<usize>,
     pub panels: Range<usize>,
 }
@@ -111,12 +113,12 @@ impl Softmax<'_> {
         highest[vectors.start * PANEL..vectors.end * PANEL].fill(f32::NEG_INFINITY);
         // SAFETY: every chunk holds a panel; the rest is the caller's.
         unsafe {
-            for (scores, highest) in scores[rows.clone()].iter().zip(&mut highest[rows.clone()]) {
+            for r in rows.clone() {
                 let mut most = D::splat(f32::NEG_INFINITY);
-                for x in &self.scaled::<D>(scores) {
+                for x in &self.scaled::<D>(&scores[r], self.scales_of(r)) {
                     most = D::max(*x, most);
                 }
-                *highest = D::highest(most);
+                highest[r] = D::highest(most);
             }
             let maxima = &mut state.max.as_chunks_mut::<PANEL>().0[vectors.clone()];
             let tile_maxima = &mut highest.as_chunks_mut::<PANEL>().0[vectors];
@@ -128,12 +130,13 @@ impl Softmax<'_> {
             }
             let known = rows.clone().zip(&state.max[rows.clone()]).zip(&mut state.sum[rows.clone()]);
             for ((r, max), sum) in known {
-                let (mut x, max) = (self.scaled::<D>(&scores[r]), D::splat(*max));
+                let scales = self.scales_of(r);
+                let (mut x, max) = (self.scaled::<D>(&scores[r], scales), D::splat(*max));
                 let mut total = D::mul(D::load_sums(sum.as_ptr()), D::splat(highest[r]));
                 for i in 0..PANELS {
                     x[i] = exp2::<D>(D::sub(x[i], max));
                     total = D::add(total, x[i]);
-                    if let Some(scales) = self.scales {
+                    if let Some(scales) = scales {
                         x[i] = D::mul(x[i], D::load_sums(scales[TILE + i * PANEL..][..PANEL].as_ptr()));
                     }
                 }
@@ -145,15 +148,25 @@ impl Softmax<'_> {
         }
     }
 
+    /// Of row `r`'s KV head.
+    #[inline(always)]
+    fn scales_of(&self, r: usize) -> Option<&[f32]> {
+        self.scales.map(|scales| &scales[r / self.head_rows * 2 * TILE..][..2 * TILE])
+    }
+
     /// A row's scores as exponents of 2; in panels that nobody sees, of nothing.
     #[inline(always)]
-    unsafe fn scaled<D: PairDot>(&self, scores: &[[f32; PANEL]; PANELS]) -> [D::V; PANELS] {
+    unsafe fn scaled<D: PairDot>(
+        &self,
+        scores: &[[f32; PANEL]; PANELS],
+        scales: Option<&[f32]>,
+    ) -> [D::V; PANELS] {
         // SAFETY: every chunk holds a panel; the rest is the caller's.
         unsafe {
             let mut x = [D::splat(f32::NEG_INFINITY); PANELS];
             for i in self.panels.clone() {
                 x[i] = D::mul(D::load_sums(scores[i].as_ptr()), D::splat(self.factor));
-                if let Some(scales) = self.scales {
+                if let Some(scales) = scales {
                     x[i] = D::mul(x[i], D::load_sums(scales[i * PANEL..][..PANEL].as_ptr()));
                 }
             }

@@ -127,6 +127,30 @@ pub(crate) unsafe fn each_panel<D: ByteDot, J: Tiled>(job: &J, rows: Range<usize
     }
 }
 
+/// As [`each_panel`], for so few rows that `WIDE` panels fit one tile: what lies side by side is then read side by side.
+/// Other rows and what is left over are cut as there.
+///
+/// # Safety
+/// The job's.
+#[inline(always)]
+pub(crate) unsafe fn each_wide_panel<D: ByteDot, J: Tiled, const WIDE: usize>(
+    job: &J,
+    rows: Range<usize>,
+    panels: Range<usize>,
+) {
+    let mut p = panels.start;
+    // SAFETY: the caller's.
+    unsafe {
+        if rows.len() <= const { rows_of::<D, J>(WIDE) } {
+            while p + WIDE <= panels.end {
+                each_row::<D, J, WIDE>(job, rows.clone(), p);
+                p += WIDE;
+            }
+        }
+        each_panel::<D, J>(job, rows, p..panels.end);
+    }
+}
+
 /// The most sums of a tile: rows times panels.
 const fn sums<D: ByteDot, J: Tiled>() -> usize {
     D::TILE_SUMS * J::SHARE.0 / J::SHARE.1
