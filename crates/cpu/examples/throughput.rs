@@ -199,7 +199,17 @@ fn attention(
     let seconds = median(|| {
         turn += 1;
         let (layer, out) = (turn % LAYERS, &mut out);
-        backend.attention(Attention { qkv: &qkv, shape, scale: 0.1, window: None, kv: &kv, layer, out })
+        backend.attention(Attention {
+            qkv: &qkv,
+            shape,
+            scale: 0.1,
+            soft_cap: None,
+            window: None,
+            sinks: None,
+            kv: &kv,
+            layer,
+            out,
+        })
     })?;
     let keys: u64 = u64::from(seqs) * (context - rows..context).map(|p| u64::from(p) + 1).sum::<u64>();
     let flops = 4.0 * keys as f64 * shape.q_size() as f64;

@@ -13,7 +13,7 @@ use std::ops::Range;
 use quire_backend::{Attention, AttnShape, StepBuffer};
 use quire_core::ExecError;
 
-use super::softmax::{Softmax, State, sum_lanes};
+use super::softmax::{ScoreRule, Softmax, State, sum_lanes};
 use super::tiles::{NARROW, Tiled, Turn, each_panel};
 use crate::CpuBackend;
 use crate::buffer::{CpuBuf, Shared, SharedRows};
@@ -95,7 +95,7 @@ pub(crate) fn paged_attention(
     pages: &PackedPages,
     op: Attention<'_, CpuBackend>,
 ) -> Result<(), ExecError> {
-    let Attention { qkv, shape, scale, window, out, .. } = op;
+    let Attention { qkv, shape, scale, soft_cap, window, sinks, out, .. } = op;
     let (kv_heads, columns) = (shape.num_kv_heads as usize, pages.shape.columns());
     let group = (shape.num_heads / shape.num_kv_heads) as usize;
     let most_rows = ROWS.max(group);
@@ -108,7 +108,8 @@ pub(crate) fn paged_attention(
         qkv,
         shape,
         group,
-        factor: scale * std::f32::consts::LOG2_E,
+        rule: ScoreRule::new(scale, soft_cap),
+        sinks: sinks.map(|sinks| &sinks[..]),
         window: window.map_or(usize::MAX, |window| window as usize),
         pages,
         step,
@@ -180,8 +181,9 @@ struct Work<'a> {
     shape: AttnShape,
     /// Query heads of a KV head.
     group: usize,
-    /// Turns a dot product into the exponent of 2 of its weight.
-    factor: f32,
+    rule: ScoreRule,
+    /// `[num_heads]`, see [`Attention::sinks`].
+    sinks: Option<&'a [f32]>,
     window: usize,
     pages: &'a PackedPages,
     step: &'a StepBuffer,
@@ -316,8 +318,15 @@ impl Work<'_> {
         // SAFETY: the tile was found, and the buffers have been made for its shape.
         unsafe {
             each_panel::<D, _>(&scores, rows.clone(), panels.clone());
+            let key_scales = self.rule.cap::<D>(s.scores, scales, rows.clone(), panels.clone());
             self.hide(shown, s.scores);
-            let softmax = Softmax { factor: self.factor, scales, rows: rows.clone(), panels: panels.clone() };
+            let softmax = Softmax {
+                factor: self.rule.factor,
+                key_scales,
+                value_scales: scales.map(|scales| &scales[TILE..]),
+                rows: rows.clone(),
+                panels: panels.clone(),
+            };
             softmax.run::<D>(s.scores, s.highest, s.weights, state);
             let values = Values {
                 weights: s.weights,
@@ -389,7 +398,10 @@ impl Work<'_> {
         for t in 0..item.block.tokens {
             for h in 0..self.group {
                 let (r, head) = (t * self.group + h, item.kv_head * self.group + h);
-                let scale = 1.0 / sum_lanes(state.sum[r]);
+                // The sink's score, like the maximum, as an exponent of 2.
+                let exponent = |sink: f32| sink * std::f32::consts::LOG2_E - state.max[r];
+                let sink = self.sinks.map_or(0.0, |sinks| exponent(sinks[head]).exp2());
+                let scale = 1.0 / (sum_lanes(state.sum[r]) + sink);
                 // SAFETY: the columns are this item's, by contract.
                 let out = unsafe { self.out.part(item.block.first_row + t, head * head_dim, head_dim) };
                 out.iter_mut().zip(state.row(r)).for_each(|(out, x)| *out = *x * scale);

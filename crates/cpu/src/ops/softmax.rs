@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::paged::{PANELS, TILE};
+use super::paged::PANELS;
 use crate::simd::pairs::{PANEL, PairDot, exp2};
 
 /// What the softmax knows of some rows: for each row its largest score (in whole vectors), the sum of its weights in
@@ -79,12 +79,78 @@ pub(super) fn sum_lanes(lanes: [f32; PANEL]) -> f32 {
     (by4[0] + by4[2]) + (by4[1] + by4[3])
 }
 
+/// How dot products become exponents of 2.
+#[derive(Clone, Copy)]
+pub(super) struct ScoreRule {
+    /// Of what [`ScoreRule::cap`] leaves.
+    pub factor: f32,
+    soft_cap: Option<SoftCap>,
+}
+
+/// See [`quire_backend::Attention::soft_cap`].
+#[derive(Clone, Copy)]
+struct SoftCap {
+    cap: f32,
+    /// Turns a dot product into the exponent of 2 that is e^(2 score / cap).
+    factor: f32,
+}
+
+impl ScoreRule {
+    pub fn new(scale: f32, soft_cap: Option<f32>) -> Self {
+        let scale = scale * std::f32::consts::LOG2_E;
+        match soft_cap {
+            None => Self { factor: scale, soft_cap: None },
+            Some(cap) => Self {
+                factor: std::f32::consts::LOG2_E,
+                soft_cap: Some(SoftCap { cap, factor: 2.0 * scale / cap }),
+            },
+        }
+    }
+
+    /// Puts `cap * tanh(score / cap)` in place of dot products, by tanh x = 1 - 2 / (e^2x + 1), if there is a cap.
+    /// Returns the keys' factors that are still to be applied.
+    ///
+    /// # Safety
+    /// As for [`PairDot`].
+    #[inline(always)]
+    pub unsafe fn cap<'a, D: PairDot>(
+        &self,
+        dots: &mut [f32],
+        key_scales: Option<&'a [f32]>,
+        rows: Range<usize>,
+        panels: Range<usize>,
+    ) -> Option<&'a [f32]> {
+        let Some(SoftCap { cap, factor }) = self.soft_cap else { return key_scales };
+        let dots = dots.as_chunks_mut::<PANEL>().0.as_chunks_mut::<PANELS>().0;
+        // SAFETY: every chunk holds a panel; the rest is the caller's.
+        unsafe {
+            let one = D::splat(1.0);
+            for row in &mut dots[rows] {
+                for i in panels.clone() {
+                    let mut x = D::mul(D::load_sums(row[i].as_ptr()), D::splat(factor));
+                    if let Some(scales) = key_scales {
+                        x = D::mul(x, D::load_sums(scales[i * PANEL..][..PANEL].as_ptr()));
+                    }
+                    // Within the range of `exp2`, and far beyond where the quotient is 0.
+                    let power = exp2::<D>(D::min(D::splat(126.0), x));
+                    let quotient = D::div(one, D::add(power, one));
+                    let score = D::fma(D::splat(-2.0 * cap), quotient, D::splat(cap));
+                    D::store(row[i].as_mut_ptr(), score);
+                }
+            }
+        }
+        None
+    }
+}
+
 /// Turns the scores of some rows into weights.
 pub(super) struct Softmax<'a> {
     /// Of a score, in the exponent of 2.
     pub factor: f32,
-    /// Of the tile's keys, then of its values, if they have any.
-    pub scales: Option<&'a [f32]>,
+    /// Of the tile's keys, if they have any.
+    pub key_scales: Option<&'a [f32]>,
+    /// Of its values.
+    pub value_scales: Option<&'a [f32]>,
     pub rows: Range<usize>,
     pub panels: Range<usize>,
 }
@@ -133,8 +199,8 @@ impl Softmax<'_> {
                 for i in 0..PANELS {
                     x[i] = exp2::<D>(D::sub(x[i], max));
                     total = D::add(total, x[i]);
-                    if let Some(scales) = self.scales {
-                        x[i] = D::mul(x[i], D::load_sums(scales[TILE + i * PANEL..][..PANEL].as_ptr()));
+                    if let Some(scales) = self.value_scales {
+                        x[i] = D::mul(x[i], D::load_sums(scales[i * PANEL..][..PANEL].as_ptr()));
                     }
                 }
                 D::store(sum.as_mut_ptr(), total);
@@ -153,7 +219,7 @@ impl Softmax<'_> {
             let mut x = [D::splat(f32::NEG_INFINITY); PANELS];
             for i in self.panels.clone() {
                 x[i] = D::mul(D::load_sums(scores[i].as_ptr()), D::splat(self.factor));
-                if let Some(scales) = self.scales {
+                if let Some(scales) = self.key_scales {
                     x[i] = D::mul(x[i], D::load_sums(scales[i * PANEL..][..PANEL].as_ptr()));
                 }
             }
