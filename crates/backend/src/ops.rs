@@ -176,8 +176,14 @@ pub struct Attention<'a, B: Backend> {
     pub shape: AttnShape,
     /// Multiplies the scores; usually `head_dim^-0.5`.
     pub scale: f32,
+    /// `cap * tanh(score / cap)` in place of every scaled score, before those that the row does not see are taken away
+    /// (Gemma 2, arXiv 2408.00118, section 2). Positive.
+    pub soft_cap: Option<f32>,
     /// Sliding window in tokens, the current one included.
     pub window: Option<u32>,
+    /// `[num_heads]`, loaded as a norm's weight is: a score of each query head for nothing, which takes part in the sum
+    /// that the weights are divided by and carries no value (StreamingLLM, arXiv 2309.17453; gpt-oss).
+    pub sinks: Option<&'a B::Norm>,
     /// The cache.
     pub kv: &'a B::Kv,
     /// Layer within the cache.

@@ -324,6 +324,10 @@ impl Backend for CpuBackend {
         let tokens = self.step.num_tokens();
         expect_shape("attention input", op.qkv, tokens, op.shape.qkv_size())?;
         expect_shape("attention output", op.out, tokens, op.shape.q_size())?;
+        if let Some(sinks) = op.sinks.filter(|sinks| sinks.len() != op.shape.num_heads as usize) {
+            let (have, heads) = (sinks.len(), op.shape.num_heads);
+            return Err(failed(format!("attention: {have} sinks for {heads} query heads")));
+        }
         let (pool, isa, step) = (&mut self.pool, self.isa, &self.step);
         match &op.kv.layers[op.layer] {
             KvLayer::Packed(pages) => paged_attention(pool, isa, step, &mut self.attention, pages, op)?,

@@ -69,7 +69,17 @@ impl Fixture {
             kv,
             layer: 0,
         })?;
-        backend.attention(Attention { qkv, shape: SHAPE, scale: 1.0, window: None, kv, layer: 0, out })
+        backend.attention(Attention {
+            qkv,
+            shape: SHAPE,
+            scale: 1.0,
+            soft_cap: None,
+            window: None,
+            sinks: None,
+            kv,
+            layer: 0,
+            out,
+        })
     }
 }
 

@@ -12,11 +12,16 @@ const BLOCK_SIZE: u32 = 16;
 const CONTEXT: u32 = 2500;
 const SCALE: f32 = 0.3;
 
-/// What is asked: the last rows of the context, this many of them, and a sliding window.
+/// Of each query head.
+const SINKS: [f32; 4] = [3.0, -1.0, 9.5, 6.0];
+
+/// What is asked: the last rows of the context, this many of them, a sliding window, and what bends the weights.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     rows: u32,
     window: Option<u32>,
+    soft_cap: Option<f32>,
+    has_sinks: bool,
     dtype: DType,
 }
 
@@ -53,8 +58,18 @@ fn outputs(case: Case, threads: usize, max_isa: Isa) -> Result<Vec<f32>, Backend
     prepare(&mut backend, case.rows)?;
     let first = (CONTEXT - case.rows) as usize * SHAPE.qkv_size();
     backend.write(&mut qkv, &values[first..])?;
-    let (window, kv, out_mut) = (case.window, &kv, &mut out);
-    backend.attention(Attention { qkv: &qkv, shape, scale: SCALE, window, kv, layer: 0, out: out_mut })?;
+    let sinks = SINKS.to_vec();
+    backend.attention(Attention {
+        qkv: &qkv,
+        shape,
+        scale: SCALE,
+        soft_cap: case.soft_cap,
+        window: case.window,
+        sinks: case.has_sinks.then_some(&sinks),
+        kv: &kv,
+        layer: 0,
+        out: &mut out,
+    })?;
     backend.read(&out, case.rows as usize)
 }
 
@@ -80,17 +95,20 @@ fn prepare(backend: &mut CpuBackend, rows: u32) -> Result<(), BackendError> {
 }
 
 /// One row of one head, in f64.
-fn expected(position: usize, head: usize, window: Option<u32>) -> Vec<f64> {
+fn expected(position: usize, head: usize, case: Case) -> Vec<f64> {
     let (d, stride) = (SHAPE.head_dim as usize, SHAPE.qkv_size());
     let kv_head = head / (SHAPE.num_heads / SHAPE.num_kv_heads) as usize;
     let at = |position: usize, column: usize| f64::from(noise(position * stride + column));
-    let first = window.map_or(0, |window| (position + 1).saturating_sub(window as usize));
-    let (mut sum, mut out) = (0.0, vec![0.0; d]);
+    let first = case.window.map_or(0, |window| (position + 1).saturating_sub(window as usize));
+    let sink = if case.has_sinks { f64::from(SINKS[head]).exp() } else { 0.0 };
+    let (mut sum, mut out) = (sink, vec![0.0; d]);
     for key in first..=position {
         let k = SHAPE.q_size() + kv_head * d;
         let v = k + SHAPE.kv_size();
         let score: f64 = (0..d).map(|i| at(position, head * d + i) * at(key, k + i)).sum();
-        let weight = (score * f64::from(SCALE)).exp();
+        let score = score * f64::from(SCALE);
+        let weight =
+            case.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh()).exp();
         sum += weight;
         (0..d).for_each(|i| out[i] += weight * at(key, v + i));
     }
@@ -100,8 +118,13 @@ fn expected(position: usize, head: usize, window: Option<u32>) -> Vec<f64> {
 #[test]
 fn partial_results_make_a_whole() -> Result<(), BackendError> {
     for dtype in [DType::BF16, DType::I8] {
-        for (rows, window) in [(1, None), (3, Some(1500)), (40, None), (1, Some(700))] {
-            let case = Case { rows, window, dtype };
+        for (rows, window, soft_cap, has_sinks) in [
+            (1, None, None, false),
+            (3, Some(1500), None, true),
+            (40, None, Some(3.0), true),
+            (1, Some(700), Some(3.0), false),
+        ] {
+            let case = Case { rows, window, soft_cap, has_sinks, dtype };
             let one = outputs(case, 1, Isa::detect())?;
             for threads in [2, 16] {
                 assert!(one == outputs(case, threads, Isa::detect())?, "{case:?} with {threads} threads");
@@ -113,7 +136,7 @@ fn partial_results_make_a_whole() -> Result<(), BackendError> {
             }
             let d = SHAPE.head_dim as usize;
             for head in 0..SHAPE.num_heads as usize {
-                let want = expected(CONTEXT as usize - 1, head, window);
+                let want = expected(CONTEXT as usize - 1, head, case);
                 let got = &one[one.len() - SHAPE.q_size() + head * d..][..d];
                 let error = want.iter().zip(got).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
                 assert!(error < 0.03, "{case:?}, head {head}: {error}");

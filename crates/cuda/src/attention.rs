@@ -75,6 +75,10 @@ impl Cuda {
         if op.out.rows < self.rows || op.out.cols != shape.q_size() || op.out.element != act {
             return Err(self.refused(format!("attention output: {:?} does not fit {shape:?}", op.out)));
         }
+        if let Some(sinks) = op.sinks.filter(|sinks| sinks.len != shape.num_heads as usize) {
+            let (have, heads) = (sinks.len, shape.num_heads);
+            return Err(self.refused(format!("attention: {have} sinks for {heads} query heads")));
+        }
         let head_dim = shape.head_dim as usize;
         let kernels = self.kernels.attention(kv.element, head_dim);
         let Some(tile_dim) = kernels.map(|kernels| kernels.tile_dim()) else {
@@ -102,9 +106,9 @@ impl Cuda {
             partial_max_sum: state.partial_max_sum.address(),
             counters: state.counters.address(),
             carry: state.carry.address(),
-            sinks: 0,
+            sinks: op.sinks.map_or(0, |sinks| sinks.slice.address()),
             scale: op.scale,
-            soft_cap: 0.0,
+            soft_cap: op.soft_cap.unwrap_or(0.0),
             window: kind.window as i32,
             num_kv_heads: kind.num_kv_heads as i32,
             group: kind.group as i32,

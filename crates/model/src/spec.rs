@@ -72,6 +72,8 @@ pub struct GqaSpec {
     pub rope: RopeSpec,
     /// Factor of the scores before the softmax, usually `head_dim^-0.5`.
     pub softmax_scale: f32,
+    /// `Some(c)`: scores, scaled, become `c * tanh(score / c)` before the mask (Gemma 2, arXiv:2408.00118).
+    pub soft_cap: Option<f32>,
 }
 
 /// Normalisation of queries and keys.

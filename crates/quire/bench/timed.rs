@@ -307,9 +307,9 @@ impl<B: Backend, W: Watch<B>> Backend for Timed<B, W> {
 
     fn attention(&mut self, op: Attention<'_, Self>) -> Result<(), BackendError> {
         let work = self.attention_work(&op);
-        let Attention { qkv, shape, scale, window, kv, layer, out } = op;
+        let Attention { qkv, shape, scale, soft_cap, window, sinks, kv, layer, out } = op;
         self.time(Op::Attention, work, |inner| {
-            inner.attention(Attention { qkv, shape, scale, window, kv, layer, out })
+            inner.attention(Attention { qkv, shape, scale, soft_cap, window, sinks, kv, layer, out })
         })
     }
 

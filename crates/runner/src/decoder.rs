@@ -47,6 +47,7 @@ pub(crate) struct AttnLayer<B: Backend> {
     pub rope: usize,
     pub shape: AttnShape,
     pub scale: f32,
+    pub soft_cap: Option<f32>,
     pub window: Option<u32>,
 }
 
@@ -144,7 +145,9 @@ impl<B: Backend> Decoder<B> {
             qkv: &ws.qkv,
             shape: attn.shape,
             scale: attn.scale,
+            soft_cap: attn.soft_cap,
             window: attn.window,
+            sinks: None,
             kv,
             layer: index,
             out: &mut ws.attn,

@@ -158,6 +158,7 @@ impl<'a, B: Backend> Loader<'a, B> {
                 head_dim: gqa.head_dim as u32,
             },
             scale: gqa.softmax_scale,
+            soft_cap: gqa.soft_cap,
             window: gqa.window,
         })
     }

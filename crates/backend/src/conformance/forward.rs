@@ -20,6 +20,8 @@ const BASE: Shape = Shape {
     attn: heads(4, 2, 16),
     vocab: 512,
     window: None,
+    soft_cap: None,
+    sinks: false,
     qk_norm: false,
     bias: false,
     rotary_dim: 16,
@@ -34,6 +36,8 @@ const BASE: Shape = Shape {
 
 const SHORT: &[u32] = &[1, 17, 5, 33, 40];
 const LONG: &[u32] = &[150, 64, 65, 3];
+/// Across one end of a tile.
+const ACROSS: &[u32] = &[70, 3, 20];
 
 /// Shapes with the lengths of the sequences to run.
 const GRID: &[(Shape, &[u32])] = &[
@@ -98,6 +102,40 @@ const GRID: &[(Shape, &[u32])] = &[
             ..BASE
         },
         LONG,
+    ),
+    (
+        Shape {
+            name: "soft cap that bends most scores, three query heads per kv head",
+            attn: heads(6, 2, 16),
+            soft_cap: Some(0.8),
+            ..BASE
+        },
+        ACROSS,
+    ),
+    (
+        Shape {
+            name: "sinks, window 17, bf16 weights and cache",
+            attn: heads(4, 2, 64),
+            rotary_dim: 64,
+            window: Some(17),
+            sinks: true,
+            weight_dtype: DType::BF16,
+            kv_dtype: DType::BF16,
+            ..BASE
+        },
+        ACROSS,
+    ),
+    (
+        Shape {
+            name: "soft cap and sinks, one kv head, bf16 cache",
+            attn: heads(4, 1, 32),
+            rotary_dim: 32,
+            soft_cap: Some(1.5),
+            sinks: true,
+            kv_dtype: DType::BF16,
+            ..BASE
+        },
+        ACROSS,
     ),
     (
         Shape {

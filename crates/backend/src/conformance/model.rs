@@ -17,6 +17,8 @@ pub(super) struct Shape {
     pub attn: AttnShape,
     pub vocab: usize,
     pub window: Option<u32>,
+    pub soft_cap: Option<f32>,
+    pub sinks: bool,
     pub qk_norm: bool,
     pub bias: bool,
     /// 0: no positions at all.
@@ -38,6 +40,7 @@ struct LayerWeights<B: Backend> {
     norm1: B::Norm,
     qkv: B::Weight,
     qk_norm: Option<(B::Norm, B::Norm)>,
+    sinks: Option<B::Norm>,
     o: B::Weight,
     norm2: B::Norm,
     up: B::Weight,
@@ -104,7 +107,11 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn norm(&mut self, n: usize) -> Result<B::Norm, BackendError> {
-        let tensor = HostTensor::random(&mut self.rng, self.dtype, &[n], 1.0, 0.3);
+        self.vector(n, 1.0, 0.3)
+    }
+
+    fn vector(&mut self, n: usize, mean: f32, scale: f32) -> Result<B::Norm, BackendError> {
+        let tensor = HostTensor::random(&mut self.rng, self.dtype, &[n], mean, scale);
         self.backend.load_norm("test", tensor.view())
     }
 
@@ -120,6 +127,10 @@ impl<B: Backend> Loader<'_, B> {
             qkv: self.linear(&qkv, shape.hidden, shape.bias)?,
             qk_norm: match shape.qk_norm {
                 true => Some((self.norm(head_dim)?, self.norm(head_dim)?)),
+                false => None,
+            },
+            sinks: match shape.sinks {
+                true => Some(self.vector(attn.num_heads as usize, 0.5, 2.0)?),
                 false => None,
             },
             o: self.linear(&[shape.hidden], attn.q_size(), false)?,
@@ -231,7 +242,9 @@ impl<B: Backend> TinyModel<B> {
                 qkv: &b.qkv,
                 shape: shape.attn,
                 scale: (shape.attn.head_dim as f32).powf(-0.5),
+                soft_cap: shape.soft_cap,
                 window: shape.window,
+                sinks: w.sinks.as_ref(),
                 kv,
                 layer,
                 out: &mut b.attn,

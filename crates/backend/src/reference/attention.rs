@@ -122,8 +122,22 @@ impl Context<'_> {
     }
 }
 
-/// `out = softmax(scale * q · K) · V` for one query head, in f64.
-pub(super) fn attend(context: &Context<'_>, kv_head: usize, scale: f32, q: &[f32], out: &mut [f32]) {
+/// How scores become weights, for one query head.
+pub(super) struct Scoring {
+    pub scale: f32,
+    pub soft_cap: Option<f32>,
+    pub sink: Option<f32>,
+}
+
+impl Scoring {
+    fn score(&self, dot: f64) -> f64 {
+        let score = dot * f64::from(self.scale);
+        self.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+    }
+}
+
+/// `out = softmax(score(q · K)) · V` for one query head, in f64.
+pub(super) fn attend(context: &Context<'_>, kv_head: usize, scoring: &Scoring, q: &[f32], out: &mut [f32]) {
     let head_dim = q.len();
     let layer = &context.kv.layers[context.layer];
     let positions = context.first..=context.last;
@@ -134,12 +148,13 @@ pub(super) fn attend(context: &Context<'_>, kv_head: usize, scale: f32, q: &[f32
         .map(|&at| {
             let k = &layer.k[at..at + head_dim];
             let dot: f64 = q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
-            dot * f64::from(scale)
+            scoring.score(dot)
         })
         .collect();
-    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sink = scoring.sink.map_or(f64::NEG_INFINITY, f64::from);
+    let max = scores.iter().copied().fold(sink, f64::max);
     let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
-    let sum: f64 = weights.iter().sum();
+    let sum: f64 = weights.iter().sum::<f64>() + (sink - max).exp();
 
     for (d, out) in out.iter_mut().enumerate() {
         let value: f64 = offsets.iter().zip(&weights).map(|(&at, w)| w * f64::from(layer.v[at + d])).sum();

@@ -206,7 +206,12 @@ impl Backend for RefBackend {
                 };
                 let q = op.qkv.row(t)[..op.shape.q_size()].chunks_exact(head_dim);
                 for (head, (q, out)) in q.zip(op.out.row_mut(t).chunks_exact_mut(head_dim)).enumerate() {
-                    attention::attend(&context, head / group, op.scale, q, out);
+                    let scoring = attention::Scoring {
+                        scale: op.scale,
+                        soft_cap: op.soft_cap,
+                        sink: op.sinks.map(|sinks| sinks[head]),
+                    };
+                    attention::attend(&context, head / group, &scoring, q, out);
                 }
             }
         }

@@ -5,6 +5,8 @@
 //! the online softmax (Milakov & Gimelshein, arXiv 1805.02867). A key's lane within its tile is its position, so the sums
 //! do not know the block size, the chunk, or who else is in the batch.
 
+use std::ops::RangeInclusive;
+
 use quire_backend::{Attention, AttnShape, StepBuffer};
 use quire_core::ExecError;
 
@@ -34,7 +36,7 @@ pub(crate) fn attention(
     row_seqs: &[u32],
     op: Attention<'_, CpuBackend>,
 ) -> Result<(), ExecError> {
-    let Attention { qkv, shape, scale, window, kv, layer, out } = op;
+    let Attention { qkv, shape, scale, soft_cap, window, sinks, kv, layer, out } = op;
     let kv_heads = shape.num_kv_heads as usize;
     let out = out.shared();
     let items = step.num_tokens() * kv_heads;
@@ -47,6 +49,8 @@ pub(crate) fn attention(
                 qkv,
                 shape,
                 scale,
+                soft_cap,
+                sinks: sinks.map(|sinks| &sinks[..]),
                 kv_head,
                 block_table: step.block_table(row_seqs[t] as usize),
                 first: window.map_or(0, |window| (step.positions[t] + 1).saturating_sub(window)) as usize,
@@ -64,6 +68,9 @@ struct Row<'a> {
     qkv: &'a CpuBuf,
     shape: AttnShape,
     scale: f32,
+    soft_cap: Option<f32>,
+    /// `[num_heads]`.
+    sinks: Option<&'a [f32]>,
     kv_head: usize,
     block_table: &'a [u32],
     /// Positions seen: `first..=last`.
@@ -114,12 +121,13 @@ impl<E: Element> Kernel for RowKernel<'_, E> {
         for heads in (0..group).step_by(SCORE_HEADS) {
             let columns = heads * head_dim..(heads + SCORE_HEADS).min(group) * head_dim;
             let (q, out) = (&q[columns.clone()], &mut out[columns]);
+            let first_head = kv_head * group + heads;
             // SAFETY: the caller's.
             unsafe {
                 if q.len() == head_dim {
-                    self.heads::<S, 1>(q, out, first, last);
+                    self.heads::<S, 1>(q, out, first_head, first..=last);
                 } else {
-                    self.heads::<S, SCORE_HEADS>(q, out, first, last);
+                    self.heads::<S, SCORE_HEADS>(q, out, first_head, first..=last);
                 }
             }
         }
@@ -127,10 +135,17 @@ impl<E: Element> Kernel for RowKernel<'_, E> {
 }
 
 impl<E: Element> RowKernel<'_, E> {
-    /// `H` query heads of one KV head over positions `first..=last`.
+    /// `H` query heads of one KV head, from `first_head` on, over these positions.
     #[inline(always)]
-    unsafe fn heads<S: Simd, const H: usize>(&self, q: &[f32], out: &mut [f32], first: usize, last: usize) {
+    unsafe fn heads<S: Simd, const H: usize>(
+        &self,
+        q: &[f32],
+        out: &mut [f32],
+        first_head: usize,
+        positions: RangeInclusive<usize>,
+    ) {
         let head_dim = q.len() / H;
+        let (first, last) = positions.into_inner();
         let mut running = [Running { max: f32::NEG_INFINITY, sum: 0.0 }; H];
         out.fill(0.0);
         for tile in first / TILE..=last / TILE {
@@ -143,13 +158,18 @@ impl<E: Element> RowKernel<'_, E> {
                 self.scores::<S, H>(q, &offsets, keys.clone(), &mut scores);
                 for h in 0..H {
                     let out = &mut out[h * head_dim..(h + 1) * head_dim];
+                    if let Some(cap) = self.row.soft_cap {
+                        cap_scores::<S>(&mut scores[h], keys.clone(), cap);
+                    }
                     softmax_tile::<S>(&mut scores[h], &mut running[h], out);
                 }
                 self.values::<S, H>(&scores, &offsets, keys, out);
             }
         }
         for h in 0..H {
-            let scale = 1.0 / running[h].sum;
+            let Running { max, sum } = running[h];
+            let sink = self.row.sinks.map_or(0.0, |sinks| (sinks[first_head + h] - max).exp());
+            let scale = 1.0 / (sum + sink);
             out[h * head_dim..(h + 1) * head_dim].iter_mut().for_each(|o| *o *= scale);
         }
     }
@@ -273,6 +293,22 @@ unsafe fn value_columns<S: Simd, E: Element, const H: usize, const C: usize>(
             }
         }
     }
+}
+
+/// `cap * tanh(score / cap)` for these keys of a tile, by tanh x = 1 - 2 / (e^2x + 1).
+#[inline(always)]
+unsafe fn cap_scores<S: Simd>(scores: &mut [f32; TILE], keys: std::ops::Range<usize>, cap: f32) {
+    // SAFETY: offsets stay below TILE; the rest is the caller's.
+    unsafe {
+        let (one, cap_twice) = (S::splat(1.0), S::splat(-2.0 * cap));
+        for i in (0..TILE).step_by(LANES) {
+            let at = scores.as_mut_ptr().add(i);
+            let power = exp::<S>(S::mul(S::load(at), S::splat(2.0 / cap)));
+            S::store(at, S::fma(cap_twice, S::div(one, S::add(power, one)), S::splat(cap)));
+        }
+    }
+    scores[..keys.start].fill(f32::NEG_INFINITY);
+    scores[keys.end..].fill(f32::NEG_INFINITY);
 }
 
 /// Turns a tile's scores into weights relative to the new maximum, and scales what was summed before down to it.

@@ -13,7 +13,7 @@ use std::ops::Range;
 use quire_backend::{Attention, AttnShape, StepBuffer};
 use quire_core::ExecError;
 
-use super::softmax::{Softmax, State, sum_lanes};
+use super::softmax::{SCALES, ScoreRule, Softmax, State, sum_lanes};
 use super::tiles::{NARROW, Tiled, Turn, each_panel, each_wide_panel};
 use crate::CpuBackend;
 use crate::buffer::{CpuBuf, Shared, SharedRows};
@@ -30,8 +30,8 @@ pub(super) const TILE: usize = 128;
 pub(super) const PANELS: usize = TILE / PANEL;
 /// Pairs of values in a panel of keys.
 const PANEL_PAIRS: usize = PANEL / 2;
-/// Panels of keys that are read side by side at least.
-const RUN: usize = 1;
+/// Bytes that come from memory together.
+const LINE: usize = 64;
 /// Panels of values that a few rows take at once.
 const WIDE: usize = 8;
 /// Positions of a partial result.
@@ -95,7 +95,7 @@ impl Scratch {
         self.total.resize(State::len(rows, columns), 0.0);
         self.keys.resize(TILE * key_pairs, 0);
         self.values.resize(TILE / 2 * columns, 0);
-        self.scales.resize(rows * 2 * TILE, 1.0);
+        self.scales.resize(rows * SCALES, 1.0);
     }
 }
 
@@ -108,7 +108,7 @@ pub(crate) fn paged_attention(
     pages: &PackedPages,
     op: Attention<'_, CpuBackend>,
 ) -> Result<(), ExecError> {
-    let Attention { qkv, shape, scale, window, out, .. } = op;
+    let Attention { qkv, shape, scale, soft_cap, window, sinks, out, .. } = op;
     let (kv_heads, columns) = (shape.num_kv_heads as usize, pages.shape.columns());
     let group = (shape.num_heads / shape.num_kv_heads) as usize;
     let most_rows = ROWS.max(group);
@@ -120,7 +120,8 @@ pub(crate) fn paged_attention(
         qkv,
         shape,
         group,
-        factor: scale * std::f32::consts::LOG2_E,
+        rule: ScoreRule::new(scale, soft_cap),
+        sinks: sinks.map(|sinks| &sinks[..]),
         window: window.map_or(usize::MAX, |window| window as usize),
         pages,
         step,
@@ -180,8 +181,9 @@ struct Work<'a> {
     shape: AttnShape,
     /// Query heads of a KV head.
     group: usize,
-    /// Turns a dot product into the exponent of 2 of its weight.
-    factor: f32,
+    rule: ScoreRule,
+    /// `[num_heads]`, see [`Attention::sinks`].
+    sinks: Option<&'a [f32]>,
     window: usize,
     pages: &'a PackedPages,
     step: &'a StepBuffer,
@@ -309,7 +311,7 @@ impl Work<'_> {
             }
             match Tile::in_place(pages, &wanted) {
                 Some(tile) if !pages.is_bytes() => {
-                    self.attend::<D, Wide>(&shown, tile, next.unwrap_or(tile), s, state)
+                    self.attend::<D, Wide>(&shown, tile, next.unwrap_or(tile), s, state);
                 }
                 // Few rows are one tile, which reads everything once.
                 Some(tile) if heads > 1 || shown.rows.len() <= D::TILE_SUMS / NARROW => {
@@ -354,10 +356,18 @@ impl Work<'_> {
                     each_panel::<D, _>(&scores, rows_of(head), run.clone());
                 }
             }
+            let mut key_scales = scales;
+            for head in 0..item.heads {
+                let scales = scales.map(|scales| &scales[head * SCALES..]);
+                if self.rule.cap::<D>(s.scores, scales, rows_of(head), panels.clone()).is_none() {
+                    key_scales = None;
+                }
+            }
             self.hide(shown, s.scores);
             let softmax = Softmax {
-                factor: self.factor,
-                scales,
+                factor: self.rule.factor,
+                key_scales,
+                value_scales: scales.map(|scales| &scales[TILE..]),
                 head_rows,
                 rows: all_rows.clone(),
                 panels: panels.clone(),
@@ -386,7 +396,7 @@ impl Work<'_> {
     fn runs(&self, shown: &Shown) -> impl Iterator<Item = Range<usize>> + use<> {
         let Range { start, end } = shown.panels;
         let len = if shown.item.heads > 1 {
-            (self.pages.shape.block_size / PANEL).clamp(RUN, PANELS)
+            (self.pages.shape.block_size / PANEL).clamp(1, PANELS)
         } else {
             PANELS
         };
@@ -456,7 +466,10 @@ impl Work<'_> {
         for r in 0..item.heads * tokens * self.group {
             let (head, t) = (r / (tokens * self.group), r / self.group % tokens);
             let head = (item.first_head + head) * self.group + r % self.group;
-            let scale = 1.0 / sum_lanes(state.sum[r]);
+            // The sink's score, like the maximum, as an exponent of 2.
+            let exponent = |sink: f32| sink * std::f32::consts::LOG2_E - state.max[r];
+            let sink = self.sinks.map_or(0.0, |sinks| exponent(sinks[head]).exp2());
+            let scale = 1.0 / (sum_lanes(state.sum[r]) + sink);
             // SAFETY: the columns are this item's, by contract.
             let out = unsafe { self.out.part(item.block.first_row + t, head * head_dim, head_dim) };
             out.iter_mut().zip(state.row(r)).for_each(|(out, x)| *out = *x * scale);
@@ -718,13 +731,15 @@ unsafe fn widen<D: ByteDot>(from: *const u8, to: &mut [u32], next: *const u8) {
 fn find_scales(pages: &PackedPages, wanted: &Wanted<'_>, to: &mut [f32]) {
     let shape = pages.shape;
     if let Pairs::Int8 { scales, .. } = &pages.pairs {
+        let lanes = shape.lanes();
         for head in 0..wanted.heads {
-            let to = &mut to[head * 2 * TILE..][..2 * TILE];
-            for key in wanted.keys.clone() {
+            let (keys, values) = to[head * SCALES..][..SCALES].split_at_mut(TILE);
+            for key in (wanted.keys.start / lanes * lanes..wanted.keys.end).step_by(lanes) {
                 let (block, offset) = wanted.at(key, shape.block_size);
                 let head = block * shape.num_kv_heads + wanted.first_head + head;
-                let at = head * 2 * shape.block_size + offset;
-                (to[key], to[TILE + key]) = (scales[at], scales[at + shape.block_size]);
+                let from = &scales[head * 2 * shape.block_size..][..2 * shape.block_size];
+                keys[key..key + lanes].copy_from_slice(&from[offset..offset + lanes]);
+                values[key..key + lanes].copy_from_slice(&from[shape.block_size + offset..][..lanes]);
             }
         }
     }
@@ -780,15 +795,19 @@ impl<F: Form> Tiled for Scores<'_, F> {
             let keys: [*const u8; P] = std::array::from_fn(|i| self.keys[panel + i]);
             let next: [*const u8; P] = std::array::from_fn(|i| self.next[panel + i]);
             let mut sums = [[D::zero(); P]; M];
-            for k in 0..self.pairs {
-                let mut weights = [F::load::<D>(keys[0], 0); P];
+            for line in (0..self.pairs).step_by(LINE / F::SIZE) {
                 for i in 0..P {
-                    weights[i] = F::load::<D>(keys[i], k);
-                    D::prefetch(next[i].wrapping_add(k * F::SIZE).cast());
+                    D::prefetch(next[i].wrapping_add(line * F::SIZE).cast());
                 }
-                for r in 0..M {
+                for k in line..(line + LINE / F::SIZE).min(self.pairs) {
+                    let mut weights = [F::load::<D>(keys[0], 0); P];
                     for i in 0..P {
-                        sums[r][i] = D::dot(sums[r][i], weights[i], rows[r].add(k));
+                        weights[i] = F::load::<D>(keys[i], k);
+                    }
+                    for r in 0..M {
+                        for i in 0..P {
+                            sums[r][i] = D::dot(sums[r][i], weights[i], rows[r].add(k));
+                        }
                     }
                 }
             }
@@ -842,7 +861,9 @@ impl<F: Form> Tiled for Values<'_, F> {
                     for i in 0..P {
                         let at = k * (self.columns / PANEL) + panel + i;
                         values[i] = F::load::<D>(from, at);
-                        D::prefetch(next.wrapping_add(at * F::SIZE).cast());
+                        if i % (LINE / F::SIZE) == 0 {
+                            D::prefetch(next.wrapping_add(at * F::SIZE).cast());
+                        }
                     }
                     for r in 0..M {
                         for i in 0..P {

@@ -79,12 +79,81 @@ pub(super) fn sum_lanes(lanes: [f32; PANEL]) -> f32 {
     (by4[0] + by4[2]) + (by4[1] + by4[3])
 }
 
+/// How dot products become exponents of 2.
+#[derive(Clone, Copy)]
+pub(super) struct ScoreRule {
+    /// Of what [`ScoreRule::cap`] leaves.
+    pub factor: f32,
+    soft_cap: Option<SoftCap>,
+}
+
+/// See [`quire_backend::Attention::soft_cap`].
+#[derive(Clone, Copy)]
+struct SoftCap {
+    cap: f32,
+    /// Turns a dot product into the exponent of 2 that is e^(2 score / cap).
+    factor: f32,
+}
+
+impl ScoreRule {
+    pub fn new(scale: f32, soft_cap: Option<f32>) -> Self {
+        let scale = scale * std::f32::consts::LOG2_E;
+        match soft_cap {
+            None => Self { factor: scale, soft_cap: None },
+            Some(cap) => Self {
+                factor: std::f32::consts::LOG2_E,
+                soft_cap: Some(SoftCap { cap, factor: 2.0 * scale / cap }),
+            },
+        }
+    }
+
+    /// Puts `cap * tanh(score / cap)` in place of the dot products of one KV head, by tanh x = 1 - 2 / (e^2x + 1), if there is a cap.
+    /// Returns the keys' factors that are still to be applied.
+    ///
+    /// # Safety
+    /// As for [`PairDot`].
+    #[inline(always)]
+    pub unsafe fn cap<'a, D: PairDot>(
+        &self,
+        dots: &mut [f32],
+        key_scales: Option<&'a [f32]>,
+        rows: Range<usize>,
+        panels: Range<usize>,
+    ) -> Option<&'a [f32]> {
+        let Some(SoftCap { cap, factor }) = self.soft_cap else { return key_scales };
+        let dots = dots.as_chunks_mut::<PANEL>().0.as_chunks_mut::<PANELS>().0;
+        // SAFETY: every chunk holds a panel; the rest is the caller's.
+        unsafe {
+            let one = D::splat(1.0);
+            for row in &mut dots[rows] {
+                for i in panels.clone() {
+                    let mut x = D::mul(D::load_sums(row[i].as_ptr()), D::splat(factor));
+                    if let Some(scales) = key_scales {
+                        x = D::mul(x, D::load_sums(scales[i * PANEL..][..PANEL].as_ptr()));
+                    }
+                    // Within the range of `exp2`, and far beyond where the quotient is 0.
+                    let power = exp2::<D>(D::min(D::splat(126.0), x));
+                    let quotient = D::div(one, D::add(power, one));
+                    let score = D::fma(D::splat(-2.0 * cap), quotient, D::splat(cap));
+                    D::store(row[i].as_mut_ptr(), score);
+                }
+            }
+        }
+        None
+    }
+}
+
+/// Scales of a KV head: those of a tile's keys, then those of its values.
+pub(super) const SCALES: usize = 2 * TILE;
+
 /// Turns the scores of some rows into weights.
 pub(super) struct Softmax<'a> {
     /// Of a score, in the exponent of 2.
     pub factor: f32,
-    /// Of each KV head, of the tile's keys, then of its values, if they have any.
-    pub scales: Option<&'a [f32]>,
+    /// Of each KV head's keys, [`SCALES`] apart, if they have any and they are still to be applied.
+    pub key_scales: Option<&'a [f32]>,
+    /// Of its values.
+    pub value_scales: Option<&'a [f32]>,
     /// Rows of a KV head.
     pub head_rows: usize,
     pub rows: Range<usize>,
@@ -115,7 +184,7 @@ impl Softmax<'_> {
         unsafe {
             for r in rows.clone() {
                 let mut most = D::splat(f32::NEG_INFINITY);
-                for x in &self.scaled::<D>(&scores[r], self.scales_of(r)) {
+                for x in &self.scaled::<D>(&scores[r], self.of_head(self.key_scales, r)) {
                     most = D::max(*x, most);
                 }
                 highest[r] = D::highest(most);
@@ -130,14 +199,15 @@ impl Softmax<'_> {
             }
             let known = rows.clone().zip(&state.max[rows.clone()]).zip(&mut state.sum[rows.clone()]);
             for ((r, max), sum) in known {
-                let scales = self.scales_of(r);
-                let (mut x, max) = (self.scaled::<D>(&scores[r], scales), D::splat(*max));
+                let [key_scales, value_scales] =
+                    [self.of_head(self.key_scales, r), self.of_head(self.value_scales, r)];
+                let (mut x, max) = (self.scaled::<D>(&scores[r], key_scales), D::splat(*max));
                 let mut total = D::mul(D::load_sums(sum.as_ptr()), D::splat(highest[r]));
                 for i in 0..PANELS {
                     x[i] = exp2::<D>(D::sub(x[i], max));
                     total = D::add(total, x[i]);
-                    if let Some(scales) = scales {
-                        x[i] = D::mul(x[i], D::load_sums(scales[TILE + i * PANEL..][..PANEL].as_ptr()));
+                    if let Some(scales) = value_scales {
+                        x[i] = D::mul(x[i], D::load_sums(scales[i * PANEL..][..PANEL].as_ptr()));
                     }
                 }
                 D::store(sum.as_mut_ptr(), total);
@@ -148,10 +218,10 @@ impl Softmax<'_> {
         }
     }
 
-    /// Of row `r`'s KV head.
+    /// Those of row `r`'s KV head.
     #[inline(always)]
-    fn scales_of(&self, r: usize) -> Option<&[f32]> {
-        self.scales.map(|scales| &scales[r / self.head_rows * 2 * TILE..][..2 * TILE])
+    fn of_head<'b>(&self, scales: Option<&'b [f32]>, r: usize) -> Option<&'b [f32]> {
+        scales.map(|scales| &scales[r / self.head_rows * SCALES..][..TILE])
     }
 
     /// A row's scores as exponents of 2; in panels that nobody sees, of nothing.

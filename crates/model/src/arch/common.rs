@@ -64,6 +64,7 @@ impl<'a> Common<'a> {
             out_bias: false,
             rope: rope::read(config, head_dim, self.max_position_embeddings)?,
             softmax_scale: (head_dim as f64).powf(-0.5) as f32,
+            soft_cap: None,
         })
     }
 

@@ -38,6 +38,7 @@ fn base(theta: f64) -> (ModelSpec, GqaSpec, DenseFfn) {
         out_bias: false,
         rope: RopeSpec { dim: 64, theta, scaling: RopeScaling::Default },
         softmax_scale: 0.125,
+        soft_cap: None,
     };
     let ffn =
         DenseFfn { intermediate_size: 64, activation: Activation::Silu, shape: FfnShape::Gated, bias: false };
