@@ -275,7 +275,7 @@ QUIRE_DEVICE void int_embed(const QuireIntEmbedParams& p) {
         QUIRE_UNROLL
         for (int i = 0; i < 16; ++i) {
             const float value = float(int8_t(words[i / 4] >> (8 * (i % 4))));
-            if (column + i < p.hidden) out[i] = __fmul_rn(scale, value);
+            if (column + i < p.hidden) out[i] = __fmul_rn(p.scale, __fmul_rn(scale, value));
         }
     }
 }

@@ -8,7 +8,8 @@ use crate::params::{
     ActParams, AddNormParams, AttentionParams, AttentionPlanParams, AttentionSm90aParams, CopyPagesParams,
     CountTokensParams, EmbedParams, Fp8EmbedParams, Fp8QuantizeParams, GatherRowsParams, IntEmbedParams,
     IntGemmParams, LogitsParams, LogprobsParams, MoeCombineParams, MoeGemmParams, MoeRouteParams,
-    MoeSortParams, QuantizeParams, RopeCacheParams, SampleParams, StepPlanParams, UpdateTablesParams,
+    MoeSortParams, QuantizeParams, RopeCacheParams, SampleParams, SoftCapParams, StepPlanParams,
+    UpdateTablesParams,
 };
 
 const ROW_THREADS: u32 = 256;
@@ -85,7 +86,9 @@ pub struct MoeKernels {
 #[derive(Debug)]
 pub struct Kernels {
     pub embed: Function<EmbedParams>,
-    pub add_norm: Pair<AddNormParams>,
+    add_norm: Pair<AddNormParams>,
+    post_norm: Pair<AddNormParams>,
+    pub soft_cap: Function<SoftCapParams>,
     rope_cache: Pair<RopeCacheParams>,
     rope_cache_fp8: Pair<RopeCacheParams>,
     pub act: Pair<ActParams>,
@@ -133,6 +136,8 @@ impl Kernels {
         Ok(Self {
             embed: modules.function(&format!("quire_embed_{act}"), 0)?,
             add_norm: pair(modules, "quire_add_norm", act)?,
+            post_norm: pair(modules, "quire_post_norm", act)?,
+            soft_cap: modules.function("quire_soft_cap", 0)?,
             rope_cache: pair(modules, "quire_rope_cache", act)?,
             rope_cache_fp8: Pair {
                 fast: modules.function(&format!("quire_rope_cache_{act}_kv8"), 0)?,
@@ -165,7 +170,13 @@ impl Kernels {
         })
     }
 
-    pub fn add_norm(&self, rows: usize, hidden: usize) -> (&Function<AddNormParams>, LaunchShape) {
+    /// `is_post`: with a norm of what is added.
+    pub fn add_norm(
+        &self,
+        is_post: bool,
+        rows: usize,
+        hidden: usize,
+    ) -> (&Function<AddNormParams>, LaunchShape) {
         let is_fast = hidden.is_multiple_of(8) && hidden <= NORM_MAX_HIDDEN;
         let vectors = match hidden {
             0..=8192 => 1,
@@ -174,7 +185,8 @@ impl Kernels {
         };
         let threads =
             if is_fast { (hidden / 8).div_ceil(vectors).next_multiple_of(32) as u32 } else { ROW_THREADS };
-        (self.add_norm.choose(is_fast), LaunchShape::linear(rows as u32, threads))
+        let kernels = if is_post { &self.post_norm } else { &self.add_norm };
+        (kernels.choose(is_fast), LaunchShape::linear(rows as u32, threads))
     }
 
     pub fn rope_cache(
@@ -196,6 +208,10 @@ impl Kernels {
 
     pub fn act(&self, rows: usize, width: usize) -> (&Function<ActParams>, LaunchShape) {
         (self.act.choose(width.is_multiple_of(8)), by_rows(rows, width.div_ceil(16 * 256), 256))
+    }
+
+    pub fn soft_cap_shape(rows: usize, cols: usize) -> LaunchShape {
+        by_rows(rows, cols.div_ceil(8 * ROW_THREADS as usize), ROW_THREADS)
     }
 
     pub fn int(&self, bits: Bits) -> &IntKernels {

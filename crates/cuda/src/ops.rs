@@ -8,7 +8,7 @@ use crate::buffers::{CudaBuf, CudaKv, CudaMatrix, CudaWeight, DenseMatrix, KvEle
 use crate::driver::{CudaError, DeviceSlice, Function, LaunchShape};
 use crate::kernels::Kernels;
 use crate::params::{
-    ActParams, AddNormParams, CopyPagesParams, EmbedParams, GatherRowsParams, RopeCacheParams,
+    ActParams, AddNormParams, CopyPagesParams, EmbedParams, GatherRowsParams, RopeCacheParams, SoftCapParams,
 };
 use crate::staging::bytes_of_i32;
 use crate::step::{Layout, MAX_COPIES};
@@ -74,8 +74,8 @@ impl Cuda {
         self.expect("embed", out, self.rows, table.in_features, Element::F32)?;
         let data = match &table.matrix {
             CudaMatrix::Dense(dense) => dense.data.data,
-            CudaMatrix::Fp8(dense) => return self.embed_fp8(table, dense, out.slice),
-            CudaMatrix::Int(matrix) => return self.embed_int(table, matrix, out.slice),
+            CudaMatrix::Fp8(dense) => return self.embed_fp8(op, dense),
+            CudaMatrix::Int(matrix) => return self.embed_int(op, matrix),
         };
         let params = EmbedParams {
             table: data.address(),
@@ -85,6 +85,8 @@ impl Cuda {
             num_rows: self.step_address(Layout::NUM_TOKENS),
             hidden: table.in_features as i32,
             vocab: table.out_features as i32,
+            scale: op.scale,
+            reserved: 0,
         };
         let launched = self.launch(&self.kernels.embed, Kernels::by_row(self.rows), &params);
         self.check(launched)
@@ -97,16 +99,21 @@ impl Cuda {
         if let Some(delta) = op.delta {
             self.expect("add_norm delta", delta, rows, hidden, act)?;
         }
+        let delta_norm = op.delta_norm.filter(|_| op.delta.is_some());
+        if let Some(weight) = delta_norm.filter(|weight| weight.len != hidden) {
+            return Err(self.refused(format!("add_norm: {} weights of delta for {hidden}", weight.len)));
+        }
         let params = AddNormParams {
             residual: op.residual.slice.address(),
             delta: op.delta.map_or(0, |delta| delta.slice.address()),
+            delta_weight: delta_norm.map_or(0, |weight| weight.slice.address()),
             weight: op.weight.slice.address(),
             out: op.out.slice.address(),
             num_rows: self.step_address(Layout::NUM_TOKENS),
             hidden: hidden as i32,
             eps: op.eps,
         };
-        let (kernel, shape) = self.kernels.add_norm(rows, hidden);
+        let (kernel, shape) = self.kernels.add_norm(delta_norm.is_some(), rows, hidden);
         let launched = self.launch(kernel, shape, &params);
         self.check(launched)
     }
@@ -274,7 +281,22 @@ impl Cuda {
         let launched = self.launch(&self.kernels.gather_rows, Kernels::by_row(rows), &params);
         self.check(launched)?;
         let rows = Rows { launched: rows, count: self.step_address(Layout::NUM_LOGIT_ROWS) };
-        self.product(self.gathered, op.head, op.out, rows)
+        self.product(self.gathered, op.head, op.out, rows)?;
+        op.soft_cap.map_or(Ok(()), |cap| self.cap_rows(op.out, rows, cap))
+    }
+
+    fn cap_rows(&mut self, x: &CudaBuf, rows: Rows, cap: f32) -> Result<(), BackendError> {
+        let params = SoftCapParams {
+            x: x.slice.address(),
+            num_rows: rows.count,
+            cols: x.cols as i32,
+            stride: x.stride as i32,
+            cap,
+            reserved: 0,
+        };
+        let shape = Kernels::soft_cap_shape(rows.launched, x.cols);
+        let launched = self.launch(&self.kernels.soft_cap, shape, &params);
+        self.check(launched)
     }
 
     /// The step's page copies. Those that went with the upload take one launch, which also serves replays; others are

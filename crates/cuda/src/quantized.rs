@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use quire_backend::quant::ACT_GROUP;
-use quire_backend::{BackendError, LinearSource};
+use quire_backend::{BackendError, Embed, LinearSource};
 
 use crate::Cuda;
 use crate::blaslt::Element;
@@ -129,24 +129,19 @@ impl Cuda {
     }
 
     /// The step's rows of a table, in f32.
-    pub(crate) fn embed_int(
-        &mut self,
-        table: &CudaWeight,
-        matrix: &IntMatrix,
-        out: DeviceSlice,
-    ) -> Result<(), BackendError> {
+    pub(crate) fn embed_int(&mut self, op: &Embed<'_, Self>, matrix: &IntMatrix) -> Result<(), BackendError> {
         let params = IntEmbedParams {
             weight: matrix.weights.address(),
             steps: matrix.steps.address(),
             w_scales: matrix.scales.address(),
             token_ids: self.step_address(self.layout.token_ids),
             last_tokens: self.slots.last_tokens.address(),
-            out: out.address(),
+            out: op.out.slice.address(),
             num_rows: self.step_address(Layout::NUM_TOKENS),
-            hidden: table.in_features as i32,
+            hidden: op.table.in_features as i32,
             groups: matrix.groups as i32,
-            vocab: table.out_features as i32,
-            reserved: 0,
+            vocab: op.table.out_features as i32,
+            scale: op.scale,
         };
         let kernel = &self.kernels.int(matrix.bits).embed;
         let launched = self.launch(kernel, Kernels::by_row(self.rows), &params);

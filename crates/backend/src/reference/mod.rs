@@ -147,7 +147,9 @@ impl Backend for RefBackend {
             if id as usize >= vocab {
                 return Err(failed(format!("token id {id} is outside the embedding of {vocab} rows")));
             }
-            op.table.read_row(id as usize, op.out.row_mut(t));
+            let out = op.out.row_mut(t);
+            op.table.read_row(id as usize, out);
+            out.iter_mut().for_each(|x| *x *= op.scale);
         }
         Ok(())
     }
@@ -156,7 +158,11 @@ impl Backend for RefBackend {
         for t in 0..self.step.num_tokens() {
             let residual = op.residual.row_mut(t);
             if let Some(delta) = op.delta {
-                residual.iter_mut().zip(delta.row(t)).for_each(|(r, d)| *r += d);
+                let mut delta = delta.row(t).to_vec();
+                if let Some(weight) = op.delta_norm {
+                    norm::rms_norm_in_place(&mut delta, weight, op.eps);
+                }
+                residual.iter_mut().zip(&delta).for_each(|(r, d)| *r += d);
             }
             norm::rms_norm(residual, op.weight, op.eps, op.out.row_mut(t));
         }
@@ -242,7 +248,11 @@ impl Backend for RefBackend {
 
     fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError> {
         for (i, row) in self.step.logit_rows.iter().enumerate() {
-            op.head.apply(op.x.row(row.row as usize), op.out.row_mut(i));
+            let out = op.out.row_mut(i);
+            op.head.apply(op.x.row(row.row as usize), out);
+            if let Some(cap) = op.soft_cap {
+                out.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+            }
         }
         Ok(())
     }

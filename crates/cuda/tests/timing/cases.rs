@@ -203,7 +203,14 @@ pub fn elementwise(timings: &mut Timings, rows: usize) {
         let step = Step::new(rows, 1, 1, &SamplingParams::default());
         let us = timings.time(&step, |cuda, _| {
             let (residual, out) = (&mut residual, &mut out);
-            cuda.add_norm(AddNorm { residual, delta: Some(&delta), weight: &weight, eps: 1e-5, out })
+            cuda.add_norm(AddNorm {
+                residual,
+                delta: Some(&delta),
+                delta_norm: None,
+                weight: &weight,
+                eps: 1e-5,
+                out,
+            })
         })?;
         // The residual is read and written in f32, the rest is 16 bits.
         timings.row(format!("norm_us/{rows}"), us, "us");
