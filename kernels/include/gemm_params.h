@@ -44,12 +44,13 @@ typedef struct QuireQuantizeParams {
     int8_t* q;
     /// f32 [M, groups].
     float* scales;
+    /// M / rows_per_count.
     const int32_t* num_rows;
     int32_t in_features;
     /// K / QUIRE_INT_UNIT, rounded up.
     int32_t groups;
     int32_t x_stride;
-    int32_t reserved;
+    int32_t rows_per_count;
 } QuireQuantizeParams;
 
 /// quire_int{8,4}_gemm_{m8,m32,wide}_{bf16,f16,f32}: out = (sum over groups of scale * integer product) * w + bias, in

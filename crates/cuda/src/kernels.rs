@@ -7,9 +7,9 @@ use crate::int_weights::{Bits, PANEL};
 use crate::params::{
     ActParams, AddNormParams, AttentionParams, AttentionPlanParams, AttentionSm90aParams, CopyPagesParams,
     CountTokensParams, EmbedParams, Fp8EmbedParams, Fp8QuantizeParams, GatherRowsParams, IntEmbedParams,
-    IntGemmParams, LogitsParams, LogprobsParams, MoeCombineParams, MoeGemmParams, MoeRouteParams,
-    MoeSortParams, QuantizeParams, RopeCacheParams, SampleParams, SoftCapParams, StepPlanParams,
-    UpdateTablesParams,
+    IntGemmParams, LogitsParams, LogprobsParams, MoeCombineParams, MoeGemmParams, MoeIntParams,
+    MoeRouteParams, MoeSortParams, QuantizeParams, RopeCacheParams, SampleParams, SoftCapParams,
+    StepPlanParams, UpdateTablesParams,
 };
 
 const ROW_THREADS: u32 = 256;
@@ -80,6 +80,15 @@ pub struct MoeKernels {
     pub gate_up: Function<MoeGemmParams>,
     pub down: Function<MoeGemmParams>,
     pub combine: Function<MoeCombineParams>,
+    int8: MoeIntKernels,
+    int4: MoeIntKernels,
+}
+
+/// Products of experts with weights of one number of bits.
+#[derive(Debug)]
+pub struct MoeIntKernels {
+    pub gate_up: Function<MoeIntParams>,
+    pub down: Function<MoeIntParams>,
 }
 
 /// Every kernel of one activation type.
@@ -144,13 +153,7 @@ impl Kernels {
                 any: modules.function(&format!("quire_rope_cache_{act}_any_kv8"), 0)?,
             },
             act: pair(modules, "quire_act", act)?,
-            moe: MoeKernels {
-                route: modules.function("quire_moe_route", 0)?,
-                sort: modules.function("quire_moe_sort", 0)?,
-                gate_up: modules.function(&format!("quire_moe_gate_up_{act}"), 0)?,
-                down: modules.function(&format!("quire_moe_down_{act}"), 0)?,
-                combine: modules.function(&format!("quire_moe_combine_{act}"), 0)?,
-            },
+            moe: MoeKernels::find(modules, act)?,
             gather_rows: modules.function(&format!("quire_gather_rows_{act}"), 0)?,
             quantize: modules.function(&format!("quire_quantize_{act}"), 0)?,
             quantize_fp8: modules.function(&format!("quire_quantize_fp8_{act}"), 0)?,
@@ -275,6 +278,33 @@ pub fn moe_combine(rows: usize, hidden: usize) -> LaunchShape {
 /// Parts of a row of logits.
 pub fn logits_splits(vocab: usize) -> usize {
     vocab.div_ceil(LOGITS_PART)
+}
+
+impl MoeKernels {
+    fn find(modules: &Modules, act: &str) -> Result<Self, CudaError> {
+        let int = |bits: u32| -> Result<MoeIntKernels, CudaError> {
+            Ok(MoeIntKernels {
+                gate_up: modules.function(&format!("quire_moe_gate_up_int{bits}_{act}"), 0)?,
+                down: modules.function(&format!("quire_moe_down_int{bits}_{act}"), 0)?,
+            })
+        };
+        Ok(Self {
+            route: modules.function("quire_moe_route", 0)?,
+            sort: modules.function("quire_moe_sort", 0)?,
+            gate_up: modules.function(&format!("quire_moe_gate_up_{act}"), 0)?,
+            down: modules.function(&format!("quire_moe_down_{act}"), 0)?,
+            combine: modules.function(&format!("quire_moe_combine_{act}"), 0)?,
+            int8: int(8)?,
+            int4: int(4)?,
+        })
+    }
+
+    pub fn int(&self, bits: Bits) -> &MoeIntKernels {
+        match bits {
+            Bits::Eight => &self.int8,
+            Bits::Four => &self.int4,
+        }
+    }
 }
 
 impl IntKernels {

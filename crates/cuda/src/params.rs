@@ -336,6 +336,22 @@ params! {
         top_k: i32,
         kind: i32,
     }
+    /// `quire_moe_{gate_up,down}_int{8,4}_*`.
+    MoeIntParams = "QuireMoeIntParams" {
+        q: u64,
+        x_scales: u64,
+        weight: u64,
+        steps: u64,
+        w_scales: u64,
+        out: u64,
+        slots: u64,
+        tiles: u64,
+        num_tiles: u64,
+        groups: i32,
+        out_features: i32,
+        top_k: i32,
+        kind: i32,
+    }
     /// `quire_moe_combine_*`.
     MoeCombineParams = "QuireMoeCombineParams" {
         y: u64,
@@ -387,7 +403,7 @@ params! {
         in_features: i32,
         groups: i32,
         x_stride: i32,
-        reserved: i32,
+        rows_per_count: i32,
     }
     /// `quire_int{8,4}_gemm_*`.
     IntGemmParams = "QuireIntGemmParams" {

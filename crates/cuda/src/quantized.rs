@@ -20,13 +20,13 @@ use crate::step::Layout;
 /// A matrix of [`IntWeights`] on the device.
 #[derive(Debug)]
 pub(crate) struct IntMatrix {
-    bits: Bits,
-    weights: DeviceSlice,
+    pub bits: Bits,
+    pub weights: DeviceSlice,
     /// Null with [`Bits::Eight`].
-    steps: DeviceSlice,
-    scales: DeviceSlice,
+    pub steps: DeviceSlice,
+    pub scales: DeviceSlice,
     /// Of [`ACT_GROUP`] inputs.
-    groups: usize,
+    pub groups: usize,
 }
 
 /// Activations in 8 bits, of one operation at a time; made at the first use.
@@ -92,21 +92,7 @@ impl Cuda {
         rows: Rows,
     ) -> Result<(), BackendError> {
         let groups = matrix.groups;
-        let room = self.quantized_rows(rows.launched, groups * ACT_GROUP, groups)?;
-        let QuantizedRows { values, scales } = room;
-        let quantize = QuantizeParams {
-            x: x.address(),
-            q: values.address(),
-            scales: scales.address(),
-            num_rows: rows.count,
-            in_features: weight.in_features as i32,
-            groups: groups as i32,
-            x_stride: weight.in_features as i32,
-            reserved: 0,
-        };
-        let shape = Kernels::quantize_shape(rows.launched, groups);
-        let launched = self.launch(&self.kernels.quantize, shape, &quantize);
-        self.check(launched)?;
+        let QuantizedRows { values, scales } = self.quantize(x, weight.in_features, rows, 1)?;
         let params = IntGemmParams {
             q: values.address(),
             x_scales: scales.address(),
@@ -126,6 +112,33 @@ impl Cuda {
         let (kernel, shape) = gemms.choose(rows.launched, weight.out_features, self.context.sm_count());
         let launched = self.launch(kernel, shape, &params);
         self.check(launched)
+    }
+
+    /// Rows of `x` in 8 bits: `times` those that `rows` says. What was quantized before is overwritten.
+    pub(crate) fn quantize(
+        &mut self,
+        x: DeviceSlice,
+        in_features: usize,
+        rows: Rows,
+        times: usize,
+    ) -> Result<QuantizedRows, BackendError> {
+        let (groups, launched) = (in_features.div_ceil(ACT_GROUP), rows.launched * times);
+        let most = launched.max(self.max_rows * times);
+        let room = self.quantized_rows(most, groups * ACT_GROUP, groups)?;
+        let params = QuantizeParams {
+            x: x.address(),
+            q: room.values.address(),
+            scales: room.scales.address(),
+            num_rows: rows.count,
+            in_features: in_features as i32,
+            groups: groups as i32,
+            x_stride: in_features as i32,
+            rows_per_count: times as i32,
+        };
+        let shape = Kernels::quantize_shape(launched, groups);
+        let launched = self.launch(&self.kernels.quantize, shape, &params);
+        self.check(launched)?;
+        Ok(room)
     }
 
     /// The step's rows of a table, in f32.

@@ -133,7 +133,7 @@ impl Layer {
             in_features: self.k as i32,
             groups: groups as i32,
             x_stride: self.k as i32,
-            reserved: 0,
+            rows_per_count: 1,
         };
         // The grid of a bucket: more rows than there are.
         let grid = [self.rows as u32 + 3, groups.div_ceil(8) as u32, 1];

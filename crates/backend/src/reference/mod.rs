@@ -12,12 +12,13 @@ mod rope;
 pub mod sampler;
 
 use quire_core::{
-    ExecError, HostCopy, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId, TokenLogprobs,
+    DType, ExecError, HostCopy, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId,
+    TokenLogprobs,
 };
 
 pub use self::attention::RefKv;
 pub use self::linear::RefWeight;
-use crate::convert::to_f32;
+use crate::convert::{round_to, to_f32};
 use crate::step_input::StepBuffer;
 use crate::{
     AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Communicator, Embed, GraphKey,
@@ -55,12 +56,18 @@ pub struct RefBackend {
     step: StepBuffer,
     results: Vec<RowResult>,
     communicator: Communicator,
+    rounding: Option<DType>,
 }
 
 impl RefBackend {
     /// Ready to load.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Rounds what experts pass on, as a backend does that keeps it in this type.
+    pub(crate) fn with_rounding(self, rounding: Option<DType>) -> Self {
+        Self { rounding, ..self }
     }
 
     /// As one rank of a group.
@@ -239,7 +246,8 @@ impl Backend for RefBackend {
             let mut result = vec![0.0; out.len()];
             out.fill(0.0);
             for (expert, weight) in moe::route(&logits, op.top_k, op.renormalise) {
-                moe::expert(expert, op.activation, op.up, op.down, x, &mut result);
+                let round = |x| self.rounding.map_or(x, |dtype| round_to(dtype, x));
+                moe::expert(expert, op.activation, (op.up, op.down), &round, x, &mut result);
                 out.iter_mut().zip(&result).for_each(|(out, y)| *out += weight * y);
             }
         }
