@@ -6,10 +6,10 @@ use crate::driver::{CudaError, Function, LaunchShape, Modules};
 use crate::int_weights::{Bits, PANEL};
 use crate::params::{
     ActParams, AddNormParams, AttentionParams, AttentionPlanParams, AttentionSm90aParams, CopyPagesParams,
-    CountTokensParams, EmbedParams, Fp8EmbedParams, Fp8QuantizeParams, GatherRowsParams, IntEmbedParams,
-    IntGemmParams, LogitsParams, LogprobsParams, MoeCombineParams, MoeGemmParams, MoeIntParams,
-    MoeRouteParams, MoeSortParams, QuantizeParams, RopeCacheParams, SampleParams, SoftCapParams,
-    StepPlanParams, UpdateTablesParams,
+    CountTokensParams, EmbedParams, Fp8EmbedParams, Fp8QuantizeParams, GatherRowsParams, GemvParams,
+    IntEmbedParams, IntGemmParams, LogitsParams, LogprobsParams, MoeCombineParams, MoeGemmParams,
+    MoeIntParams, MoeRouteParams, MoeSortParams, QuantizeParams, RopeCacheParams, SampleParams,
+    SoftCapParams, StepPlanParams, UpdateTablesParams,
 };
 
 const ROW_THREADS: u32 = 256;
@@ -101,6 +101,8 @@ pub struct Kernels {
     rope_cache: Pair<RopeCacheParams>,
     rope_cache_fp8: Pair<RopeCacheParams>,
     pub act: Pair<ActParams>,
+    gemv: Function<GemvParams>,
+    gemv_into_f32: Function<GemvParams>,
     pub moe: MoeKernels,
     pub gather_rows: Function<GatherRowsParams>,
     pub quantize: Function<QuantizeParams>,
@@ -153,6 +155,8 @@ impl Kernels {
                 any: modules.function(&format!("quire_rope_cache_{act}_any_kv8"), 0)?,
             },
             act: pair(modules, "quire_act", act)?,
+            gemv: modules.function(&format!("quire_gemv_{act}"), 0)?,
+            gemv_into_f32: modules.function(&format!("quire_gemv_{act}_f32"), 0)?,
             moe: MoeKernels::find(modules, act)?,
             gather_rows: modules.function(&format!("quire_gather_rows_{act}"), 0)?,
             quantize: modules.function(&format!("quire_quantize_{act}"), 0)?,
@@ -213,6 +217,12 @@ impl Kernels {
         (self.act.choose(width.is_multiple_of(8)), by_rows(rows, width.div_ceil(16 * 256), 256))
     }
 
+    /// Products of at most [`SMALL_ROWS`] rows.
+    pub fn gemv(&self, output: Element, out_features: usize) -> (&Function<GemvParams>, LaunchShape) {
+        let kernel = if output == Element::F32 { &self.gemv_into_f32 } else { &self.gemv };
+        (kernel, LaunchShape::linear(out_features.div_ceil(GEMV_OUTPUTS) as u32, 256))
+    }
+
     pub fn soft_cap_shape(rows: usize, cols: usize) -> LaunchShape {
         by_rows(rows, cols.div_ceil(8 * ROW_THREADS as usize), ROW_THREADS)
     }
@@ -257,6 +267,10 @@ impl Kernels {
         LaunchShape { dynamic_smem: sample_smem(vocab), ..LaunchShape::linear(rows as u32, 1024) }
     }
 }
+
+/// Rows that `quire_gemv_*` takes at most, and outputs of one of its blocks.
+pub const SMALL_ROWS: usize = 8;
+const GEMV_OUTPUTS: usize = 32;
 
 /// Slots of a tile of the experts' products.
 pub const MOE_TILE_ROWS: usize = 64;

@@ -6,9 +6,10 @@ use crate::Cuda;
 use crate::blaslt::{Element, GemmShape, Operand};
 use crate::buffers::{CudaBuf, CudaKv, CudaMatrix, CudaWeight, DenseMatrix, KvElement};
 use crate::driver::{CudaError, DeviceSlice, Function, LaunchShape};
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, SMALL_ROWS};
 use crate::params::{
-    ActParams, AddNormParams, CopyPagesParams, EmbedParams, GatherRowsParams, RopeCacheParams, SoftCapParams,
+    ActParams, AddNormParams, CopyPagesParams, EmbedParams, GatherRowsParams, GemvParams, RopeCacheParams,
+    SoftCapParams,
 };
 use crate::staging::bytes_of_i32;
 use crate::step::{Layout, MAX_COPIES};
@@ -134,10 +135,47 @@ impl Cuda {
         rows: Rows,
     ) -> Result<(), BackendError> {
         match &weight.matrix {
+            CudaMatrix::Dense(dense) if self.is_small(weight, dense, rows) => {
+                self.small_product(x, weight, dense, out, rows)
+            }
             CudaMatrix::Dense(dense) => self.dense_product(x.into(), weight, dense, out, rows.launched),
             CudaMatrix::Fp8(dense) => self.fp8_product(x, weight, dense, out, rows),
             CudaMatrix::Int(matrix) => self.int_product(x, weight, matrix, out, rows),
         }
+    }
+
+    /// Whether our own kernel for few rows takes a product. It adds up in another order than the library does for many
+    /// rows, so never where a row must have the same bits in any company.
+    fn is_small(&self, weight: &CudaWeight, dense: &DenseMatrix, rows: Rows) -> bool {
+        !self.options.batch_invariant
+            && rows.launched <= SMALL_ROWS
+            && weight.bias == DeviceSlice::NULL
+            && weight.in_features.is_multiple_of(8)
+            && dense.stride == weight.in_features
+    }
+
+    fn small_product(
+        &mut self,
+        x: DeviceSlice,
+        weight: &CudaWeight,
+        dense: &DenseMatrix,
+        out: &CudaBuf,
+        rows: Rows,
+    ) -> Result<(), BackendError> {
+        let params = GemvParams {
+            x: x.address(),
+            weight: dense.data.data.address(),
+            bias: 0,
+            out: out.slice.address(),
+            num_rows: rows.count,
+            in_features: weight.in_features as i32,
+            out_features: weight.out_features as i32,
+            x_stride: weight.in_features as i32,
+            out_stride: out.stride as i32,
+        };
+        let (kernel, shape) = self.kernels.gemv(out.element, weight.out_features);
+        let launched = self.launch(kernel, shape, &params);
+        self.check(launched)
     }
 
     pub(crate) fn dense_product(

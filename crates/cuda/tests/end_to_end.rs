@@ -411,6 +411,29 @@ fn timed_algorithms_agree_and_are_remembered() {
     assert!(!gpu.is_mock() || after_second - after_first < after_first / 2, "nothing is timed again");
 }
 
+/// Four sequences decode by our own kernel for few rows if rows may show their company, and never if not.
+#[test]
+fn few_rows_take_their_own_kernel_only_where_company_may_show() {
+    let Some(gpu) = MockGpu::new().filter(MockGpu::is_mock) else { return };
+    let checkpoint = Checkpoint::open(&repository().join("tests/data/golden/llama3")).unwrap();
+    let config = own_config(&checkpoint);
+    for batch_invariant in [true, false] {
+        let before = gpu.launches_of("quire_gemv_bf16") + gpu.launches_of("quire_gemv_bf16_f32");
+        let options = CudaOptions {
+            ordinal: gpu.ordinal(),
+            arena_chunk: 0,
+            batch_invariant,
+            activations: element(&checkpoint),
+            ..CudaOptions::default()
+        };
+        let cuda = Cuda::new(mock::images(), options).expect("the double is a GPU");
+        let worst = compare("few rows", load_as(cuda, &checkpoint, &config), &checkpoint, &config, 4);
+        assert!(worst <= GOLDEN_TOLERANCE, "batch invariant {batch_invariant}: {worst}");
+        let launches = gpu.launches_of("quire_gemv_bf16") + gpu.launches_of("quire_gemv_bf16_f32") - before;
+        assert_eq!(launches > 0, !batch_invariant, "{launches} launches");
+    }
+}
+
 /// Time of the host alone: kernels and products do nothing. Targets: 50 us a step at 64 sequences, 200 at 512.
 #[test]
 #[ignore = "a measurement: run it by name, in release mode"]
