@@ -43,7 +43,12 @@ fn buffer(cuda: &mut Cuda, role: BufRole, rows: usize, cols: usize) -> Result<Cu
 /// Dense products of the feed-forward layer: as they are, and quantized.
 pub fn products(timings: &mut Timings, rows: &[usize]) {
     let shape = timings.shape;
-    let formats = [("bf16", QuantFormat::None), ("int8", QuantFormat::Int8), ("int4", QuantFormat::Int4)];
+    let formats = [
+        ("bf16", QuantFormat::None),
+        ("fp8", QuantFormat::Fp8),
+        ("int8", QuantFormat::Int8),
+        ("int4", QuantFormat::Int4),
+    ];
     let layers = [("up", 2 * shape.intermediate, shape.hidden), ("down", shape.hidden, shape.intermediate)];
     for (layer, n, k) in layers {
         let data = random_bf16(n * k);
