@@ -1,9 +1,18 @@
 // Residual addition and RMSNorm: see include/norm.cuh.
 #include "norm.cuh"
 
-QUIRE_KERNEL_BOUNDS(quire_add_norm_bf16, QuireAddNormParams, 1024, 2) { quire::add_norm<quire::bf16, 1>(p); }
-QUIRE_KERNEL_BOUNDS(quire_add_norm_f16, QuireAddNormParams, 1024, 2) { quire::add_norm<quire::f16, 1>(p); }
-QUIRE_KERNEL_BOUNDS(quire_add_norm_bf16_wide, QuireAddNormParams, 1024, 1) { quire::add_norm<quire::bf16, 4>(p); }
-QUIRE_KERNEL_BOUNDS(quire_add_norm_f16_wide, QuireAddNormParams, 1024, 1) { quire::add_norm<quire::f16, 4>(p); }
-QUIRE_KERNEL_BOUNDS(quire_add_norm_bf16_any, QuireAddNormParams, 256, 8) { quire::add_norm_any<quire::bf16>(p); }
-QUIRE_KERNEL_BOUNDS(quire_add_norm_f16_any, QuireAddNormParams, 256, 8) { quire::add_norm_any<quire::f16>(p); }
+#define QUIRE_NORMS(name, post, blocks, suffix, T)                                     \
+    QUIRE_KERNEL_BOUNDS(quire_##name##_##suffix, QuireAddNormParams, 1024, blocks) {   \
+        quire::add_norm<T, 1, post>(p);                                                \
+    }                                                                                  \
+    QUIRE_KERNEL_BOUNDS(quire_##name##_##suffix##_wide, QuireAddNormParams, 1024, 1) { \
+        quire::add_norm<T, 4, post>(p);                                                \
+    }                                                                                  \
+    QUIRE_KERNEL_BOUNDS(quire_##name##_##suffix##_any, QuireAddNormParams, 256, 8) {   \
+        quire::add_norm_any<T, post>(p);                                               \
+    }
+
+QUIRE_NORMS(add_norm, false, 2, bf16, quire::bf16)
+QUIRE_NORMS(add_norm, false, 2, f16, quire::f16)
+QUIRE_NORMS(post_norm, true, 1, bf16, quire::bf16)
+QUIRE_NORMS(post_norm, true, 1, f16, quire::f16)

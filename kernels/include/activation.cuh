@@ -20,6 +20,19 @@ QUIRE_DEVICE float activate(float x) {
     return fmaxf(x, 0.0f);
 }
 
+/// Eight columns a thread, a warp's neighbours.
+QUIRE_DEVICE void soft_cap(const QuireSoftCapParams& p) {
+    griddep_launch();
+    griddep_wait();
+    const int row = int(blockIdx.x);
+    if (row >= *p.num_rows) return;
+    float* const x = p.x + int64_t(row) * p.stride;
+    const int first = int(blockIdx.y) * 8 * QUIRE_ROW_THREADS, end = min(first + 8 * QUIRE_ROW_THREADS, p.cols);
+    for (int col = first + int(threadIdx.x); col < end; col += QUIRE_ROW_THREADS) {
+        x[col] = p.cap * tanhf(__fdividef(x[col], p.cap));
+    }
+}
+
 template <typename T, int kKind>
 QUIRE_DEVICE void act_row(const QuireActParams& p, int row) {
     constexpr int kVectors = 2, kTile = QUIRE_ACT_THREADS * 8;

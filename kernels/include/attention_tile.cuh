@@ -33,15 +33,6 @@ QUIRE_DEVICE float reciprocal_approx(float x) {
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
 #endif
-/// The lane, as a value that the compiler does not know to be the same each time: what is derived from it is computed
-/// anew where it is needed, and takes no registers in between.
-QUIRE_DEVICE int fresh_lane() {
-    int lane = int(threadIdx.x % 32);
-#if defined(__CUDACC__)
-    asm volatile("" : "+r"(lane));
-#endif
-    return lane;
-}
 QUIRE_DEVICE float negative_infinity() { return __uint_as_float(0xff800000u); }
 
 /// Two ones: a column of B that adds up the weights, so that sum and values use the same rounded weights.

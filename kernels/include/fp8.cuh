@@ -79,7 +79,7 @@ QUIRE_DEVICE void embed_fp8(const QuireFp8EmbedParams& p) {
     const float scale = known ? p.w_scales[id] : __uint_as_float(0x7fffffffu);
     float* const to = p.out + int64_t(row) * p.hidden;
     for (int column = int(threadIdx.x); column < p.hidden; column += QUIRE_FP8_THREADS) {
-        to[column] = __fmul_rn(scale, to_f32(from[column]));
+        to[column] = __fmul_rn(p.scale, __fmul_rn(scale, to_f32(from[column])));
     }
 }
 

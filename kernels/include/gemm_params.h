@@ -44,12 +44,13 @@ typedef struct QuireQuantizeParams {
     int8_t* q;
     /// f32 [M, groups].
     float* scales;
+    /// M / rows_per_count.
     const int32_t* num_rows;
     int32_t in_features;
     /// K / QUIRE_INT_UNIT, rounded up.
     int32_t groups;
     int32_t x_stride;
-    int32_t reserved;
+    int32_t rows_per_count;
 } QuireQuantizeParams;
 
 /// quire_int{8,4}_gemm_{m8,m32,wide}_{bf16,f16,f32}: out = (sum over groups of scale * integer product) * w + bias, in
@@ -78,7 +79,7 @@ typedef struct QuireIntGemmParams {
     int32_t reserved;
 } QuireIntGemmParams;
 
-/// quire_embed_int{8,4}: out[t] = scale * value of row id of a packed matrix, to the bit as the reference. Grid (rows, 1, 1),
+/// quire_embed_int{8,4}: out[t] = scale * (w_scale * value) of row id of a packed matrix, to the bit as the reference. Grid (rows, 1, 1),
 /// block QUIRE_INT_THREADS.
 typedef struct QuireIntEmbedParams {
     /// As in QuireIntGemmParams.
@@ -95,7 +96,7 @@ typedef struct QuireIntEmbedParams {
     int32_t groups;
     /// Ids outside 0..vocab give rows of NaN.
     int32_t vocab;
-    int32_t reserved;
+    float scale;
 } QuireIntEmbedParams;
 
 #define QUIRE_FP8_THREADS 256
@@ -117,7 +118,7 @@ typedef struct QuireFp8QuantizeParams {
     int32_t reserved;
 } QuireFp8QuantizeParams;
 
-/// quire_embed_fp8: out[t] = scale * value of row id, to the bit as the reference. Grid (rows, 1, 1), block
+/// quire_embed_fp8: out[t] = scale * (w_scale * value) of row id, to the bit as the reference. Grid (rows, 1, 1), block
 /// QUIRE_FP8_THREADS.
 typedef struct QuireFp8EmbedParams {
     /// e4m3 [vocab, stride].
@@ -134,7 +135,7 @@ typedef struct QuireFp8EmbedParams {
     int32_t stride;
     /// Ids outside 0..vocab give rows of NaN.
     int32_t vocab;
-    int32_t reserved;
+    float scale;
 } QuireFp8EmbedParams;
 
 #endif

@@ -32,7 +32,9 @@ struct IntWeights {
     uint4 v[kLoads];
     uint2 steps;
 
-    QUIRE_DEVICE void load(const QuireIntGemmParams& p, int panel, int group) {
+    /// Of QuireIntGemmParams or QuireMoeIntParams.
+    template <typename Params>
+    QUIRE_DEVICE void load(const Params& p, int panel, int group) {
         const int lane = threadIdx.x % 32;
         const size_t unit = size_t(panel) * p.groups + group;
         const auto* from = reinterpret_cast<const uint4*>(static_cast<const char*>(p.weight) + unit * kBytes) + lane;
@@ -237,7 +239,7 @@ QUIRE_DEVICE void quantize_activations(const QuireQuantizeParams& p) {
     griddep_wait();
     griddep_launch();
     const int group = blockIdx.y * (QUIRE_INT_THREADS / 32) + threadIdx.x / 32;
-    if (int(blockIdx.x) < *p.num_rows && group < p.groups) quantize_group<Number>(p, blockIdx.x, group);
+    if (int(blockIdx.x) < *p.num_rows * p.rows_per_count && group < p.groups) quantize_group<Number>(p, blockIdx.x, group);
 }
 
 /// A row of a packed matrix, back in f32. A thread takes the 16 inputs of one lane.
@@ -275,7 +277,7 @@ QUIRE_DEVICE void int_embed(const QuireIntEmbedParams& p) {
         QUIRE_UNROLL
         for (int i = 0; i < 16; ++i) {
             const float value = float(int8_t(words[i / 4] >> (8 * (i % 4))));
-            if (column + i < p.hidden) out[i] = __fmul_rn(scale, value);
+            if (column + i < p.hidden) out[i] = __fmul_rn(p.scale, __fmul_rn(scale, value));
         }
     }
 }

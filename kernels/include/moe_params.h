@@ -75,6 +75,29 @@ typedef struct QuireMoeGemmParams {
     int32_t kind;
 } QuireMoeGemmParams;
 
+/// quire_moe_{gate_up,down}_int{8,4}_{bf16,f16}: the same products of activations in 8 bits with packed weights, to the bit
+/// as quire_int{8,4}_gemm and a nonlinearity of their sums in f32. N a multiple of QUIRE_INT_PANEL; grid and block as
+/// above.
+typedef struct QuireMoeIntParams {
+    /// Of quire_quantize: int8 [T, groups * QUIRE_INT_UNIT] and f32 [T, groups]; for down, a row a slot.
+    const int8_t* q;
+    const float* x_scales;
+    /// As in QuireIntGemmParams; rows in the order of QuireMoeGemmParams.
+    const void* weight;
+    const uint8_t* steps;
+    const float* w_scales;
+    /// act [T * k, N].
+    void* out;
+    const int32_t* slots;
+    const QuireMoeTile* tiles;
+    const int32_t* num_tiles;
+    int32_t groups;
+    int32_t out_features;
+    int32_t top_k;
+    /// QUIRE_ACT_*; gate_up only.
+    int32_t kind;
+} QuireMoeIntParams;
+
 /// quire_moe_combine_{bf16,f16}: out[t] = sum of weights[slot] * y[slot] over t's slots, in rank order, in f32.
 /// Grid (rows, hidden / QUIRE_MOE_COMBINE_COLUMNS rounded up, 1), block QUIRE_MOE_COMBINE_THREADS. hidden a multiple of 8.
 typedef struct QuireMoeCombineParams {

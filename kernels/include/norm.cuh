@@ -12,7 +12,8 @@
 
 namespace quire {
 
-template <typename T, int kVectors>
+/// `kPost`: delta is normalised on its own before it is added.
+template <typename T, int kVectors, bool kPost>
 QUIRE_DEVICE void add_norm(const QuireAddNormParams& p) {
     griddep_launch();
     Vec<float, 4> weight[kVectors][2];
@@ -30,18 +31,36 @@ QUIRE_DEVICE void add_norm(const QuireAddNormParams& p) {
     const T* const delta = p.delta ? static_cast<const T*>(p.delta) + int64_t(row) * p.hidden : nullptr;
 
     float x[kVectors][8];
+    float delta_scale = 0.0f;
+    if constexpr (kPost) {
+        float sum = 0.0f;
+        QUIRE_UNROLL
+        for (int i = 0; i < kVectors; ++i) {
+            const int col = (i * int(blockDim.x) + int(threadIdx.x)) * 8;
+            if (col >= p.hidden) continue;
+            const auto add = load<Vec<T, 8>>(delta + col);
+            QUIRE_UNROLL
+            for (int j = 0; j < 8; ++j) sum += to_f32(add.v[j]) * to_f32(add.v[j]);
+        }
+        delta_scale = rsqrtf(block_sum(sum) / float(p.hidden) + p.eps);
+    }
     float sum = 0.0f;
     QUIRE_UNROLL
     for (int i = 0; i < kVectors; ++i) {
         const int col = (i * int(blockDim.x) + int(threadIdx.x)) * 8;
         if (col >= p.hidden) continue;
         auto lo = load<Vec<float, 4>>(residual + col), hi = load<Vec<float, 4>>(residual + col + 4);
-        if (delta) {
+        if (kPost || delta) {
             const auto add = load<Vec<T, 8>>(delta + col);
+            Vec<float, 4> factor_lo, factor_hi;
+            if constexpr (kPost) {
+                factor_lo = load<Vec<float, 4>>(p.delta_weight + col);
+                factor_hi = load<Vec<float, 4>>(p.delta_weight + col + 4);
+            }
             QUIRE_UNROLL
             for (int j = 0; j < 4; ++j) {
-                lo.v[j] += to_f32(add.v[j]);
-                hi.v[j] += to_f32(add.v[j + 4]);
+                lo.v[j] += to_f32(add.v[j]) * (kPost ? delta_scale * factor_lo.v[j] : 1.0f);
+                hi.v[j] += to_f32(add.v[j + 4]) * (kPost ? delta_scale * factor_hi.v[j] : 1.0f);
             }
             store(residual + col, lo);
             store(residual + col + 4, hi);
@@ -73,7 +92,7 @@ QUIRE_DEVICE void add_norm(const QuireAddNormParams& p) {
 }
 
 /// Whatever hidden: the row is read twice, the second time from the cache.
-template <typename T>
+template <typename T, bool kPost>
 QUIRE_DEVICE void add_norm_any(const QuireAddNormParams& p) {
     griddep_launch();
     griddep_wait();
@@ -81,10 +100,19 @@ QUIRE_DEVICE void add_norm_any(const QuireAddNormParams& p) {
     if (row >= *p.num_rows) return;
     float* const residual = p.residual + int64_t(row) * p.hidden;
     const T* const delta = p.delta ? static_cast<const T*>(p.delta) + int64_t(row) * p.hidden : nullptr;
+    float delta_scale = 1.0f;
+    if constexpr (kPost) {
+        float sum = 0.0f;
+        for (int col = int(threadIdx.x); col < p.hidden; col += int(blockDim.x)) {
+            sum += to_f32(delta[col]) * to_f32(delta[col]);
+        }
+        delta_scale = rsqrtf(block_sum(sum) / float(p.hidden) + p.eps);
+    }
     float sum = 0.0f;
     for (int col = int(threadIdx.x); col < p.hidden; col += int(blockDim.x)) {
         float x = residual[col];
-        if (delta) residual[col] = x += to_f32(delta[col]);
+        if (kPost) residual[col] = x += to_f32(delta[col]) * (delta_scale * p.delta_weight[col]);
+        else if (delta) residual[col] = x += to_f32(delta[col]);
         sum += x * x;
     }
     const float scale = rsqrtf(block_sum(sum) / float(p.hidden) + p.eps);

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-/// quire_embed_{bf16,f16}: out[t] = table[id]. Grid (rows, 1, 1), block QUIRE_ROW_THREADS.
+/// quire_embed_{bf16,f16}: out[t] = scale * table[id]. Grid (rows, 1, 1), block QUIRE_ROW_THREADS.
 typedef struct QuireEmbedParams {
     /// act [vocab, hidden].
     const void* table;
@@ -21,16 +21,21 @@ typedef struct QuireEmbedParams {
     int32_t hidden;
     /// Ids outside 0..vocab give rows of NaN: the host checks its own, and the sampler writes no others.
     int32_t vocab;
+    float scale;
+    int32_t reserved;
 } QuireEmbedParams;
 
 /// quire_add_norm_{bf16,f16}[_wide,_any]: residual += delta, then out = residual / rms(residual) * weight.
+/// quire_post_norm_*: residual += delta / rms(delta) * delta_weight, then the same.
 /// Grid (rows, 1, 1); block QUIRE_NORM_THREADS(hidden), which fixes the order of the sum. hidden a multiple of 8, at most
 /// 8192; _wide: at most QUIRE_NORM_MAX_HIDDEN; _any: whatever hidden, slower, block QUIRE_ROW_THREADS.
 typedef struct QuireAddNormParams {
     /// f32 [T, hidden], updated if there is a delta.
     float* residual;
-    /// act [T, hidden], or null.
+    /// act [T, hidden]; of add_norm, or null.
     const void* delta;
+    /// f32 [hidden]; of post_norm alone.
+    const float* delta_weight;
     /// f32 [hidden].
     const float* weight;
     /// act [T, hidden].
@@ -96,6 +101,17 @@ typedef struct QuireActParams {
 #define QUIRE_ACT_GELU_TANH 1
 #define QUIRE_ACT_GELU 2
 #define QUIRE_ACT_RELU 3
+
+/// quire_soft_cap: x = cap * tanh(x / cap), in place. Grid (rows, QUIRE_CAP_BLOCKS(cols), 1), block QUIRE_ROW_THREADS.
+typedef struct QuireSoftCapParams {
+    /// f32 [rows, stride].
+    float* x;
+    const int32_t* num_rows;
+    int32_t cols;
+    int32_t stride;
+    float cap;
+    int32_t reserved;
+} QuireSoftCapParams;
 
 /// quire_gather_rows_{bf16,f16}: out[i] = in[rows[i]]. Grid (rows, 1, 1), block QUIRE_ROW_THREADS.
 typedef struct QuireGatherRowsParams {
@@ -177,6 +193,7 @@ typedef struct QuireUpdateTablesParams {
 #define QUIRE_ROPE_ANY_BLOCKS(heads) (((heads) * 32 + 255) / 256)
 /// Sixteen columns a thread.
 #define QUIRE_ACT_BLOCKS(width) (((width) + 16 * 256 - 1) / (16 * 256))
+#define QUIRE_CAP_BLOCKS(cols) (((cols) + 8 * QUIRE_ROW_THREADS - 1) / (8 * QUIRE_ROW_THREADS))
 #define QUIRE_ROPE_THREADS 256
 #define QUIRE_ACT_THREADS 256
 #define QUIRE_COPY_THREADS 256

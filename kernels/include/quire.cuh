@@ -273,6 +273,16 @@ QUIRE_DEVICE float warp_max(float x) {
     return x;
 }
 
+/// The lane, as a value that the compiler does not know to be the same each time: what is derived from it is computed
+/// anew where it is needed, and takes no registers in between.
+QUIRE_DEVICE int fresh_lane() {
+    int lane = int(threadIdx.x % 32);
+#if defined(__CUDACC__)
+    asm volatile("" : "+r"(lane));
+#endif
+    return lane;
+}
+
 /// Sum over the block, the same in every thread. `blockDim.x` a multiple of 32, at most 1024. Ends with all threads past
 /// a barrier; two calls in a row need none between them because the second has its own first.
 QUIRE_DEVICE float block_sum(float x) {

@@ -30,11 +30,11 @@ QUIRE_DEVICE void embed(const QuireEmbedParams& p) {
             QUIRE_UNROLL
             for (int i = 0; i < 4; i += 2) {
                 const float2 lo = unpack2<T>(in.v[i]), hi = unpack2<T>(in.v[i + 1]);
-                store(to + col + 2 * i, Vec<float, 4>{{lo.x, lo.y, hi.x, hi.y}});
+                store(to + col + 2 * i, Vec<float, 4>{{p.scale * lo.x, p.scale * lo.y, p.scale * hi.x, p.scale * hi.y}});
             }
         }
     } else {
-        for (int col = int(threadIdx.x); col < p.hidden; col += int(blockDim.x)) to[col] = to_f32(from[col]);
+        for (int col = int(threadIdx.x); col < p.hidden; col += int(blockDim.x)) to[col] = p.scale * to_f32(from[col]);
     }
 }
 

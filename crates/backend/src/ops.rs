@@ -118,23 +118,28 @@ impl KvLayout {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GraphKey(pub u32);
 
-/// `out[t] = table[token_ids[t]]`.
+/// `out[t] = scale * table[token_ids[t]]`.
 pub struct Embed<'a, B: Backend> {
     /// `[vocab, hidden]`; the same weight may serve as the output head.
     pub table: &'a B::Weight,
+    /// 1 in most models.
+    pub scale: f32,
     /// `[T, hidden]`.
     pub out: &'a mut B::Buf,
 }
 
-/// `residual += delta` (if any), then `out = residual / rms(residual) * weight` (RMSNorm, arXiv 1910.07467).
+/// `residual += delta` (if any, and normalised first if it has a weight for that), then
+/// `out = residual / rms(residual) * weight` (RMSNorm, arXiv 1910.07467).
 pub struct AddNorm<'a, B: Backend> {
     /// `[T, hidden]`, updated in place.
     pub residual: &'a mut B::Buf,
     /// `[T, hidden]` to add first.
     pub delta: Option<&'a B::Buf>,
+    /// `[hidden]`: `delta / rms(delta) * delta_norm` is added in place of `delta`.
+    pub delta_norm: Option<&'a B::Norm>,
     /// `[hidden]`.
     pub weight: &'a B::Norm,
-    /// Added to the mean square.
+    /// Added to the mean squares.
     pub eps: f32,
     /// `[T, hidden]`.
     pub out: &'a mut B::Buf,
@@ -309,6 +314,8 @@ pub struct Logits<'a, B: Backend> {
     pub x: &'a B::Buf,
     /// `[vocab, hidden]`.
     pub head: &'a B::Weight,
+    /// `cap * tanh(logit / cap)` in place of every logit. Positive.
+    pub soft_cap: Option<f32>,
     /// `[logit_rows, vocab]`.
     pub out: &'a mut B::Buf,
 }

@@ -23,6 +23,7 @@ use crate::ops::norm::AddNormRow;
 use crate::ops::paged::{Workspace, paged_attention};
 use crate::ops::rope::{CpuRope, RopeRow, SharedLayer};
 use crate::ops::sample::{SampleRow, Scratch, sanitize};
+use crate::ops::soft_cap::CapRow;
 use crate::ops::{MIN_WORK, grain};
 use crate::pool::{Pool, default_threads};
 use crate::prepacked::Prepacked;
@@ -261,7 +262,7 @@ impl Backend for CpuBackend {
         let (grain, out) = (self.row_grain(op.table.in_features), op.out.shared());
         let ids = &self.step.token_ids;
         self.pool.split(tokens, grain, |_, rows| {
-            rows.for_each(|t| embed_row(op.table, ids[t], t, out));
+            rows.for_each(|t| embed_row(op.table, op.scale, ids[t], t, out));
         })?;
         Ok(())
     }
@@ -271,6 +272,10 @@ impl Backend for CpuBackend {
         for buf in [&*op.residual, &*op.out].into_iter().chain(op.delta) {
             expect_shape("add_norm", buf, tokens, cols)?;
         }
+        let delta_norm = op.delta_norm.map(|weight| &weight[..]);
+        if let Some(weight) = delta_norm.filter(|weight| weight.len() != cols) {
+            return Err(failed(format!("add_norm: {} weights of delta for {cols}", weight.len())));
+        }
         let (residual, out) = (op.residual.shared(), op.out.shared());
         let grain = self.row_grain(2 * cols);
         self.pool.split(tokens, grain, |_, rows| {
@@ -279,7 +284,8 @@ impl Backend for CpuBackend {
                 unsafe {
                     let (residual, out) = (residual.row(t), out.row(t));
                     let delta = op.delta.map(|delta| delta.row(t));
-                    dispatch(isa, AddNormRow { residual, delta, weight: op.weight, eps: op.eps, out });
+                    let (weight, eps) = (op.weight, op.eps);
+                    dispatch(isa, AddNormRow { residual, delta, delta_norm, weight, eps, out });
                 }
             }
         })?;
@@ -393,8 +399,19 @@ impl Backend for CpuBackend {
         let rows = Rows::Gather(&self.step.logit_rows);
         expect_shape("logits input", op.x, self.step.num_tokens(), op.head.in_features)?;
         expect_shape("logits output", op.out, rows.len(), op.head.out_features)?;
+        let num_rows = rows.len();
         let x = Input::new(op.x, rows);
-        linear(&mut self.pool, self.isa, op.head, x, &mut self.inputs[0], op.out.shared())
+        linear(&mut self.pool, self.isa, op.head, x, &mut self.inputs[0], op.out.shared())?;
+        let Some(cap) = op.soft_cap else { return Ok(()) };
+        let (isa, cols, out) = (self.isa, op.out.cols, op.out.shared());
+        let grain = grain(num_rows, 8 * cols, self.pool.num_threads());
+        self.pool.split(num_rows, grain, |_, rows| {
+            for row in rows {
+                // SAFETY: `isa` was detected; row `row` belongs to this piece alone.
+                unsafe { dispatch(isa, CapRow { row: out.row(row), cap }) };
+            }
+        })?;
+        Ok(())
     }
 
     fn all_reduce(&mut self, op: AllReduce<'_, Self>) -> Result<(), BackendError> {

@@ -59,7 +59,7 @@ impl Fixture {
             block_copies: &[],
             seqs: &[],
         })?;
-        backend.embed(Embed { table, out: hidden })?;
+        backend.embed(Embed { table, scale: 1.0, out: hidden })?;
         backend.rope_and_cache(RopeAndCache {
             qkv,
             shape: SHAPE,

@@ -7,7 +7,7 @@ use std::cell::OnceCell;
 use std::ops::Range;
 
 use quire_backend::convert::tensor_error;
-use quire_backend::{BackendError, LinearSource, quant};
+use quire_backend::{BackendError, Embed, LinearSource, quant};
 
 use crate::Cuda;
 use crate::blaslt::{Element, Operand};
@@ -92,21 +92,20 @@ impl Cuda {
     /// The step's rows of a table, in f32.
     pub(crate) fn embed_fp8(
         &mut self,
-        table: &CudaWeight,
+        op: &Embed<'_, Self>,
         matrix: &DenseMatrix,
-        out: DeviceSlice,
     ) -> Result<(), BackendError> {
         let params = Fp8EmbedParams {
             weight: matrix.data.data.address(),
             w_scales: matrix.data.scales.address(),
             token_ids: self.step_address(self.layout.token_ids),
             last_tokens: self.slots.last_tokens.address(),
-            out: out.address(),
+            out: op.out.slice.address(),
             num_rows: self.step_address(Layout::NUM_TOKENS),
-            hidden: table.in_features as i32,
+            hidden: op.table.in_features as i32,
             stride: matrix.stride as i32,
-            vocab: table.out_features as i32,
-            reserved: 0,
+            vocab: op.table.out_features as i32,
+            scale: op.scale,
         };
         let launched = self.launch(&self.kernels.embed_fp8, Kernels::by_row(self.rows), &params);
         self.check(launched)

@@ -6,9 +6,10 @@ use crate::driver::{CudaError, Function, LaunchShape, Modules};
 use crate::int_weights::{Bits, PANEL};
 use crate::params::{
     ActParams, AddNormParams, AttentionParams, AttentionPlanParams, AttentionSm90aParams, CopyPagesParams,
-    CountTokensParams, EmbedParams, Fp8EmbedParams, Fp8QuantizeParams, GatherRowsParams, IntEmbedParams,
-    IntGemmParams, LogitsParams, LogprobsParams, MoeCombineParams, MoeGemmParams, MoeRouteParams,
-    MoeSortParams, QuantizeParams, RopeCacheParams, SampleParams, StepPlanParams, UpdateTablesParams,
+    CountTokensParams, EmbedParams, Fp8EmbedParams, Fp8QuantizeParams, GatherRowsParams, GemvParams,
+    IntEmbedParams, IntGemmParams, LogitsParams, LogprobsParams, MoeCombineParams, MoeGemmParams,
+    MoeIntParams, MoeRouteParams, MoeSortParams, QuantizeParams, RopeCacheParams, SampleParams,
+    SoftCapParams, StepPlanParams, UpdateTablesParams,
 };
 
 const ROW_THREADS: u32 = 256;
@@ -79,16 +80,29 @@ pub struct MoeKernels {
     pub gate_up: Function<MoeGemmParams>,
     pub down: Function<MoeGemmParams>,
     pub combine: Function<MoeCombineParams>,
+    int8: MoeIntKernels,
+    int4: MoeIntKernels,
+}
+
+/// Products of experts with weights of one number of bits.
+#[derive(Debug)]
+pub struct MoeIntKernels {
+    pub gate_up: Function<MoeIntParams>,
+    pub down: Function<MoeIntParams>,
 }
 
 /// Every kernel of one activation type.
 #[derive(Debug)]
 pub struct Kernels {
     pub embed: Function<EmbedParams>,
-    pub add_norm: Pair<AddNormParams>,
+    add_norm: Pair<AddNormParams>,
+    post_norm: Pair<AddNormParams>,
+    pub soft_cap: Function<SoftCapParams>,
     rope_cache: Pair<RopeCacheParams>,
     rope_cache_fp8: Pair<RopeCacheParams>,
     pub act: Pair<ActParams>,
+    gemv: Function<GemvParams>,
+    gemv_into_f32: Function<GemvParams>,
     pub moe: MoeKernels,
     pub gather_rows: Function<GatherRowsParams>,
     pub quantize: Function<QuantizeParams>,
@@ -133,19 +147,17 @@ impl Kernels {
         Ok(Self {
             embed: modules.function(&format!("quire_embed_{act}"), 0)?,
             add_norm: pair(modules, "quire_add_norm", act)?,
+            post_norm: pair(modules, "quire_post_norm", act)?,
+            soft_cap: modules.function("quire_soft_cap", 0)?,
             rope_cache: pair(modules, "quire_rope_cache", act)?,
             rope_cache_fp8: Pair {
                 fast: modules.function(&format!("quire_rope_cache_{act}_kv8"), 0)?,
                 any: modules.function(&format!("quire_rope_cache_{act}_any_kv8"), 0)?,
             },
             act: pair(modules, "quire_act", act)?,
-            moe: MoeKernels {
-                route: modules.function("quire_moe_route", 0)?,
-                sort: modules.function("quire_moe_sort", 0)?,
-                gate_up: modules.function(&format!("quire_moe_gate_up_{act}"), 0)?,
-                down: modules.function(&format!("quire_moe_down_{act}"), 0)?,
-                combine: modules.function(&format!("quire_moe_combine_{act}"), 0)?,
-            },
+            gemv: modules.function(&format!("quire_gemv_{act}"), 0)?,
+            gemv_into_f32: modules.function(&format!("quire_gemv_{act}_f32"), 0)?,
+            moe: MoeKernels::find(modules, act)?,
             gather_rows: modules.function(&format!("quire_gather_rows_{act}"), 0)?,
             quantize: modules.function(&format!("quire_quantize_{act}"), 0)?,
             quantize_fp8: modules.function(&format!("quire_quantize_fp8_{act}"), 0)?,
@@ -165,7 +177,13 @@ impl Kernels {
         })
     }
 
-    pub fn add_norm(&self, rows: usize, hidden: usize) -> (&Function<AddNormParams>, LaunchShape) {
+    /// `is_post`: with a norm of what is added.
+    pub fn add_norm(
+        &self,
+        is_post: bool,
+        rows: usize,
+        hidden: usize,
+    ) -> (&Function<AddNormParams>, LaunchShape) {
         let is_fast = hidden.is_multiple_of(8) && hidden <= NORM_MAX_HIDDEN;
         let vectors = match hidden {
             0..=8192 => 1,
@@ -174,7 +192,8 @@ impl Kernels {
         };
         let threads =
             if is_fast { (hidden / 8).div_ceil(vectors).next_multiple_of(32) as u32 } else { ROW_THREADS };
-        (self.add_norm.choose(is_fast), LaunchShape::linear(rows as u32, threads))
+        let kernels = if is_post { &self.post_norm } else { &self.add_norm };
+        (kernels.choose(is_fast), LaunchShape::linear(rows as u32, threads))
     }
 
     pub fn rope_cache(
@@ -196,6 +215,16 @@ impl Kernels {
 
     pub fn act(&self, rows: usize, width: usize) -> (&Function<ActParams>, LaunchShape) {
         (self.act.choose(width.is_multiple_of(8)), by_rows(rows, width.div_ceil(16 * 256), 256))
+    }
+
+    /// Products of at most [`SMALL_ROWS`] rows.
+    pub fn gemv(&self, output: Element, out_features: usize) -> (&Function<GemvParams>, LaunchShape) {
+        let kernel = if output == Element::F32 { &self.gemv_into_f32 } else { &self.gemv };
+        (kernel, LaunchShape::linear(out_features.div_ceil(GEMV_OUTPUTS) as u32, 256))
+    }
+
+    pub fn soft_cap_shape(rows: usize, cols: usize) -> LaunchShape {
+        by_rows(rows, cols.div_ceil(8 * ROW_THREADS as usize), ROW_THREADS)
     }
 
     pub fn int(&self, bits: Bits) -> &IntKernels {
@@ -239,6 +268,10 @@ impl Kernels {
     }
 }
 
+/// Rows that `quire_gemv_*` takes at most, and outputs of one of its blocks.
+pub const SMALL_ROWS: usize = 8;
+const GEMV_OUTPUTS: usize = 32;
+
 /// Slots of a tile of the experts' products.
 pub const MOE_TILE_ROWS: usize = 64;
 
@@ -259,6 +292,33 @@ pub fn moe_combine(rows: usize, hidden: usize) -> LaunchShape {
 /// Parts of a row of logits.
 pub fn logits_splits(vocab: usize) -> usize {
     vocab.div_ceil(LOGITS_PART)
+}
+
+impl MoeKernels {
+    fn find(modules: &Modules, act: &str) -> Result<Self, CudaError> {
+        let int = |bits: u32| -> Result<MoeIntKernels, CudaError> {
+            Ok(MoeIntKernels {
+                gate_up: modules.function(&format!("quire_moe_gate_up_int{bits}_{act}"), 0)?,
+                down: modules.function(&format!("quire_moe_down_int{bits}_{act}"), 0)?,
+            })
+        };
+        Ok(Self {
+            route: modules.function("quire_moe_route", 0)?,
+            sort: modules.function("quire_moe_sort", 0)?,
+            gate_up: modules.function(&format!("quire_moe_gate_up_{act}"), 0)?,
+            down: modules.function(&format!("quire_moe_down_{act}"), 0)?,
+            combine: modules.function(&format!("quire_moe_combine_{act}"), 0)?,
+            int8: int(8)?,
+            int4: int(4)?,
+        })
+    }
+
+    pub fn int(&self, bits: Bits) -> &MoeIntKernels {
+        match bits {
+            Bits::Eight => &self.int8,
+            Bits::Four => &self.int4,
+        }
+    }
 }
 
 impl IntKernels {

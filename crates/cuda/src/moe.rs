@@ -5,11 +5,13 @@ use quire_backend::{BackendError, Moe};
 
 use crate::Cuda;
 use crate::blaslt::Element;
-use crate::buffers::{CudaMatrix, CudaWeight};
+use crate::buffers::CudaMatrix;
 use crate::driver::DeviceSlice;
+use crate::int_weights::PANEL;
 use crate::kernels::{self, Kernels};
 use crate::ops::activation_kind;
-use crate::params::{MoeCombineParams, MoeGemmParams, MoeRouteParams, MoeSortParams, MoeTile};
+use crate::params::{MoeCombineParams, MoeGemmParams, MoeIntParams, MoeRouteParams, MoeSortParams, MoeTile};
+use crate::quantized::{IntMatrix, QuantizedRows};
 use crate::step::Layout;
 
 /// Experts of a token at most: a warp keeps one in each lane.
@@ -48,12 +50,40 @@ struct Shape {
 impl Cuda {
     pub(crate) fn moe_rows(&mut self, op: &Moe<'_, Self>) -> Result<(), BackendError> {
         let shape = self.moe_shape(op)?;
-        let (up, down) = (self.expert_weights(op.up)?, self.expert_weights(op.down)?);
         self.reserve_routing(shape)?;
-        let scratch = &op.scratch;
-        self.product(op.x.slice, op.router, scratch.logits, self.token_rows())?;
+        self.product(op.x.slice, op.router, op.scratch.logits, self.token_rows())?;
         self.route(op, shape)?;
-        let (experts, kernels) = (&self.routing, &self.kernels.moe);
+        match (&op.up.matrix, &op.down.matrix) {
+            (CudaMatrix::Dense(up), CudaMatrix::Dense(down)) => {
+                self.dense_experts(op, shape, [up.data.data, down.data.data])?;
+            }
+            (CudaMatrix::Int(up), CudaMatrix::Int(down)) => self.int_experts(op, shape, [up, down])?,
+            _ => {
+                let name = &op.up.name;
+                return Err(self.refused(format!("{name}: experts in fp8 are not supported, use int8")));
+            }
+        }
+        let combine = MoeCombineParams {
+            y: op.scratch.expert_out.slice.address(),
+            weights: self.routing.weights.address(),
+            out: op.out.slice.address(),
+            num_rows: self.step_address(Layout::NUM_TOKENS),
+            hidden: shape.hidden as i32,
+            top_k: shape.top_k as i32,
+        };
+        let grid = kernels::moe_combine(self.rows, shape.hidden);
+        let launched = self.launch(&self.kernels.moe.combine, grid, &combine);
+        self.check(launched)
+    }
+
+    /// Experts' products in 16 bits, with rows as they are in the checkpoint.
+    fn dense_experts(
+        &mut self,
+        op: &Moe<'_, Self>,
+        shape: Shape,
+        [up, down]: [DeviceSlice; 2],
+    ) -> Result<(), BackendError> {
+        let (experts, kernels, scratch) = (&self.routing, &self.kernels.moe, &op.scratch);
         let gate_up = MoeGemmParams {
             x: op.x.slice.address(),
             weight: up.address(),
@@ -74,31 +104,55 @@ impl Cuda {
             out_features: shape.hidden as i32,
             ..gate_up
         };
-        let combine = MoeCombineParams {
-            y: scratch.expert_out.slice.address(),
-            weights: experts.weights.address(),
-            out: op.out.slice.address(),
-            num_rows: self.step_address(Layout::NUM_TOKENS),
-            hidden: shape.hidden as i32,
-            top_k: shape.top_k as i32,
-        };
         let grid = kernels::moe_gemm(self.context.sm_count());
         let launched = self
             .launch(&kernels.gate_up, grid, &gate_up)
-            .and_then(|()| self.launch(&kernels.down, grid, &down))
-            .and_then(|()| {
-                self.launch(&kernels.combine, kernels::moe_combine(self.rows, shape.hidden), &combine)
-            });
+            .and_then(|()| self.launch(&kernels.down, grid, &down));
         self.check(launched)
     }
 
-    /// The kernels read rows as they are in the checkpoint.
-    fn expert_weights(&self, weight: &CudaWeight) -> Result<DeviceSlice, BackendError> {
-        match &weight.matrix {
-            CudaMatrix::Dense(dense) if dense.stride == weight.in_features => Ok(dense.data.data),
-            CudaMatrix::Dense(_) | CudaMatrix::Fp8(_) | CudaMatrix::Int(_) => {
-                Err(self.refused(format!("{}: experts cannot be quantized on CUDA", weight.name)))
-            }
+    /// The same in integers: what a product reads is rounded to 8 bits first, the rows of down slot by slot.
+    fn int_experts(
+        &mut self,
+        op: &Moe<'_, Self>,
+        shape: Shape,
+        [up, down]: [&IntMatrix; 2],
+    ) -> Result<(), BackendError> {
+        let Shape { hidden, width, top_k, .. } = shape;
+        if !(hidden.is_multiple_of(PANEL) && width.is_multiple_of(PANEL)) {
+            return Err(self.refused(format!(
+                "{}: {hidden} and {width} columns are not multiples of {PANEL}, which quantized experts need",
+                op.up.name
+            )));
+        }
+        let (hidden_rows, expert_out) = (op.scratch.hidden.slice, op.scratch.expert_out.slice);
+        let x = self.quantize(op.x.slice, hidden, self.token_rows(), 1)?;
+        let gate_up = MoeIntParams { kind: activation_kind(op.activation), ..self.int_params(shape, up, x) };
+        let gate_up = MoeIntParams { out: hidden_rows.address(), out_features: width as i32, ..gate_up };
+        let grid = kernels::moe_gemm(self.context.sm_count());
+        let launched = self.launch(&self.kernels.moe.int(up.bits).gate_up, grid, &gate_up);
+        self.check(launched)?;
+        let x = self.quantize(hidden_rows, width, self.token_rows(), top_k)?;
+        let params = self.int_params(shape, down, x);
+        let params = MoeIntParams { out: expert_out.address(), out_features: hidden as i32, ..params };
+        let launched = self.launch(&self.kernels.moe.int(down.bits).down, grid, &params);
+        self.check(launched)
+    }
+
+    /// All but what the product gives.
+    fn int_params(&self, shape: Shape, matrix: &IntMatrix, x: QuantizedRows) -> MoeIntParams {
+        MoeIntParams {
+            q: x.values.address(),
+            x_scales: x.scales.address(),
+            weight: matrix.weights.address(),
+            steps: matrix.steps.address(),
+            w_scales: matrix.scales.address(),
+            slots: self.routing.slots.address(),
+            tiles: self.routing.tiles.address(),
+            num_tiles: self.routing.num_tiles.address(),
+            groups: matrix.groups as i32,
+            top_k: shape.top_k as i32,
+            ..MoeIntParams::default()
         }
     }
 

@@ -6,9 +6,10 @@ use crate::Cuda;
 use crate::blaslt::{Element, GemmShape, Operand};
 use crate::buffers::{CudaBuf, CudaKv, CudaMatrix, CudaWeight, DenseMatrix, KvElement};
 use crate::driver::{CudaError, DeviceSlice, Function, LaunchShape};
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, SMALL_ROWS};
 use crate::params::{
-    ActParams, AddNormParams, CopyPagesParams, EmbedParams, GatherRowsParams, RopeCacheParams,
+    ActParams, AddNormParams, CopyPagesParams, EmbedParams, GatherRowsParams, GemvParams, RopeCacheParams,
+    SoftCapParams,
 };
 use crate::staging::bytes_of_i32;
 use crate::step::{Layout, MAX_COPIES};
@@ -74,8 +75,8 @@ impl Cuda {
         self.expect("embed", out, self.rows, table.in_features, Element::F32)?;
         let data = match &table.matrix {
             CudaMatrix::Dense(dense) => dense.data.data,
-            CudaMatrix::Fp8(dense) => return self.embed_fp8(table, dense, out.slice),
-            CudaMatrix::Int(matrix) => return self.embed_int(table, matrix, out.slice),
+            CudaMatrix::Fp8(dense) => return self.embed_fp8(op, dense),
+            CudaMatrix::Int(matrix) => return self.embed_int(op, matrix),
         };
         let params = EmbedParams {
             table: data.address(),
@@ -85,6 +86,8 @@ impl Cuda {
             num_rows: self.step_address(Layout::NUM_TOKENS),
             hidden: table.in_features as i32,
             vocab: table.out_features as i32,
+            scale: op.scale,
+            reserved: 0,
         };
         let launched = self.launch(&self.kernels.embed, Kernels::by_row(self.rows), &params);
         self.check(launched)
@@ -97,16 +100,21 @@ impl Cuda {
         if let Some(delta) = op.delta {
             self.expect("add_norm delta", delta, rows, hidden, act)?;
         }
+        let delta_norm = op.delta_norm.filter(|_| op.delta.is_some());
+        if let Some(weight) = delta_norm.filter(|weight| weight.len != hidden) {
+            return Err(self.refused(format!("add_norm: {} weights of delta for {hidden}", weight.len)));
+        }
         let params = AddNormParams {
             residual: op.residual.slice.address(),
             delta: op.delta.map_or(0, |delta| delta.slice.address()),
+            delta_weight: delta_norm.map_or(0, |weight| weight.slice.address()),
             weight: op.weight.slice.address(),
             out: op.out.slice.address(),
             num_rows: self.step_address(Layout::NUM_TOKENS),
             hidden: hidden as i32,
             eps: op.eps,
         };
-        let (kernel, shape) = self.kernels.add_norm(rows, hidden);
+        let (kernel, shape) = self.kernels.add_norm(delta_norm.is_some(), rows, hidden);
         let launched = self.launch(kernel, shape, &params);
         self.check(launched)
     }
@@ -127,10 +135,47 @@ impl Cuda {
         rows: Rows,
     ) -> Result<(), BackendError> {
         match &weight.matrix {
+            CudaMatrix::Dense(dense) if self.is_small(weight, dense, rows) => {
+                self.small_product(x, weight, dense, out, rows)
+            }
             CudaMatrix::Dense(dense) => self.dense_product(x.into(), weight, dense, out, rows.launched),
             CudaMatrix::Fp8(dense) => self.fp8_product(x, weight, dense, out, rows),
             CudaMatrix::Int(matrix) => self.int_product(x, weight, matrix, out, rows),
         }
+    }
+
+    /// Whether our own kernel for few rows takes a product. It adds up in another order than the library does for many
+    /// rows, so never where a row must have the same bits in any company.
+    fn is_small(&self, weight: &CudaWeight, dense: &DenseMatrix, rows: Rows) -> bool {
+        !self.options.batch_invariant
+            && rows.launched <= SMALL_ROWS
+            && weight.bias == DeviceSlice::NULL
+            && weight.in_features.is_multiple_of(8)
+            && dense.stride == weight.in_features
+    }
+
+    fn small_product(
+        &mut self,
+        x: DeviceSlice,
+        weight: &CudaWeight,
+        dense: &DenseMatrix,
+        out: &CudaBuf,
+        rows: Rows,
+    ) -> Result<(), BackendError> {
+        let params = GemvParams {
+            x: x.address(),
+            weight: dense.data.data.address(),
+            bias: 0,
+            out: out.slice.address(),
+            num_rows: rows.count,
+            in_features: weight.in_features as i32,
+            out_features: weight.out_features as i32,
+            x_stride: weight.in_features as i32,
+            out_stride: out.stride as i32,
+        };
+        let (kernel, shape) = self.kernels.gemv(out.element, weight.out_features);
+        let launched = self.launch(kernel, shape, &params);
+        self.check(launched)
     }
 
     pub(crate) fn dense_product(
@@ -274,7 +319,22 @@ impl Cuda {
         let launched = self.launch(&self.kernels.gather_rows, Kernels::by_row(rows), &params);
         self.check(launched)?;
         let rows = Rows { launched: rows, count: self.step_address(Layout::NUM_LOGIT_ROWS) };
-        self.product(self.gathered, op.head, op.out, rows)
+        self.product(self.gathered, op.head, op.out, rows)?;
+        op.soft_cap.map_or(Ok(()), |cap| self.cap_rows(op.out, rows, cap))
+    }
+
+    fn cap_rows(&mut self, x: &CudaBuf, rows: Rows, cap: f32) -> Result<(), BackendError> {
+        let params = SoftCapParams {
+            x: x.slice.address(),
+            num_rows: rows.count,
+            cols: x.cols as i32,
+            stride: x.stride as i32,
+            cap,
+            reserved: 0,
+        };
+        let shape = Kernels::soft_cap_shape(rows.launched, x.cols);
+        let launched = self.launch(&self.kernels.soft_cap, shape, &params);
+        self.check(launched)
     }
 
     /// The step's page copies. Those that went with the upload take one launch, which also serves replays; others are

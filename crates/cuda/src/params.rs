@@ -36,11 +36,14 @@ params! {
         num_rows: u64,
         hidden: i32,
         vocab: i32,
+        scale: f32,
+        reserved: i32,
     }
-    /// `quire_add_norm_*`.
+    /// `quire_add_norm_*`, `quire_post_norm_*`.
     AddNormParams = "QuireAddNormParams" {
         residual: u64,
         delta: u64,
+        delta_weight: u64,
         weight: u64,
         out: u64,
         num_rows: u64,
@@ -76,6 +79,15 @@ params! {
         width: i32,
         kind: i32,
         gated: i32,
+        reserved: i32,
+    }
+    /// `quire_soft_cap`.
+    SoftCapParams = "QuireSoftCapParams" {
+        x: u64,
+        num_rows: u64,
+        cols: i32,
+        stride: i32,
+        cap: f32,
         reserved: i32,
     }
     /// `quire_gather_rows_*`.
@@ -249,7 +261,7 @@ params! {
         hidden: i32,
         stride: i32,
         vocab: i32,
-        reserved: i32,
+        scale: f32,
     }
     /// `quire_attention_{decode,prefill}_*`.
     AttentionParams = "QuireAttentionParams" {
@@ -324,6 +336,22 @@ params! {
         top_k: i32,
         kind: i32,
     }
+    /// `quire_moe_{gate_up,down}_int{8,4}_*`.
+    MoeIntParams = "QuireMoeIntParams" {
+        q: u64,
+        x_scales: u64,
+        weight: u64,
+        steps: u64,
+        w_scales: u64,
+        out: u64,
+        slots: u64,
+        tiles: u64,
+        num_tiles: u64,
+        groups: i32,
+        out_features: i32,
+        top_k: i32,
+        kind: i32,
+    }
     /// `quire_moe_combine_*`.
     MoeCombineParams = "QuireMoeCombineParams" {
         y: u64,
@@ -375,7 +403,7 @@ params! {
         in_features: i32,
         groups: i32,
         x_stride: i32,
-        reserved: i32,
+        rows_per_count: i32,
     }
     /// `quire_int{8,4}_gemm_*`.
     IntGemmParams = "QuireIntGemmParams" {
@@ -404,6 +432,6 @@ params! {
         hidden: i32,
         groups: i32,
         vocab: i32,
-        reserved: i32,
+        scale: f32,
     }
 }

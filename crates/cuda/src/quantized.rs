@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use quire_backend::quant::ACT_GROUP;
-use quire_backend::{BackendError, LinearSource};
+use quire_backend::{BackendError, Embed, LinearSource};
 
 use crate::Cuda;
 use crate::blaslt::Element;
@@ -20,13 +20,13 @@ use crate::step::Layout;
 /// A matrix of [`IntWeights`] on the device.
 #[derive(Debug)]
 pub(crate) struct IntMatrix {
-    bits: Bits,
-    weights: DeviceSlice,
+    pub bits: Bits,
+    pub weights: DeviceSlice,
     /// Null with [`Bits::Eight`].
-    steps: DeviceSlice,
-    scales: DeviceSlice,
+    pub steps: DeviceSlice,
+    pub scales: DeviceSlice,
     /// Of [`ACT_GROUP`] inputs.
-    groups: usize,
+    pub groups: usize,
 }
 
 /// Activations in 8 bits, of one operation at a time; made at the first use.
@@ -92,21 +92,7 @@ impl Cuda {
         rows: Rows,
     ) -> Result<(), BackendError> {
         let groups = matrix.groups;
-        let room = self.quantized_rows(rows.launched, groups * ACT_GROUP, groups)?;
-        let QuantizedRows { values, scales } = room;
-        let quantize = QuantizeParams {
-            x: x.address(),
-            q: values.address(),
-            scales: scales.address(),
-            num_rows: rows.count,
-            in_features: weight.in_features as i32,
-            groups: groups as i32,
-            x_stride: weight.in_features as i32,
-            reserved: 0,
-        };
-        let shape = Kernels::quantize_shape(rows.launched, groups);
-        let launched = self.launch(&self.kernels.quantize, shape, &quantize);
-        self.check(launched)?;
+        let QuantizedRows { values, scales } = self.quantize(x, weight.in_features, rows, 1)?;
         let params = IntGemmParams {
             q: values.address(),
             x_scales: scales.address(),
@@ -128,25 +114,47 @@ impl Cuda {
         self.check(launched)
     }
 
-    /// The step's rows of a table, in f32.
-    pub(crate) fn embed_int(
+    /// Rows of `x` in 8 bits: `times` those that `rows` says. What was quantized before is overwritten.
+    pub(crate) fn quantize(
         &mut self,
-        table: &CudaWeight,
-        matrix: &IntMatrix,
-        out: DeviceSlice,
-    ) -> Result<(), BackendError> {
+        x: DeviceSlice,
+        in_features: usize,
+        rows: Rows,
+        times: usize,
+    ) -> Result<QuantizedRows, BackendError> {
+        let (groups, launched) = (in_features.div_ceil(ACT_GROUP), rows.launched * times);
+        let most = launched.max(self.max_rows * times);
+        let room = self.quantized_rows(most, groups * ACT_GROUP, groups)?;
+        let params = QuantizeParams {
+            x: x.address(),
+            q: room.values.address(),
+            scales: room.scales.address(),
+            num_rows: rows.count,
+            in_features: in_features as i32,
+            groups: groups as i32,
+            x_stride: in_features as i32,
+            rows_per_count: times as i32,
+        };
+        let shape = Kernels::quantize_shape(launched, groups);
+        let launched = self.launch(&self.kernels.quantize, shape, &params);
+        self.check(launched)?;
+        Ok(room)
+    }
+
+    /// The step's rows of a table, in f32.
+    pub(crate) fn embed_int(&mut self, op: &Embed<'_, Self>, matrix: &IntMatrix) -> Result<(), BackendError> {
         let params = IntEmbedParams {
             weight: matrix.weights.address(),
             steps: matrix.steps.address(),
             w_scales: matrix.scales.address(),
             token_ids: self.step_address(self.layout.token_ids),
             last_tokens: self.slots.last_tokens.address(),
-            out: out.address(),
+            out: op.out.slice.address(),
             num_rows: self.step_address(Layout::NUM_TOKENS),
-            hidden: table.in_features as i32,
+            hidden: op.table.in_features as i32,
             groups: matrix.groups as i32,
-            vocab: table.out_features as i32,
-            reserved: 0,
+            vocab: op.table.out_features as i32,
+            scale: op.scale,
         };
         let kernel = &self.kernels.int(matrix.bits).embed;
         let launched = self.launch(kernel, Kernels::by_row(self.rows), &params);

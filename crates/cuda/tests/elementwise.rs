@@ -12,7 +12,7 @@ use quire_backend::{
 };
 use quire_core::{DType, Slot, StepId, TensorView};
 use quire_cuda::params::{
-    ActParams, AddNormParams, CopyPagesParams, EmbedParams, GatherRowsParams, RopeCacheParams,
+    ActParams, AddNormParams, CopyPagesParams, EmbedParams, GatherRowsParams, RopeCacheParams, SoftCapParams,
     StepPlanParams, UpdateTablesParams,
 };
 
@@ -45,11 +45,14 @@ fn embed_reads_the_list_or_what_a_slot_sampled() {
                 num_rows: address(&num_rows),
                 hidden: hidden as i32,
                 vocab: vocab as i32,
+                scale: 0.7,
+                reserved: 0,
             };
             let name = format!("quire_embed_{}", act.name());
             kernels.launch(&name, [(rows + SURPLUS) as u32, 1, 1], [256, 1, 1], 0, &params, seed);
             for (row, id) in [3usize, 9, 10, 0].into_iter().enumerate() {
-                let want = act.unpack(&table[id * hidden..][..hidden]);
+                let want: Vec<_> =
+                    act.unpack(&table[id * hidden..][..hidden]).iter().map(|x| 0.7 * x).collect();
                 assert_eq!(out[row * hidden..][..hidden], want, "{name} hidden {hidden} row {row}");
             }
             let rest = &out[4 * hidden..];
@@ -60,11 +63,14 @@ fn embed_reads_the_list_or_what_a_slot_sampled() {
     }
 }
 
-/// One launch of add_norm: `(residual, out)`, surplus rows included.
+/// What is added to the residual, with the weight of its norm.
+type Delta<'a> = Option<(&'a [u16], Option<&'a [f32]>)>;
+
+/// One launch of add_norm or post_norm: `(residual, out)`, surplus rows included.
 fn add_norm(
     kernels: &HostKernels,
     act: Act,
-    (residual, delta, weight): (&[f32], Option<&[u16]>, &[f32]),
+    (residual, delta, weight): (&[f32], Delta<'_>, &[f32]),
     seed: u64,
 ) -> (Vec<f32>, Vec<u16>) {
     let hidden = weight.len();
@@ -75,7 +81,8 @@ fn add_norm(
     let num_rows = count(rows);
     let params = AddNormParams {
         residual: address_mut(&mut residual),
-        delta: delta.map_or(0, address),
+        delta: delta.map_or(0, |(delta, _)| address(delta)),
+        delta_weight: delta.and_then(|(_, weight)| weight).map_or(0, address),
         weight: address(weight),
         out: address_mut(&mut out),
         num_rows: address(&num_rows),
@@ -87,7 +94,8 @@ fn add_norm(
         0..=8192 => ("", (hidden / 8).next_multiple_of(32)),
         _ => ("_wide", (hidden / 8).div_ceil(4).next_multiple_of(32)),
     };
-    let name = format!("quire_add_norm_{}{suffix}", act.name());
+    let op = if params.delta_weight == 0 { "add_norm" } else { "post_norm" };
+    let name = format!("quire_{op}_{}{suffix}", act.name());
     kernels.launch(&name, [(rows + SURPLUS) as u32, 1, 1], [threads as u32, 1, 1], 0, &params, seed);
     assert!(out[rows * hidden..].iter().all(|&x| x == POISON), "{name} hidden {hidden}: surplus rows");
     residual.truncate(rows * hidden);
@@ -131,33 +139,39 @@ fn add_norm_equals_the_reference() {
             let bytes = as_bytes(&weight);
             let norm = TensorView { dtype: DType::F32, shape: &[hidden], data: &bytes };
             let norm = reference.load_norm("norm", norm).unwrap();
+            let delta_weight = rng.vector(hidden, 1.5);
             let mut alloc = || reference.alloc(BufRole::Hidden, rows, hidden).unwrap();
             let (mut r, mut d, mut o) = (alloc(), alloc(), alloc());
             reference.prepare(&step(&vec![0; rows], &vec![0; rows], &vec![0; rows])).unwrap();
-            for has_delta in [false, true] {
+            for (has_delta, has_norm) in [(false, false), (true, false), (true, true)] {
                 reference.write(&mut r, &residual).unwrap();
                 reference.write(&mut d, &act.unpack(&delta)).unwrap();
-                let delta = has_delta.then_some(&delta[..]);
+                let delta_norm = has_norm.then_some(&delta_weight);
+                let delta = has_delta.then_some((&delta[..], delta_norm.map(|weight| &weight[..])));
                 let op = AddNorm {
                     residual: &mut r,
                     delta: has_delta.then_some(&d),
+                    delta_norm,
                     weight: &norm,
                     eps: 1e-5,
                     out: &mut o,
                 };
                 reference.add_norm(op).unwrap();
                 let want = reference.read(&o, rows).unwrap();
-                let what = format!("{act:?} hidden {hidden} delta {has_delta}");
+                let what = format!("{act:?} hidden {hidden} delta {has_delta} norm {has_norm}");
 
                 let got = add_norm(kernels, act, (&residual, delta, &weight), 0);
-                assert_eq!(got.0, reference.read(&r, rows).unwrap(), "{what}: residual");
+                let sum = reference.read(&r, rows).unwrap();
+                assert_close(&what, &got.0, &sum, 1e-6, 1.0);
+                assert!(has_norm || got.0 == sum, "{what}: residual");
                 assert_close(&what, &act.unpack(&got.1), &want, 1.01 * act.epsilon() + 1e-5, 1e-4);
                 for seed in SEEDS {
                     let again = add_norm(kernels, act, (&residual, delta, &weight), seed);
                     assert!(again == got, "{what} {seed}");
                 }
                 let last = (rows - 1) * hidden..;
-                let alone = (&residual[last.clone()], delta.map(|d| &d[last.clone()]), &weight[..]);
+                let alone =
+                    (&residual[last.clone()], delta.map(|(d, norm)| (&d[last.clone()], norm)), &weight[..]);
                 let alone = add_norm(kernels, act, alone, 5);
                 assert!(alone.1 == got.1[last.clone()] && alone.0 == got.0[last], "{what}: alone");
             }
@@ -206,6 +220,30 @@ fn activations_equal_their_definition() {
                 assert_close(&what, &have, &want, 1.01 * act.epsilon() + 1e-5, 1e-2);
                 assert!(out[rows * width..].iter().all(|&x| x == POISON), "{what}: surplus rows");
             }
+        }
+    }
+}
+
+#[test]
+fn logits_are_capped_in_place() {
+    let Some(kernels) = HostKernels::load() else { return };
+    let (cols, stride, rows, cap) = (2300, 2304, 3, 1.7);
+    let mut x = Rng::new(12).vector((rows + SURPLUS) * stride, 6.0);
+    let before = x.clone();
+    let num_rows = count(rows);
+    let params = SoftCapParams {
+        x: address_mut(&mut x),
+        num_rows: address(&num_rows),
+        cols: cols as i32,
+        stride: stride as i32,
+        cap,
+        reserved: 0,
+    };
+    kernels.launch("quire_soft_cap", [(rows + SURPLUS) as u32, 2, 1], [256, 1, 1], 0, &params, 3);
+    for (i, (got, before)) in x.iter().zip(&before).enumerate() {
+        match i / stride < rows && i % stride < cols {
+            true => assert!((got - cap * (before / cap).tanh()).abs() < 1e-6, "{i}: {before} gave {got}"),
+            false => assert_eq!(got, before, "{i}"),
         }
     }
 }
@@ -621,6 +659,8 @@ fn roundings_are_those_of_ieee() {
             num_rows: address(&num_rows),
             hidden: 1 << 16,
             vocab: 1,
+            scale: 1.0,
+            reserved: 0,
         };
         kernels.launch(&format!("quire_embed_{}", act.name()), [1, 1, 1], [256, 1, 1], 0, &params, 0);
         for (bits, &x) in out.iter().enumerate() {

@@ -33,6 +33,9 @@ const FP8_TOLERANCE: f32 = 0.1;
 /// Of the golden checkpoints the worst row has 0.083. That the layers themselves are right to the bit is for the
 /// conformance suite to say.
 const GOLDEN_QUANTIZED_TOLERANCE: f32 = 0.1;
+/// The same of the golden checkpoint with experts: noise as that of quantization chooses another expert where two are
+/// close, which moves the row more than any rounding. The worst row has 0.118.
+const GOLDEN_EXPERTS_TOLERANCE: f32 = 0.15;
 const MAX_NUM_SEQS: u32 = 8;
 const MAX_MODEL_LEN: u32 = 128;
 
@@ -184,16 +187,25 @@ fn quantized_checkpoints_agree_with_the_reference() {
     let has_experts = |checkpoint: &Checkpoint| {
         checkpoint.spec().layers.iter().any(|layer| matches!(layer.ffn, Ffn::Moe(_)))
     };
-    // The experts' kernels read weights as they come.
-    let dense = golden_checkpoints().into_iter().filter(|(_, checkpoint)| !has_experts(checkpoint));
-    for (i, (name, checkpoint)) in dense.enumerate() {
-        let quant = [QuantFormat::Int8, QuantFormat::Int4][i % 2];
-        let config = RunnerConfig { quant, ..own_config(&checkpoint) };
-        let worst = compare(&name, load_on(&gpu, &checkpoint, &config), &checkpoint, &config, 2);
-        println!("{name:20} {:4} relative error {worst:.1e}", quant.name());
-        errors.push((name, quant, worst));
+    let formats = [QuantFormat::Int8, QuantFormat::Int4];
+    for (i, (name, checkpoint)) in golden_checkpoints().into_iter().enumerate() {
+        // Experts in both, the others in one of them.
+        let (formats, tolerance) = match has_experts(&checkpoint) {
+            true => (&formats[..], GOLDEN_EXPERTS_TOLERANCE),
+            false => (&formats[i % 2..][..1], GOLDEN_QUANTIZED_TOLERANCE),
+        };
+        for &quant in formats {
+            let config = RunnerConfig { quant, ..own_config(&checkpoint) };
+            let worst = compare(&name, load_on(&gpu, &checkpoint, &config), &checkpoint, &config, 2);
+            println!("{name:20} {:4} relative error {worst:.1e}", quant.name());
+            errors.push((name.clone(), quant, worst, tolerance));
+        }
     }
-    assert!(errors.iter().all(|(_, _, worst)| *worst <= GOLDEN_QUANTIZED_TOLERANCE), "{errors:?}");
+    if gpu.is_mock() {
+        assert!(gpu.launches_of("quire_moe_down_int8_bf16") > 0);
+        assert!(gpu.launches_of("quire_moe_gate_up_int4_bf16") > 0);
+    }
+    assert!(errors.iter().all(|(_, _, worst, tolerance)| worst <= tolerance), "{errors:?}");
     gpu.assert_nothing_left();
 }
 
@@ -397,6 +409,29 @@ fn timed_algorithms_agree_and_are_remembered() {
     let (second, after_second) = run();
     assert_eq!(first, second);
     assert!(!gpu.is_mock() || after_second - after_first < after_first / 2, "nothing is timed again");
+}
+
+/// Four sequences decode by our own kernel for few rows if rows may show their company, and never if not.
+#[test]
+fn few_rows_take_their_own_kernel_only_where_company_may_show() {
+    let Some(gpu) = MockGpu::new().filter(MockGpu::is_mock) else { return };
+    let checkpoint = Checkpoint::open(&repository().join("tests/data/golden/llama3")).unwrap();
+    let config = own_config(&checkpoint);
+    for batch_invariant in [true, false] {
+        let before = gpu.launches_of("quire_gemv_bf16") + gpu.launches_of("quire_gemv_bf16_f32");
+        let options = CudaOptions {
+            ordinal: gpu.ordinal(),
+            arena_chunk: 0,
+            batch_invariant,
+            activations: element(&checkpoint),
+            ..CudaOptions::default()
+        };
+        let cuda = Cuda::new(mock::images(), options).expect("the double is a GPU");
+        let worst = compare("few rows", load_as(cuda, &checkpoint, &config), &checkpoint, &config, 4);
+        assert!(worst <= GOLDEN_TOLERANCE, "batch invariant {batch_invariant}: {worst}");
+        let launches = gpu.launches_of("quire_gemv_bf16") + gpu.launches_of("quire_gemv_bf16_f32") - before;
+        assert_eq!(launches > 0, !batch_invariant, "{launches} launches");
+    }
 }
 
 /// Time of the host alone: kernels and products do nothing. Targets: 50 us a step at 64 sequences, 200 at 512.

@@ -133,7 +133,7 @@ impl Layer {
             in_features: self.k as i32,
             groups: groups as i32,
             x_stride: self.k as i32,
-            reserved: 0,
+            rows_per_count: 1,
         };
         // The grid of a bucket: more rows than there are.
         let grid = [self.rows as u32 + 3, groups.div_ceil(8) as u32, 1];
@@ -252,7 +252,7 @@ fn quantized_products_and_rows_agree_on_the_values() {
                 hidden: hidden as i32,
                 groups: packed.groups() as i32,
                 vocab: vocab as i32,
-                reserved: 0,
+                scale: 0.7,
             };
             let name = if bits == Bits::Eight { "quire_embed_int8" } else { "quire_embed_int4" };
             kernels.launch(name, [6, 1, 1], [256, 1, 1], 0, &params, 1);
@@ -261,7 +261,8 @@ fn quantized_products_and_rows_agree_on_the_values() {
                     assert!(out.iter().all(|x| x.is_nan()), "{bits:?}: id {id}");
                     continue;
                 };
-                assert_eq!(out, dequantized(bits, row), "{bits:?} [{vocab}, {hidden}], row {id}");
+                let want: Vec<_> = dequantized(bits, row).iter().map(|x| 0.7 * x).collect();
+                assert_eq!(out, want, "{bits:?} [{vocab}, {hidden}], row {id}");
             }
             assert!(out[5 * hidden..].iter().all(|&x| x == f32::INFINITY), "{bits:?}: rows beyond the last");
         }

@@ -6,8 +6,11 @@ mod data;
 
 use common::{HostKernels, under_sanitizers};
 use data::{ACTS, Act, POISON, Rng, address, address_mut, count};
-use quire_backend::Activation;
-use quire_cuda::params::{MoeCombineParams, MoeGemmParams, MoeRouteParams, MoeSortParams, MoeTile};
+use quire_backend::{Activation, quant};
+use quire_cuda::int_weights::{Bits, IntWeights};
+use quire_cuda::params::{
+    MoeCombineParams, MoeGemmParams, MoeIntParams, MoeRouteParams, MoeSortParams, MoeTile, QuantizeParams,
+};
 
 const TILE_ROWS: usize = 64;
 
@@ -256,8 +259,139 @@ fn experts_give_right_values_in_any_company() {
     }
 }
 
+/// A product with quantized weights as the codec defines it, for one row.
+fn integer_product(bits: Bits, weights: &[f32], x: &[f32]) -> Vec<f32> {
+    let (mut q, mut x_scales) = (vec![0; x.len()], vec![0.0; x.len().div_ceil(quant::ACT_GROUP)]);
+    quant::quantize_activations(x, &mut q, &mut x_scales);
+    let output = |row: &[f32]| {
+        let (values, scale) = values_of(bits, row);
+        let groups = values.chunks(quant::ACT_GROUP).zip(q.chunks(quant::ACT_GROUP)).zip(&x_scales);
+        let sum = groups.fold(0.0f32, |sum, ((values, q), scale)| {
+            let exact: i32 = values.iter().zip(q).map(|(&w, &x)| w * i32::from(x)).sum();
+            scale.mul_add(exact as f32, sum)
+        });
+        sum * scale
+    };
+    weights.chunks(x.len()).map(output).collect()
+}
+
+/// A row of weights as integers, and their scale.
+fn values_of(bits: Bits, row: &[f32]) -> (Vec<i32>, f32) {
+    match bits {
+        Bits::Eight => {
+            let mut codes = vec![0; row.len()];
+            let scale = quant::quantize_int8(row, &mut codes);
+            (codes.into_iter().map(i32::from).collect(), scale)
+        }
+        Bits::Four => {
+            let (mut codes, mut steps) = (vec![0; row.len()], vec![0; row.len().div_ceil(quant::INT4_GROUP)]);
+            let scale = quant::quantize_int4(row, &mut codes, &mut steps);
+            let value = |(i, &code): (usize, &u8)| quant::int4_value(steps[i / quant::INT4_GROUP], code);
+            (codes.iter().enumerate().map(value).collect(), scale)
+        }
+    }
+}
+
+fn packed(bits: Bits, weights: &[f32], cols: usize) -> IntWeights {
+    let mut packed = IntWeights::new(bits, weights.len() / cols, cols);
+    weights.chunks(cols).enumerate().for_each(|(n, row)| packed.set_row(n, row));
+    packed
+}
+
+/// Rows of activations by `quire_quantize`, `times` the count that it reads.
+fn quantized(kernels: &HostKernels, act: Act, x: &[u16], cols: usize, times: usize) -> (Vec<i8>, Vec<f32>) {
+    let (rows, groups) = (x.len() / cols, cols.div_ceil(quant::ACT_GROUP));
+    let (mut q, mut scales) = (vec![99; rows * groups * quant::ACT_GROUP], vec![f32::NAN; rows * groups]);
+    let num_rows = count(rows / times);
+    let params = QuantizeParams {
+        x: address(x),
+        q: address_mut(&mut q),
+        scales: address_mut(&mut scales),
+        num_rows: address(&num_rows),
+        in_features: cols as i32,
+        groups: groups as i32,
+        x_stride: cols as i32,
+        rows_per_count: times as i32,
+    };
+    let grid = [rows as u32 + 2, groups.div_ceil(8) as u32, 1];
+    kernels.launch(&format!("quire_quantize_{}", act.name()), grid, [256, 1, 1], 0, &params, 4);
+    (q, scales)
+}
+
+/// One of the two products of a layer in integers, for all slots; `width` outputs of each.
+fn int_products(
+    kernels: &HostKernels,
+    name: &str,
+    weights: &IntWeights,
+    (q, x_scales): &(Vec<i8>, Vec<f32>),
+    (experts, num_experts, top_k, width): (&[i32], usize, usize, usize),
+) -> Vec<u16> {
+    let (sorted, tiles) = sort(kernels, experts, num_experts, top_k, 6);
+    let num_tiles = count(tiles.len());
+    let mut out = vec![POISON; experts.len() * width];
+    let params = MoeIntParams {
+        q: address(q),
+        x_scales: address(x_scales),
+        weight: address(&weights.weights),
+        steps: address(&weights.steps),
+        w_scales: address(&weights.scales),
+        out: address_mut(&mut out),
+        slots: address(&sorted),
+        tiles: address(&tiles),
+        num_tiles: address(&num_tiles),
+        groups: weights.groups() as i32,
+        out_features: width as i32,
+        top_k: top_k as i32,
+        kind: 3,
+    };
+    kernels.launch(name, [3, 1, 1], [128, 1, 1], 0, &params, 5);
+    out
+}
+
+#[test]
+fn experts_in_integers_equal_their_definition() {
+    let Some(kernels) = HostKernels::load() else { return };
+    let mut rng = Rng::new(15);
+    // More rows of an expert than a tile takes; an odd number of panels; one group of inputs, and two.
+    let (num_experts, top_k, hidden, width, rows) = (3, 2, 272, 48, 70);
+    let experts: Vec<i32> = (0..rows * top_k).map(|slot| [0, 1, 0, 2][slot % 4]).collect();
+    for (bits, act) in
+        [(Bits::Eight, ACTS[0]), (Bits::Four, ACTS[0]), (Bits::Eight, ACTS[1]), (Bits::Four, ACTS[1])]
+    {
+        let up = rng.vector(num_experts * 2 * width * hidden, 0.2);
+        let down = rng.vector(num_experts * hidden * width, 0.2);
+        let x = act.pack(&rng.vector(rows * hidden, 1.5));
+        let name = |what: &str| {
+            let bits = if bits == Bits::Eight { 8 } else { 4 };
+            format!("quire_moe_{what}_int{bits}_{}", act.name())
+        };
+        let routing = |width| (&experts[..], num_experts, top_k, width);
+        let q = quantized(kernels, act, &x, hidden, 1);
+        let inner = int_products(kernels, &name("gate_up"), &packed(bits, &up, hidden), &q, routing(width));
+        let q = quantized(kernels, act, &inner, width, top_k);
+        let out = int_products(kernels, &name("down"), &packed(bits, &down, width), &q, routing(hidden));
+        for (slot, &expert) in experts.iter().enumerate() {
+            let token = slot / top_k;
+            let up = &up[expert as usize * 2 * width * hidden..][..2 * width * hidden];
+            let both = integer_product(bits, up, &act.unpack(&x[token * hidden..][..hidden]));
+            let gated: Vec<f32> = (0..width).map(|i| both[i].max(0.0) * both[width + i]).collect();
+            let got = &inner[slot * width..][..width];
+            assert_eq!(
+                act.unpack(got),
+                act.unpack(&act.pack(&gated)),
+                "{bits:?} {act:?}: slot {slot}, hidden"
+            );
+            let down = &down[expert as usize * hidden * width..][..hidden * width];
+            let want = integer_product(bits, down, &act.unpack(got));
+            let got = &out[slot * hidden..][..hidden];
+            assert_eq!(act.unpack(got), act.unpack(&act.pack(&want)), "{bits:?} {act:?}: slot {slot}");
+        }
+    }
+}
+
 #[test]
 fn sanitizers_find_nothing() {
     under_sanitizers("every_slot_is_in_one_tile_of_its_expert");
     under_sanitizers("experts_give_right_values");
+    under_sanitizers("experts_in_integers");
 }

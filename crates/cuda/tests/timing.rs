@@ -146,9 +146,17 @@ fn every_kernel_is_timed() {
     }
     cases::sampling(&mut timings, if is_mock { 4 } else { 256 });
     let names: Vec<_> = timings.rows.iter().map(|(name, ..)| name.as_str()).collect();
-    for wanted in
-        ["copy", "gemm_us/up", "decode_us", "prefill_us", "norm_us", "rope_us", "act_us", "sample_us"]
-    {
+    for wanted in [
+        "copy",
+        "gemm_us/up",
+        "gemm_us/down/1/fp8",
+        "decode_us",
+        "prefill_us",
+        "norm_us",
+        "rope_us",
+        "act_us",
+        "sample_us",
+    ] {
         assert!(names.iter().any(|name| name.starts_with(wanted)), "no {wanted} in {names:?}");
     }
     assert!(timings.rows.iter().all(|(_, value, _)| *value > 0.0), "{:?}", timings.rows);

@@ -15,7 +15,7 @@ use crate::generation::GenerationConfig;
 use crate::spec::{Head, ModelSpec};
 use crate::store::{Store, Stored, read_json};
 use crate::tensor::Tensor;
-use crate::weights::{GlobalTensor, LayerTensor, WeightNames};
+use crate::weights::{GlobalTensor, LayerTensor, NormStorage, WeightNames};
 
 /// A checkpoint whose config and tensors are known to fit one another.
 ///
@@ -151,7 +151,10 @@ impl Checkpoint {
             Weights::Stored(store) if tensor == GlobalTensor::Embed => {
                 borrow(embedding(&self.spec, self.names, store)?)
             }
-            Weights::Stored(store) => borrow(find(store, (self.names.global)(tensor))?),
+            Weights::Stored(store) => {
+                let stored = borrow(find(store, (self.names.global)(tensor))?)?;
+                Ok(if tensor == GlobalTensor::FinalNorm { self.as_used(stored) } else { stored })
+            }
             Weights::Dummy { seed } => {
                 let tensors = self.spec.global_tensors();
                 let shape = tensors.into_iter().find(|(kind, _)| *kind == tensor).map(|(_, shape)| shape);
@@ -172,13 +175,24 @@ impl Checkpoint {
         let name = self.names.layer_name(layer, tensor);
         match &self.weights {
             // Opening has made sure that a layer's tensors are those of the spec.
-            Weights::Stored(store) => borrow(find(store, &name)?),
+            Weights::Stored(store) => {
+                let stored = borrow(find(store, &name)?)?;
+                Ok(if tensor.is_norm() { self.as_used(stored) } else { stored })
+            }
             Weights::Dummy { seed } => {
                 let tensors = self.spec.layer_tensors(layer);
                 let shape = tensors.into_iter().find(|(kind, _)| *kind == tensor).map(|(_, shape)| shape);
                 let shape = shape.ok_or_else(|| missing(&name))?;
                 Ok(dummy::tensor(*seed, &name, shape, self.spec.dtype))
             }
+        }
+    }
+
+    /// The weight of a norm as it is multiplied with, given as it is stored.
+    fn as_used<'a>(&self, norm: Tensor<'a>) -> Tensor<'a> {
+        match self.names.norms {
+            NormStorage::Plain => norm,
+            NormStorage::LessOne => norm.plus_one(),
         }
     }
 

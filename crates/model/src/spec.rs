@@ -20,6 +20,10 @@ pub struct ModelSpec {
     pub max_position_embeddings: usize,
     /// Epsilon of every RMS norm, QK-norm included.
     pub norm_eps: f32,
+    /// Multiplies the embeddings; 1 in most families.
+    pub embed_scale: f32,
+    /// `Some(c)`: logits become `c * tanh(logit / c)` (Gemma 2, arXiv:2408.00118).
+    pub logit_soft_cap: Option<f32>,
     /// The layers, in order. Never empty.
     pub layers: Vec<LayerSpec>,
     /// Where the output projection's weight is.
@@ -148,6 +152,8 @@ pub enum Activation {
 pub enum NormPlacement {
     /// `x += mixer(norm(x)); x += ffn(norm(x))`.
     Pre,
+    /// `x += norm(mixer(norm(x))); x += norm(ffn(norm(x)))`, each norm with a weight of its own (Gemma 2).
+    PreAndPost,
 }
 
 /// Where the output projection's weight is.

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use half::{bf16, f16};
 use quire_core::{DType, TensorView};
 
 /// A weight, row-major and contiguous. Borrowed from the mapped file where possible; owned where the bytes had to
@@ -20,5 +21,22 @@ impl Tensor<'_> {
     /// The form that backends take.
     pub fn view(&self) -> TensorView<'_> {
         TensorView { dtype: self.dtype, shape: &self.shape, data: &self.data }
+    }
+
+    /// Every number and 1, in f32: bf16 has no room for the small numbers beside the 1.
+    pub(crate) fn plus_one(&self) -> Tensor<'static> {
+        let data = &self.data;
+        let values: Vec<f32> = match self.dtype {
+            DType::F32 => data.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect(),
+            DType::F16 => {
+                data.as_chunks().0.iter().map(|&bytes| f16::from_le_bytes(bytes).to_f32()).collect()
+            }
+            DType::BF16 => {
+                data.as_chunks().0.iter().map(|&bytes| bf16::from_le_bytes(bytes).to_f32()).collect()
+            }
+            DType::I8 | DType::F8E4M3 => unreachable!("a checkpoint's dtype is f32, f16 or bf16"),
+        };
+        let data: Vec<u8> = values.iter().flat_map(|x| (1.0 + x).to_le_bytes()).collect();
+        Tensor { dtype: DType::F32, shape: self.shape.to_vec().into(), data: data.into() }
     }
 }

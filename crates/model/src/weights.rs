@@ -23,6 +23,10 @@ pub enum LayerTensor {
     VBias,
     /// Bias of `O`.
     OBias,
+    /// RMS norm of what the mixer adds to the residual stream, `[hidden_size]`.
+    PostMixerNorm,
+    /// RMS norm of what the feed-forward network adds, `[hidden_size]`.
+    PostFfnNorm,
     /// Norm of each query head, `[head_dim]`.
     QNorm,
     /// Norm of each key head, `[head_dim]`.
@@ -62,9 +66,19 @@ pub enum GlobalTensor {
     LmHead,
 }
 
-/// How a family names its tensors in a checkpoint.
+/// How a family stores the weights of its norms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NormStorage {
+    /// As they are used.
+    Plain,
+    /// Less 1, so that zeros do nothing.
+    LessOne,
+}
+
+/// How a family names its tensors in a checkpoint, and stores those that are not stored as they are used.
 #[derive(Debug)]
 pub(crate) struct WeightNames {
+    pub norms: NormStorage,
     pub global: fn(GlobalTensor) -> &'static str,
     /// What precedes the layer's index.
     pub layer_prefix: &'static str,
@@ -75,12 +89,20 @@ pub(crate) struct WeightNames {
 }
 
 /// What follows a layer's index and a dot where the experts of a layer are stored together.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct FusedNames {
     /// `[num_experts, 2 * intermediate_size, hidden_size]`: of each, gate's rows, then up's.
     pub gate_up: &'static str,
     /// `[num_experts, hidden_size, intermediate_size]`.
     pub down: &'static str,
+}
+
+impl LayerTensor {
+    /// Whether it is the weight of a norm.
+    pub fn is_norm(self) -> bool {
+        use LayerTensor::{FfnNorm, KNorm, MixerNorm, PostFfnNorm, PostMixerNorm, QNorm};
+        matches!(self, MixerNorm | FfnNorm | PostMixerNorm | PostFfnNorm | QNorm | KNorm)
+    }
 }
 
 impl WeightNames {
@@ -106,6 +128,7 @@ impl WeightNames {
 
 /// The names that Llama introduced and most decoder-only families in Hugging Face format share.
 pub(crate) static LLAMA_NAMES: WeightNames = WeightNames {
+    norms: NormStorage::Plain,
     global: |tensor| match tensor {
         GlobalTensor::Embed => "model.embed_tokens.weight",
         GlobalTensor::FinalNorm => "model.norm.weight",
@@ -125,6 +148,9 @@ pub(crate) static LLAMA_NAMES: WeightNames = WeightNames {
         LayerTensor::QNorm => "self_attn.q_norm.weight",
         LayerTensor::KNorm => "self_attn.k_norm.weight",
         LayerTensor::FfnNorm => "post_attention_layernorm.weight",
+        // No Llama has them; a spec made by hand may.
+        LayerTensor::PostMixerNorm => "post_mixer_layernorm.weight",
+        LayerTensor::PostFfnNorm => "post_feedforward_layernorm.weight",
         LayerTensor::Gate => "mlp.gate_proj.weight",
         LayerTensor::Up => "mlp.up_proj.weight",
         LayerTensor::Down => "mlp.down_proj.weight",
@@ -198,8 +224,11 @@ impl LayerSpec {
         if gqa.qk_norm == QkNorm::PerHead {
             tensors.extend([QNorm, KNorm].map(|norm| (norm, vec![gqa.head_dim])));
         }
-        let NormPlacement::Pre = self.norms;
-        tensors.extend([MixerNorm, FfnNorm].map(|norm| (norm, vec![hidden_size])));
+        let norms: &[LayerTensor] = match self.norms {
+            NormPlacement::Pre => &[MixerNorm, FfnNorm],
+            NormPlacement::PreAndPost => &[MixerNorm, PostMixerNorm, FfnNorm, PostFfnNorm],
+        };
+        tensors.extend(norms.iter().map(|&norm| (norm, vec![hidden_size])));
         tensors
     }
 }

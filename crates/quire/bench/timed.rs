@@ -280,14 +280,14 @@ impl<B: Backend, W: Watch<B>> Backend for Timed<B, W> {
 
     fn embed(&mut self, op: Embed<'_, Self>) -> Result<(), BackendError> {
         self.time(Op::Embed, Work::default(), |inner| {
-            inner.embed(Embed { table: &op.table.inner, out: op.out })
+            inner.embed(Embed { table: &op.table.inner, scale: op.scale, out: op.out })
         })
     }
 
     fn add_norm(&mut self, op: AddNorm<'_, Self>) -> Result<(), BackendError> {
-        let AddNorm { residual, delta, weight, eps, out } = op;
+        let AddNorm { residual, delta, delta_norm, weight, eps, out } = op;
         self.time(Op::Norm, Work::default(), |inner| {
-            inner.add_norm(AddNorm { residual, delta, weight, eps, out })
+            inner.add_norm(AddNorm { residual, delta, delta_norm, weight, eps, out })
         })
     }
 
@@ -341,9 +341,10 @@ impl<B: Backend, W: Watch<B>> Backend for Timed<B, W> {
     }
 
     fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError> {
-        let Logits { x, head, out } = op;
+        let Logits { x, head, soft_cap, out } = op;
         let work = head.work(self.num_logit_rows);
-        self.time(Op::LmHead, work, |inner| inner.logits(Logits { x, head: &head.inner, out }))
+        let head = &head.inner;
+        self.time(Op::LmHead, work, |inner| inner.logits(Logits { x, head, soft_cap, out }))
     }
 
     /// Takes no time: there is one rank.

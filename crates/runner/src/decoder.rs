@@ -1,4 +1,4 @@
-//! One decoder for every model: pre-norm layers of attention and a feed-forward network on a residual stream.
+//! One decoder for every model: layers of attention and a feed-forward network on a residual stream.
 //!
 //! Only what the spec says differs; no family has a name here. All work is enqueued on the backend, on buffers that
 //! never move, so that the same calls can be recorded once and replayed.
@@ -14,21 +14,32 @@ use crate::workspace::Workspace;
 pub struct Decoder<B: Backend> {
     /// `[vocab, hidden]`.
     pub(crate) embed: B::Weight,
+    pub(crate) embed_scale: f32,
     pub(crate) layers: Vec<DecoderLayer<B>>,
     /// The distinct rotary tables of the layers.
     pub(crate) ropes: Vec<B::Rope>,
     pub(crate) final_norm: B::Norm,
     /// `[vocab, hidden]`, or this rank's rows of it; `None` where the embedding table serves.
     pub(crate) head: Option<B::Weight>,
+    pub(crate) logit_soft_cap: Option<f32>,
     pub(crate) norm_eps: f32,
 }
 
 /// `x += attn(norm(x)); x += ffn(norm(x))`.
 pub(crate) struct DecoderLayer<B: Backend> {
     pub attn_norm: B::Norm,
+    /// Of what attention and the feed-forward network give, before it is added.
+    pub post_norms: Option<(B::Norm, B::Norm)>,
     pub attn: AttnLayer<B>,
     pub mlp_norm: B::Norm,
     pub ffn: FfnLayer<B>,
+}
+
+/// What the layer before has left to be added to the residual stream.
+pub(crate) enum Delta<'a, B: Backend> {
+    None,
+    /// The buffer of that name, normalised first if there is a weight for that.
+    Some(Option<&'a B::Norm>),
 }
 
 /// The part of a layer that works on each token by itself.
@@ -80,28 +91,30 @@ impl<B: Backend> Decoder<B> {
         kv: &mut B::Kv,
         wants_logits: bool,
     ) -> Result<(), BackendError> {
-        backend.embed(Embed { table: &self.embed, out: &mut ws.residual })?;
+        backend.embed(Embed { table: &self.embed, scale: self.embed_scale, out: &mut ws.residual })?;
+        let mut delta = Delta::None;
         for (index, layer) in self.layers.iter().enumerate() {
-            let has_delta = index > 0;
-            self.add_norm(backend, ws, &layer.attn_norm, has_delta)?;
+            let (post_attn, post_ffn) = layer.post_norms.as_ref().map(|(attn, ffn)| (attn, ffn)).unzip();
+            self.add_norm(backend, ws, &layer.attn_norm, &delta)?;
             self.attention(backend, ws, kv, &layer.attn, index)?;
             backend.all_reduce(AllReduce { buf: &mut ws.delta })?;
-            self.add_norm(backend, ws, &layer.mlp_norm, true)?;
+            self.add_norm(backend, ws, &layer.mlp_norm, &Delta::Some(post_attn))?;
             match &layer.ffn {
                 FfnLayer::Dense(mlp) => self.mlp(backend, ws, mlp)?,
                 FfnLayer::Moe(moe) => self.moe(backend, ws, moe)?,
             }
             backend.all_reduce(AllReduce { buf: &mut ws.delta })?;
+            delta = Delta::Some(post_ffn);
         }
         if !wants_logits {
             return Ok(());
         }
-        self.add_norm(backend, ws, &self.final_norm, true)?;
-        let head = self.head.as_ref().unwrap_or(&self.embed);
+        self.add_norm(backend, ws, &self.final_norm, &delta)?;
+        let (head, soft_cap) = (self.head.as_ref().unwrap_or(&self.embed), self.logit_soft_cap);
         let Some(part) = &mut ws.logits_part else {
-            return backend.logits(Logits { x: &ws.hidden, head, out: &mut ws.logits });
+            return backend.logits(Logits { x: &ws.hidden, head, soft_cap, out: &mut ws.logits });
         };
-        backend.logits(Logits { x: &ws.hidden, head, out: part })?;
+        backend.logits(Logits { x: &ws.hidden, head, soft_cap, out: part })?;
         backend.all_gather(AllGather { part, out: &mut ws.logits })
     }
 
@@ -111,11 +124,16 @@ impl<B: Backend> Decoder<B> {
         backend: &mut B,
         ws: &mut Workspace<B>,
         weight: &B::Norm,
-        has_delta: bool,
+        delta: &Delta<'_, B>,
     ) -> Result<(), BackendError> {
+        let (delta, delta_norm) = match *delta {
+            Delta::None => (None, None),
+            Delta::Some(norm) => (Some(&ws.delta), norm),
+        };
         backend.add_norm(AddNorm {
             residual: &mut ws.residual,
-            delta: has_delta.then_some(&ws.delta),
+            delta,
+            delta_norm,
             weight,
             eps: self.norm_eps,
             out: &mut ws.hidden,

@@ -63,7 +63,16 @@ pub(crate) fn load_decoder<B: Backend>(
     };
     let ropes = loader.load_ropes(config.max_model_len)?;
     loader.finish();
-    Ok(Decoder { embed, layers, ropes, final_norm, head, norm_eps: spec.norm_eps })
+    Ok(Decoder {
+        embed,
+        embed_scale: spec.embed_scale,
+        layers,
+        ropes,
+        final_norm,
+        head,
+        logit_soft_cap: spec.logit_soft_cap,
+        norm_eps: spec.norm_eps,
+    })
 }
 
 /// The workspace is shared by all layers, so those of one kind must have one shape.
@@ -129,8 +138,15 @@ impl<'a, B: Backend> Loader<'a, B> {
     fn layer(&mut self, layer: usize) -> Result<DecoderLayer<B>, RunnerError> {
         let spec = &self.rank_spec.layers[layer];
         let Mixer::Gqa(gqa) = &spec.mixer;
-        let NormPlacement::Pre = spec.norms;
+        let post_norms = match spec.norms {
+            NormPlacement::Pre => None,
+            NormPlacement::PreAndPost => Some((
+                self.layer_norm(layer, LayerTensor::PostMixerNorm)?,
+                self.layer_norm(layer, LayerTensor::PostFfnNorm)?,
+            )),
+        };
         Ok(DecoderLayer {
+            post_norms,
             attn_norm: self.layer_norm(layer, LayerTensor::MixerNorm)?,
             attn: self.attention(layer, gqa)?,
             mlp_norm: self.layer_norm(layer, LayerTensor::FfnNorm)?,

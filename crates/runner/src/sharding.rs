@@ -115,7 +115,9 @@ impl Part {
             }
             Down | ExpertDown(_) => Self::Columns(shard.range(intermediate_size)),
             OBias | DownBias if shard.rank > 0 => return None,
-            Router | OBias | DownBias | MixerNorm | FfnNorm | QNorm | KNorm => Self::Whole,
+            Router | OBias | DownBias | MixerNorm | FfnNorm | PostMixerNorm | PostFfnNorm | QNorm | KNorm => {
+                Self::Whole
+            }
         })
     }
 

@@ -94,7 +94,7 @@ const fn kind(tensor: LayerTensor) -> &'static str {
         ExpertGate(_) | ExpertUp(_) | ExpertDown(_) => "linear layers",
         Router => "routers",
         QBias | KBias | VBias | OBias | GateBias | UpBias | DownBias => "biases",
-        MixerNorm | FfnNorm | QNorm | KNorm => "norms",
+        MixerNorm | FfnNorm | PostMixerNorm | PostFfnNorm | QNorm | KNorm => "norms",
     }
 }
 

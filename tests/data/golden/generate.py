@@ -87,6 +87,12 @@ FAMILIES = {
                         moe_intermediate_size=16, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[1],
                         dtype="bfloat16", rms_norm_eps=1e-6,
                         rope_parameters=dict(rope_type="default", rope_theta=1000000.0)),
+    # Layers 0 and 2 slide. Caps low enough to bend scores and logits, a scale of scores that is not head_dim ** -0.5,
+    # and a width whose root is not a whole number.
+    "gemma2": config("Gemma2ForCausalLM", "gemma2", num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+                     head_dim=64, hidden_size=128, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=24,
+                     attn_logit_softcapping=3.0, final_logit_softcapping=0.8, sliding_window=16, rms_norm_eps=1e-6,
+                     tie_word_embeddings=True, rope_theta=10000.0, torch_dtype="bfloat16"),
     "smollm": llama(tie_word_embeddings=True, rope_theta=10000.0, torch_dtype="float16",
                     max_position_embeddings=256),
     "rope-linear": llama(rope_theta=10000.0, rope_scaling=dict(type="linear", factor=4.0), torch_dtype="bfloat16"),
@@ -131,11 +137,14 @@ def random_weights(fields, seed):
         if name == "lm_head.weight" and fields["tie_word_embeddings"]:
             continue
         if "norm" in name:
-            value = 1.0 + 0.2 * noise
+            # Gemma stores what is to be added to 1.
+            value = 0.2 * noise if fields["model_type"] == "gemma2" else 1.0 + 0.2 * noise
         elif name.endswith("bias"):
             value = 0.3 * noise
         elif "embed_tokens" in name or "lm_head" in name:
-            value = noise * 2.0 / parameter.shape[-1] ** 0.5
+            # Gemma's grow by the root, and what its layers add is normalised: less, lest every token ask for itself.
+            spread = 0.3 if fields["model_type"] == "gemma2" else 2.0
+            value = noise * spread / parameter.shape[-1] ** 0.5
         elif name.endswith("mlp.gate.weight"):
             # A decided router: the last expert chosen and the next are often close, but then neither weighs much.
             value = noise * 4.0 / parameter.shape[-1] ** 0.5

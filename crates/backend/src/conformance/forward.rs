@@ -23,6 +23,9 @@ const BASE: Shape = Shape {
     soft_cap: None,
     sinks: false,
     qk_norm: false,
+    post_norms: false,
+    embed_scale: 1.0,
+    logit_cap: None,
     bias: false,
     rotary_dim: 16,
     mlp: MlpShape::Gated,
@@ -111,6 +114,31 @@ const GRID: &[(Shape, &[u32])] = &[
             ..BASE
         },
         ACROSS,
+    ),
+    (
+        Shape {
+            name: "norms after layers, scaled embeddings, capped logits, odd widths",
+            hidden: 50,
+            attn: heads(3, 1, 10),
+            rotary_dim: 10,
+            vocab: 77,
+            post_norms: true,
+            embed_scale: 7.3,
+            logit_cap: Some(1.2),
+            ..BASE
+        },
+        &[9, 2],
+    ),
+    (
+        Shape {
+            name: "norms after layers, scaled embeddings, capped logits, bf16 weights",
+            post_norms: true,
+            embed_scale: 8.0,
+            logit_cap: Some(2.0),
+            weight_dtype: DType::BF16,
+            ..BASE
+        },
+        &[17, 1],
     ),
     (
         Shape {

@@ -20,6 +20,10 @@ pub(super) struct Shape {
     pub soft_cap: Option<f32>,
     pub sinks: bool,
     pub qk_norm: bool,
+    /// Whether what attention and the feed-forward layer give is normalised, too.
+    pub post_norms: bool,
+    pub embed_scale: f32,
+    pub logit_cap: Option<f32>,
     pub bias: bool,
     /// 0: no positions at all.
     pub rotary_dim: u32,
@@ -43,6 +47,7 @@ struct LayerWeights<B: Backend> {
     sinks: Option<B::Norm>,
     o: B::Weight,
     norm2: B::Norm,
+    post_norms: Option<(B::Norm, B::Norm)>,
     up: B::Weight,
     down: B::Weight,
 }
@@ -135,6 +140,10 @@ impl<B: Backend> Loader<'_, B> {
             },
             o: self.linear(&[shape.hidden], attn.q_size(), false)?,
             norm2: self.norm(shape.hidden)?,
+            post_norms: match shape.post_norms {
+                true => Some((self.norm(shape.hidden)?, self.norm(shape.hidden)?)),
+                false => None,
+            },
             up: self.linear(up, shape.hidden, shape.bias)?,
             down: self.linear(&[shape.hidden], shape.ffn, shape.bias)?,
         })
@@ -223,11 +232,17 @@ impl<B: Backend> TinyModel<B> {
     fn body(&mut self, backend: &mut B) -> Result<(), BackendError> {
         let Self { shape, layers, kv, residual, .. } = self;
         backend.copy_blocks(kv)?;
-        backend.embed(Embed { table: &self.embed, out: residual })?;
-        let mut delta: Option<&B::Buf> = None;
+        backend.embed(Embed { table: &self.embed, scale: shape.embed_scale, out: residual })?;
+        let mut delta: Option<(&B::Buf, Option<&B::Norm>)> = None;
         for (layer, (w, b)) in layers.iter_mut().enumerate() {
-            let out = &mut b.norm1;
-            backend.add_norm(AddNorm { residual, delta, weight: &w.norm1, eps: EPS, out })?;
+            backend.add_norm(AddNorm {
+                residual,
+                delta: delta.map(|(delta, _)| delta),
+                delta_norm: delta.and_then(|(_, norm)| norm),
+                weight: &w.norm1,
+                eps: EPS,
+                out: &mut b.norm1,
+            })?;
             backend.linear(Linear { x: &b.norm1, weight: &w.qkv, out: &mut b.qkv })?;
             backend.rope_and_cache(RopeAndCache {
                 qkv: &mut b.qkv,
@@ -250,8 +265,15 @@ impl<B: Backend> TinyModel<B> {
                 out: &mut b.attn,
             })?;
             backend.linear(Linear { x: &b.attn, weight: &w.o, out: &mut b.o })?;
-            let (delta_o, out) = (Some(&b.o), &mut b.norm2);
-            backend.add_norm(AddNorm { residual, delta: delta_o, weight: &w.norm2, eps: EPS, out })?;
+            let post_norms = w.post_norms.as_ref();
+            backend.add_norm(AddNorm {
+                residual,
+                delta: Some(&b.o),
+                delta_norm: post_norms.map(|(norm, _)| norm),
+                weight: &w.norm2,
+                eps: EPS,
+                out: &mut b.norm2,
+            })?;
             backend.mlp(Mlp {
                 x: &b.norm2,
                 shape: shape.mlp,
@@ -261,11 +283,22 @@ impl<B: Backend> TinyModel<B> {
                 scratch: &mut b.scratch,
                 out: &mut b.mlp,
             })?;
-            delta = Some(&b.mlp);
+            delta = Some((&b.mlp, post_norms.map(|(_, norm)| norm)));
         }
-        let (weight, out) = (&self.final_norm, &mut self.normed);
-        backend.add_norm(AddNorm { residual, delta, weight, eps: EPS, out })?;
-        backend.logits(Logits { x: &self.normed, head: &self.head, out: &mut self.logits })
+        backend.add_norm(AddNorm {
+            residual,
+            delta: delta.map(|(delta, _)| delta),
+            delta_norm: delta.and_then(|(_, norm)| norm),
+            weight: &self.final_norm,
+            eps: EPS,
+            out: &mut self.normed,
+        })?;
+        backend.logits(Logits {
+            x: &self.normed,
+            head: &self.head,
+            soft_cap: shape.logit_cap,
+            out: &mut self.logits,
+        })
     }
 
     fn read(&self, backend: &mut B, num_tokens: usize, num_logits: usize) -> Result<Outputs, BackendError> {

@@ -125,9 +125,11 @@ impl Case {
         let Layers { linear, table, .. } = layers;
         backend.run(None, |backend| backend.linear(Linear { x: &x, weight: linear, out: &mut wide }))?;
         outputs.push(("linear", rows, self.rounded(backend.read(&wide, rows)?)));
-        backend.run(None, |backend| backend.logits(Logits { x: &x, head: table, out: &mut logits }))?;
+        backend.run(None, |backend| {
+            backend.logits(Logits { x: &x, head: table, soft_cap: None, out: &mut logits })
+        })?;
         outputs.push(("logits", rows, backend.read(&logits, rows.div_ceil(2))?));
-        backend.run(None, |backend| backend.embed(Embed { table, out: &mut residual }))?;
+        backend.run(None, |backend| backend.embed(Embed { table, scale: 0.7, out: &mut residual }))?;
         outputs.push(("embed", rows, backend.read(&residual, rows)?));
         for (name, shape) in [("plain mlp", MlpShape::Plain), ("gated mlp", MlpShape::Gated)] {
             let out = mlp(self, backend, layers, shape, rows)?;

@@ -12,12 +12,13 @@ mod rope;
 pub mod sampler;
 
 use quire_core::{
-    ExecError, HostCopy, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId, TokenLogprobs,
+    DType, ExecError, HostCopy, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId,
+    TokenLogprobs,
 };
 
 pub use self::attention::RefKv;
 pub use self::linear::RefWeight;
-use crate::convert::to_f32;
+use crate::convert::{round_to, to_f32};
 use crate::step_input::StepBuffer;
 use crate::{
     AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Communicator, Embed, GraphKey,
@@ -55,12 +56,18 @@ pub struct RefBackend {
     step: StepBuffer,
     results: Vec<RowResult>,
     communicator: Communicator,
+    rounding: Option<DType>,
 }
 
 impl RefBackend {
     /// Ready to load.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Rounds what experts pass on, as a backend does that keeps it in this type.
+    pub(crate) fn with_rounding(self, rounding: Option<DType>) -> Self {
+        Self { rounding, ..self }
     }
 
     /// As one rank of a group.
@@ -147,7 +154,9 @@ impl Backend for RefBackend {
             if id as usize >= vocab {
                 return Err(failed(format!("token id {id} is outside the embedding of {vocab} rows")));
             }
-            op.table.read_row(id as usize, op.out.row_mut(t));
+            let out = op.out.row_mut(t);
+            op.table.read_row(id as usize, out);
+            out.iter_mut().for_each(|x| *x *= op.scale);
         }
         Ok(())
     }
@@ -156,7 +165,11 @@ impl Backend for RefBackend {
         for t in 0..self.step.num_tokens() {
             let residual = op.residual.row_mut(t);
             if let Some(delta) = op.delta {
-                residual.iter_mut().zip(delta.row(t)).for_each(|(r, d)| *r += d);
+                let mut delta = delta.row(t).to_vec();
+                if let Some(weight) = op.delta_norm {
+                    norm::rms_norm_in_place(&mut delta, weight, op.eps);
+                }
+                residual.iter_mut().zip(&delta).for_each(|(r, d)| *r += d);
             }
             norm::rms_norm(residual, op.weight, op.eps, op.out.row_mut(t));
         }
@@ -233,7 +246,8 @@ impl Backend for RefBackend {
             let mut result = vec![0.0; out.len()];
             out.fill(0.0);
             for (expert, weight) in moe::route(&logits, op.top_k, op.renormalise) {
-                moe::expert(expert, op.activation, op.up, op.down, x, &mut result);
+                let round = |x| self.rounding.map_or(x, |dtype| round_to(dtype, x));
+                moe::expert(expert, op.activation, (op.up, op.down), &round, x, &mut result);
                 out.iter_mut().zip(&result).for_each(|(out, y)| *out += weight * y);
             }
         }
@@ -242,7 +256,11 @@ impl Backend for RefBackend {
 
     fn logits(&mut self, op: Logits<'_, Self>) -> Result<(), BackendError> {
         for (i, row) in self.step.logit_rows.iter().enumerate() {
-            op.head.apply(op.x.row(row.row as usize), op.out.row_mut(i));
+            let out = op.out.row_mut(i);
+            op.head.apply(op.x.row(row.row as usize), out);
+            if let Some(cap) = op.soft_cap {
+                out.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+            }
         }
         Ok(())
     }

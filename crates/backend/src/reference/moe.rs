@@ -25,12 +25,12 @@ pub(super) fn route(logits: &[f32], top_k: usize, renormalise: bool) -> Vec<(usi
     chosen
 }
 
-/// One row through one expert.
+/// One row through one expert, whose hidden numbers and results are rounded.
 pub(super) fn expert(
     index: usize,
     activation: Activation,
-    up: &RefWeight,
-    down: &RefWeight,
+    (up, down): (&RefWeight, &RefWeight),
+    round: &impl Fn(f32) -> f32,
     x: &[f32],
     out: &mut [f32],
 ) {
@@ -38,8 +38,9 @@ pub(super) fn expert(
     let mut hidden = vec![0.0; 2 * width];
     up.apply_rows(index * 2 * width, x, &mut hidden);
     let (gate, values) = hidden.split_at_mut(width);
-    gate.iter_mut().zip(values).for_each(|(g, u)| *g = activation.apply(*g) * *u);
+    gate.iter_mut().zip(values).for_each(|(g, u)| *g = round(activation.apply(*g) * *u));
     down.apply_rows(index * out.len(), gate, out);
+    out.iter_mut().for_each(|x| *x = round(*x));
 }
 
 #[cfg(test)]

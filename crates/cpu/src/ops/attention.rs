@@ -12,6 +12,7 @@ use quire_core::ExecError;
 
 use super::dot::dot_tile;
 use super::grain;
+use super::soft_cap::soft_cap;
 use crate::CpuBackend;
 use crate::buffer::{CpuBuf, SharedRows};
 use crate::element::Element;
@@ -295,16 +296,14 @@ unsafe fn value_columns<S: Simd, E: Element, const H: usize, const C: usize>(
     }
 }
 
-/// `cap * tanh(score / cap)` for these keys of a tile, by tanh x = 1 - 2 / (e^2x + 1).
+/// Caps the scores of these keys of a tile.
 #[inline(always)]
 unsafe fn cap_scores<S: Simd>(scores: &mut [f32; TILE], keys: std::ops::Range<usize>, cap: f32) {
     // SAFETY: offsets stay below TILE; the rest is the caller's.
     unsafe {
-        let (one, cap_twice) = (S::splat(1.0), S::splat(-2.0 * cap));
         for i in (0..TILE).step_by(LANES) {
             let at = scores.as_mut_ptr().add(i);
-            let power = exp::<S>(S::mul(S::load(at), S::splat(2.0 / cap)));
-            S::store(at, S::fma(cap_twice, S::div(one, S::add(power, one)), S::splat(cap)));
+            S::store(at, soft_cap::<S>(S::load(at), cap));
         }
     }
     scores[..keys.start].fill(f32::NEG_INFINITY);

@@ -6,8 +6,8 @@ use crate::buffer::SharedRows;
 use crate::element::Element;
 use crate::weights::{CpuWeight, Matrix};
 
-/// Copies row `id` of `table` to row `t` of `out`. Panics if there is no such row.
-pub(crate) fn embed_row(table: &CpuWeight, id: TokenId, t: usize, out: SharedRows<'_>) {
+/// Copies row `id` of `table` to row `t` of `out`, times `scale`. Panics if there is no such row.
+pub(crate) fn embed_row(table: &CpuWeight, scale: f32, id: TokenId, t: usize, out: SharedRows<'_>) {
     let (id, cols) = (id as usize, table.in_features);
     assert!(id < table.out_features, "token id {id} is outside the embedding of {} rows", table.out_features);
     // SAFETY: each row `t` is written by one call.
@@ -19,6 +19,9 @@ pub(crate) fn embed_row(table: &CpuWeight, id: TokenId, t: usize, out: SharedRow
         Matrix::Bf16(matrix) => widen(&matrix[range], out),
         Matrix::Packed(packed) => packed.row(id, out),
         Matrix::Quantized(quantized) => quantized.row(id, out),
+    }
+    if scale != 1.0 {
+        out.iter_mut().for_each(|x| *x *= scale);
     }
 }
 

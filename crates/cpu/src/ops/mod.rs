@@ -12,6 +12,7 @@ pub mod norm;
 pub(crate) mod paged;
 pub mod rope;
 pub mod sample;
+pub(crate) mod soft_cap;
 mod softmax;
 pub(crate) mod tiles;
 mod topk;

@@ -2,10 +2,12 @@
 
 use crate::simd::{Kernel, LANES, Simd, load_partial};
 
-/// `residual += delta`, then `out = residual / rms(residual) * weight`, for one row.
+/// `residual += delta`, normalised first if there is `delta_norm`; then `out = residual / rms(residual) * weight`, for
+/// one row.
 pub(crate) struct AddNormRow<'a> {
     pub residual: &'a mut [f32],
     pub delta: Option<&'a [f32]>,
+    pub delta_norm: Option<&'a [f32]>,
     pub weight: &'a [f32],
     pub eps: f32,
     pub out: &'a mut [f32],
@@ -16,8 +18,15 @@ impl Kernel for AddNormRow<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        if let Some(delta) = self.delta {
-            self.residual.iter_mut().zip(delta).for_each(|(r, d)| *r += d);
+        match (self.delta, self.delta_norm) {
+            (None, _) => {}
+            (Some(delta), None) => self.residual.iter_mut().zip(delta).for_each(|(r, d)| *r += d),
+            (Some(delta), Some(weight)) => {
+                // SAFETY: the caller's.
+                let scale = unsafe { inverse_rms::<S>(delta, self.eps) };
+                let residual = self.residual.iter_mut().zip(delta).zip(weight);
+                residual.for_each(|((r, d), weight)| *r += d * scale * weight);
+            }
         }
         // SAFETY: the caller's.
         let scale = unsafe { inverse_rms::<S>(self.residual, self.eps) };

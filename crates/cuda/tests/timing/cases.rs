@@ -43,7 +43,12 @@ fn buffer(cuda: &mut Cuda, role: BufRole, rows: usize, cols: usize) -> Result<Cu
 /// Dense products of the feed-forward layer: as they are, and quantized.
 pub fn products(timings: &mut Timings, rows: &[usize]) {
     let shape = timings.shape;
-    let formats = [("bf16", QuantFormat::None), ("int8", QuantFormat::Int8), ("int4", QuantFormat::Int4)];
+    let formats = [
+        ("bf16", QuantFormat::None),
+        ("fp8", QuantFormat::Fp8),
+        ("int8", QuantFormat::Int8),
+        ("int4", QuantFormat::Int4),
+    ];
     let layers = [("up", 2 * shape.intermediate, shape.hidden), ("down", shape.hidden, shape.intermediate)];
     for (layer, n, k) in layers {
         let data = random_bf16(n * k);
@@ -203,7 +208,14 @@ pub fn elementwise(timings: &mut Timings, rows: usize) {
         let step = Step::new(rows, 1, 1, &SamplingParams::default());
         let us = timings.time(&step, |cuda, _| {
             let (residual, out) = (&mut residual, &mut out);
-            cuda.add_norm(AddNorm { residual, delta: Some(&delta), weight: &weight, eps: 1e-5, out })
+            cuda.add_norm(AddNorm {
+                residual,
+                delta: Some(&delta),
+                delta_norm: None,
+                weight: &weight,
+                eps: 1e-5,
+                out,
+            })
         })?;
         // The residual is read and written in f32, the rest is 16 bits.
         timings.row(format!("norm_us/{rows}"), us, "us");

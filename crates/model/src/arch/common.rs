@@ -17,10 +17,12 @@ const MAX_POSITIONS: u64 = 1 << 30;
 
 /// The fields every family has, by the same names.
 pub(super) struct Common<'a> {
-    config: &'a Config<'a>,
-    hidden_size: usize,
-    max_position_embeddings: usize,
+    pub config: &'a Config<'a>,
+    pub hidden_size: usize,
+    pub max_position_embeddings: usize,
     pub num_layers: usize,
+    /// Whether the head is the embedding table in a file that does not say.
+    pub is_tied_by_default: bool,
 }
 
 impl<'a> Common<'a> {
@@ -30,6 +32,7 @@ impl<'a> Common<'a> {
             hidden_size: config.int("hidden_size", 1..=MAX_DIM)?,
             max_position_embeddings: config.int("max_position_embeddings", 1..=MAX_POSITIONS)?,
             num_layers: config.int("num_hidden_layers", 1..=MAX_LAYERS)?,
+            is_tied_by_default: false,
         })
     }
 
@@ -80,11 +83,17 @@ impl<'a> Common<'a> {
 
     /// `hidden_act`.
     pub fn activation(&self) -> Result<Activation> {
-        match self.config.opt_str("hidden_act")? {
-            None | Some("silu" | "swish") => Ok(Activation::Silu),
-            Some("gelu") => Ok(Activation::Gelu),
-            Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
-            Some(_) => Err(self.config.error("hidden_act", "supported are silu, gelu, gelu_pytorch_tanh")),
+        Ok(self.activation_named("hidden_act")?.unwrap_or(Activation::Silu))
+    }
+
+    /// The activation in a field of this name, if the file has it.
+    pub fn activation_named(&self, field: &str) -> Result<Option<Activation>> {
+        let Some(name) = self.config.opt_str(field)? else { return Ok(None) };
+        match name {
+            "silu" | "swish" => Ok(Some(Activation::Silu)),
+            "gelu" => Ok(Some(Activation::Gelu)),
+            "gelu_pytorch_tanh" | "gelu_new" => Ok(Some(Activation::GeluTanh)),
+            _ => Err(self.config.error(field, "supported are silu, gelu, gelu_pytorch_tanh")),
         }
     }
 
@@ -145,7 +154,7 @@ impl<'a> Common<'a> {
     /// Puts the model together.
     pub fn model(self, architecture: &str, layers: Vec<LayerSpec>) -> Result<ModelSpec> {
         let config = self.config;
-        let tied = config.bool_or("tie_word_embeddings", false)?;
+        let tied = config.bool_or("tie_word_embeddings", self.is_tied_by_default)?;
         let vocab_size = config.int("vocab_size", 1..=MAX_VOCAB)?;
         // Ids outside the vocabulary cannot be generated, and must not reach code that indexes logits by them.
         let in_vocab = |id: &TokenId| (*id as usize) < vocab_size;
@@ -155,6 +164,8 @@ impl<'a> Common<'a> {
             hidden_size: self.hidden_size,
             max_position_embeddings: self.max_position_embeddings,
             norm_eps: config.opt_float("rms_norm_eps", 1e-12..=1.0)?.unwrap_or(1e-6) as f32,
+            embed_scale: 1.0,
+            logit_soft_cap: None,
             layers,
             head: if tied { Head::Tied } else { Head::Own },
             dtype: dtype(config)?,

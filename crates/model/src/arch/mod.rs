@@ -4,6 +4,7 @@
 //! To add one, write the file, add it to [`REGISTRY`], and give it a golden checkpoint in `tests/data/golden/`.
 
 mod common;
+mod gemma2;
 mod llama;
 mod mistral;
 mod qwen2;
@@ -29,7 +30,8 @@ pub(crate) struct Architecture {
 }
 
 /// All families.
-static REGISTRY: &[Architecture] = &[llama::ARCH, mistral::ARCH, qwen2::ARCH, qwen3::ARCH, qwen3_moe::ARCH];
+static REGISTRY: &[Architecture] =
+    &[llama::ARCH, mistral::ARCH, qwen2::ARCH, qwen3::ARCH, qwen3_moe::ARCH, gemma2::ARCH];
 
 impl ModelSpec {
     /// Reads the text of a `config.json`.
@@ -116,7 +118,7 @@ fn feature_of(architecture: &str) -> &'static str {
         ("Moe", " (mixture of experts)"),
         ("Mixtral", " (mixture of experts)"),
         ("Deepseek", " (multi-head latent attention, mixture of experts)"),
-        ("Gemma", " (Gemma's norms, softcaps and interleaved windows)"),
+        ("Gemma", " (another Gemma than Gemma2ForCausalLM)"),
         ("Mamba", " (state space layers)"),
         ("Rwkv", " (linear attention)"),
         ("ForSequenceClassification", " (classification head)"),

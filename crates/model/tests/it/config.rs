@@ -1,7 +1,9 @@
 //! `config.json`, good and bad, old and new style.
 
 use quire_core::DType;
-use quire_model::{Activation, Ffn, GenerationConfig, GqaSpec, Mixer, ModelSpec, MoeFfn, RopeScaling};
+use quire_model::{
+    Activation, Ffn, GenerationConfig, GqaSpec, Head, LayerSpec, Mixer, ModelSpec, MoeFfn, RopeScaling,
+};
 use serde_json::{Value, json};
 
 /// A valid Llama config with fields replaced; `null` removes one.
@@ -28,6 +30,36 @@ fn gqa(changes: &Value) -> GqaSpec {
 
 fn error(changes: &Value) -> String {
     ModelSpec::from_config_json(&with(changes)).unwrap_err().to_string()
+}
+
+/// What transformers' Gemma2Config takes for granted, and what a file may say instead.
+#[test]
+fn gemma2_has_defaults_of_its_own() {
+    let gemma = |changes: Value| {
+        let mut all = json!({"architectures": ["Gemma2ForCausalLM"], "num_hidden_layers": 3});
+        all.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        let spec = spec(&all);
+        let gqas: Vec<_> =
+            spec.layers.iter().map(|LayerSpec { mixer: Mixer::Gqa(gqa), .. }| gqa.clone()).collect();
+        (spec, gqas)
+    };
+    let windows = |gqas: &[GqaSpec]| gqas.iter().map(|gqa| gqa.window).collect::<Vec<_>>();
+    let (plain, gqas) = gemma(json!({}));
+    assert_eq!((plain.head, plain.embed_scale, plain.logit_soft_cap), (Head::Tied, 8.0, Some(30.0)));
+    assert_eq!(windows(&gqas), [Some(4096), None, Some(4096)]);
+    assert_eq!((gqas[0].softmax_scale, gqas[0].soft_cap), (0.0625, Some(50.0)));
+    let Ffn::Dense(ffn) = &plain.layers[0].ffn else { panic!("it is dense") };
+    assert_eq!(ffn.activation, Activation::GeluTanh);
+    let (other, gqas) = gemma(json!({
+        "attn_logit_softcapping": null, "final_logit_softcapping": null, "query_pre_attn_scalar": 144,
+        "tie_word_embeddings": false, "sliding_window": 8,
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+    }));
+    assert_eq!((other.head, other.logit_soft_cap), (Head::Own, None));
+    assert_eq!(windows(&gqas), [None, None, Some(8)]);
+    assert_eq!((gqas[0].softmax_scale, gqas[0].soft_cap), (1.0 / 12.0, None));
+    let bidirectional = json!({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": true});
+    assert!(error(&bidirectional).contains("only causal attention"));
 }
 
 #[test]
@@ -114,7 +146,7 @@ fn unsupported_features_are_named() {
             json!({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}),
             "`MixtralForCausalLM` (mixture of",
         ),
-        (json!({"architectures": ["Gemma3ForCausalLM"]}), "`Gemma3ForCausalLM` (Gemma's norms"),
+        (json!({"architectures": ["Gemma3ForCausalLM"]}), "`Gemma3ForCausalLM` (another Gemma"),
         (json!({"architectures": ["Qwen2MoeForCausalLM"]}), "(mixture of experts)"),
         (json!({"architectures": null, "model_type": "gpt2"}), "model type `gpt2`"),
         (json!({"num_local_experts": 8}), "`num_local_experts`: mixture of experts (MoE) is not"),
@@ -145,7 +177,7 @@ fn unsupported_features_are_named() {
     assert_eq!(
         unknown,
         "architecture `FooForCausalLM` is not supported; supported are LlamaForCausalLM, MistralForCausalLM, \
-         Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
+         Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM, Gemma2ForCausalLM"
     );
     spec(&json!({"auto_map": {"AutoTokenizer": ["t.T", null]}, "num_experts": 0}));
 }

@@ -10,7 +10,8 @@ use serde_json::Value;
 
 use crate::golden_dir;
 
-const FAMILIES: [&str; 13] = [
+const FAMILIES: [&str; 14] = [
+    "gemma2",
     "llama2",
     "llama3",
     "mistral",
@@ -48,6 +49,8 @@ fn base(theta: f64) -> (ModelSpec, GqaSpec, DenseFfn) {
         hidden_size: 64,
         max_position_embeddings: 128,
         norm_eps: 1e-5,
+        embed_scale: 1.0,
+        logit_soft_cap: None,
         layers: Vec::new(),
         head: Head::Own,
         dtype: DType::BF16,
@@ -112,6 +115,19 @@ fn expected(family: &str) -> ModelSpec {
             };
             let moe = LayerSpec { ffn: Ffn::Moe(experts), ..layer(&gqa, &ffn) };
             spec.layers = vec![moe.clone(), layer(&gqa, &ffn), moe];
+            num_layers = 0;
+        }
+        // The first and third of three layers slide.
+        "gemma2" => {
+            spec.architecture = "Gemma2ForCausalLM".to_owned();
+            (spec.hidden_size, spec.head, spec.norm_eps) = (128, Head::Tied, 1e-6);
+            (spec.embed_scale, spec.logit_soft_cap) = (11.313_708, Some(0.8));
+            (gqa.softmax_scale, gqa.soft_cap, ffn.activation) =
+                (24f32.powf(-0.5), Some(3.0), Activation::GeluTanh);
+            let sliding = GqaSpec { window: Some(16), ..gqa.clone() };
+            let norms = NormPlacement::PreAndPost;
+            let [sliding, full] = [&sliding, &gqa].map(|gqa| LayerSpec { norms, ..layer(gqa, &ffn) });
+            spec.layers = vec![sliding.clone(), full, sliding];
             num_layers = 0;
         }
         "smollm" => {
@@ -245,16 +261,21 @@ fn tensors_hold_the_bytes_of_their_files() {
         let mut seen = 0;
         let mut compare = |ours: TensorView<'_>, name: &str| {
             let theirs = files.iter().find_map(|file| file.tensor(name).ok()).unwrap();
+            seen += 1;
+            if family == "gemma2" && name.contains("norm") {
+                assert_eq!((ours.shape, ours.dtype), (theirs.shape(), DType::F32), "{name}");
+                assert_eq!(ours.data, one_and(theirs.data()), "{name}");
+                return;
+            }
             assert_eq!((ours.shape, ours.data), (theirs.shape(), theirs.data()), "{family} {name}");
             assert_eq!(format!("{:?}", theirs.dtype()).to_lowercase(), ours.dtype.name(), "{family} {name}");
-            seen += 1;
         };
         let spec = checkpoint.spec();
         for (index, layer) in spec.layers.iter().enumerate() {
             for (tensor, shape) in layer.tensors(spec.hidden_size) {
                 let ours = checkpoint.layer_tensor(index, tensor).unwrap();
                 assert_eq!(*ours.shape, *shape);
-                compare(ours.view(), &format!("model.layers.{index}.{}", hf_name(tensor)));
+                compare(ours.view(), &format!("model.layers.{index}.{}", hf_name(family, tensor)));
             }
         }
         compare(checkpoint.global_tensor(GlobalTensor::Embed).unwrap().view(), "model.embed_tokens.weight");
@@ -269,8 +290,17 @@ fn tensors_hold_the_bytes_of_their_files() {
     }
 }
 
-fn hf_name(tensor: LayerTensor) -> String {
+/// f32 that are 1 greater than these bf16.
+fn one_and(bf16: &[u8]) -> Vec<u8> {
+    let values = bf16.chunks(2).map(|bytes| f32::from_le_bytes([0, 0, bytes[0], bytes[1]]));
+    values.flat_map(|value| (1.0 + value).to_le_bytes()).collect()
+}
+
+fn hf_name(family: &str, tensor: LayerTensor) -> String {
     let name = match tensor {
+        LayerTensor::FfnNorm if family == "gemma2" => "pre_feedforward_layernorm.weight",
+        LayerTensor::PostMixerNorm => "post_attention_layernorm.weight",
+        LayerTensor::PostFfnNorm => "post_feedforward_layernorm.weight",
         LayerTensor::MixerNorm => "input_layernorm.weight",
         LayerTensor::Q => "self_attn.q_proj.weight",
         LayerTensor::K => "self_attn.k_proj.weight",

@@ -127,6 +127,41 @@ fn a_vocabulary_need_not_come_out_even() {
     assert!(error < 1e-4, "{error}");
 }
 
+/// Four heads over two key/value heads, and experts of 32 columns: a rank of four has one head and eight columns of each.
+fn experts() -> Checkpoint {
+    let spec = ModelSpec::from_config_json(
+        r#"{"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "vocab_size": 50, "max_position_embeddings": 128, "tie_word_embeddings": true, "num_experts": 8,
+            "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": true,
+            "mlp_only_layers": [1]}"#,
+    );
+    Checkpoint::dummy(spec.unwrap(), 3)
+}
+
+/// Against the reference in one piece: every rank chooses the same experts and has its columns of each.
+fn experts_agree<B: TestBackend>() {
+    let (checkpoint, config) = (experts(), config(64, 16));
+    assert!(B::takes(&checkpoint));
+    let prompt: Vec<_> = (0..40).map(|i| (11 * i + 5) % 50).collect();
+    let mut whole = Driver::<ModelRunner<RefBackend>>::new(&checkpoint, &config);
+    let mut split = Driver::<B>::new(&checkpoint, &config);
+    let seqs = (whole.add(&prompt, &greedy()), split.add(&prompt, &greedy()));
+    whole.step(&[(seqs.0, 40)]);
+    split.step(&[(seqs.1, 40)]);
+    let error = max_error(&split.logits(), &whole.logits());
+    assert!(error < 1e-4, "{}: {error}", B::NAME);
+    whole.run(&[seqs.0], 1, |_| 8);
+    split.run(&[seqs.1], 1, |_| 8);
+    assert_eq!(split.seqs[seqs.1].output(), whole.seqs[seqs.0].output(), "{}", B::NAME);
+}
+
+#[test]
+fn experts_are_split_over_two_and_four_ranks() {
+    experts_agree::<Ranks<2>>();
+    experts_agree::<Ranks<4>>();
+}
+
 fn ref_ranks(configs: [&RunnerConfig; 2]) -> TensorParallel {
     let runner = |(rank, (communicator, config)): (usize, (Communicator, &RunnerConfig))| {
         let backend = RefBackend::new().with_communicator(communicator);
