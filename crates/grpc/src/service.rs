@@ -130,7 +130,11 @@ impl InferenceService {
         demand.add(prepared.prompt_tokens(), prepared.n(), prepared.max_tokens());
         let permit = self.tenancy.admit(access, demand).await.map_err(denied)?;
         let meter = permit.meter(prepared.prompt_tokens(), prepared.n());
-        let generation = llm.start(prepared, Some(meter)).await.map_err(|error| status::of(&error))?;
+        let priority = permit.priority(prepared.priority());
+        let generation = llm
+            .start(prepared.with_priority(priority), Some(meter))
+            .await
+            .map_err(|error| status::of(&error))?;
         Ok(Started { id: id.to_owned(), model, generation, standing: *permit.standing() })
     }
 

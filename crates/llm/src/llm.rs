@@ -397,6 +397,17 @@ impl Prepared {
     pub fn max_tokens(&self) -> u32 {
         self.params.max_tokens
     }
+
+    /// Higher runs first.
+    pub fn priority(&self) -> i8 {
+        self.request.priority
+    }
+
+    /// The same with another priority.
+    pub fn with_priority(mut self, priority: i8) -> Self {
+        self.request.priority = priority;
+        self
+    }
 }
 
 /// A prompt as the engine takes it, and the text it was made from, if there was one.

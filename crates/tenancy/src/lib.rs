@@ -11,10 +11,11 @@
 //! * time is an argument of everything that counts (`gcra`, `ledger`); no lock is held across an await;
 //! * bounded: tenants, keys, ids, labels, settlements in wait.
 //!
-//! Reading order: [`file`] with `values`, [`limits`] and [`network`]; [`gcra`], `ledger`, [`demand`]; [`tenancy`], `table`,
+//! Reading order: [`file`] with `values`, [`limits`], [`budget`] and [`network`]; [`gcra`], `ledger`, [`demand`]; [`tenancy`], `table`,
 //! [`tenant`], [`permit`]; `shared` with its scripts, [`watch`], `metrics`.
 #![forbid(unsafe_code)]
 
+pub mod budget;
 mod credential;
 pub mod demand;
 pub mod file;
@@ -31,6 +32,7 @@ pub mod tenant;
 mod values;
 pub mod watch;
 
+pub use budget::{Budget, OverBudget, Period};
 pub use credential::{AuthError, KeyDigest, KeyError, Keys, bearer};
 pub use demand::{Demand, Denied};
 pub use file::{FileError, TenantsFile};

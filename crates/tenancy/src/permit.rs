@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use quire_core::{FinishReason, Meter};
 
+use crate::budget::{LOWEST_PRIORITY, Spent};
 use crate::demand::Demand;
 use crate::ledger::{Standing, Taken};
 use crate::metrics::Outcome;
@@ -37,6 +38,12 @@ impl Permit {
         &self.reservation.standing
     }
 
+    /// The priority to run with: the lowest, if the budget is used up and does not refuse.
+    pub fn priority(&self, asked: i8) -> i8 {
+        let is_over = self.reservation.spent.is_some_and(|spent| spent.is_over);
+        if is_over { asked.min(LOWEST_PRIORITY) } else { asked }
+    }
+
     /// The meter of one of the prompts that were added to the demand.
     pub fn meter(&self, prompt_tokens: u32, choices: u32) -> Box<dyn Meter> {
         Box::new(PermitMeter {
@@ -54,6 +61,8 @@ pub(crate) struct Reservation {
     pub(crate) demand: Demand,
     /// What the buckets gave.
     pub(crate) taken: Taken,
+    /// What of the budget.
+    pub(crate) spent: Option<Spent>,
     pub(crate) source: Source,
     pub(crate) standing: Standing,
     pub(crate) admitted: Instant,
@@ -90,6 +99,13 @@ impl Reservation {
         ]
     }
 
+    /// The same of the budget, in tokens.
+    fn unspent(&self) -> u64 {
+        let used = self.used.started_tokens.load(Ordering::Acquire)
+            + self.used.output_tokens.load(Ordering::Acquire);
+        self.spent.map_or(0, |spent| spent.tokens.saturating_sub(used))
+    }
+
     fn outcome(&self) -> Outcome {
         Outcome::ALL[usize::from(self.used.outcome.load(Ordering::Acquire))]
     }
@@ -98,7 +114,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         let state = &self.tenant.state;
-        let unused = self.unused();
+        let (unused, unspent) = (self.unused(), self.unspent());
         let never_started = self.demand.choices.saturating_sub(*self.used.started_choices.get_mut());
         let waiting_tokens = self.demand.input_tokens.saturating_sub(*self.used.started_tokens.get_mut());
         let in_flight = {
@@ -108,10 +124,14 @@ impl Drop for Reservation {
             if matches!(self.source, Source::Local) {
                 ledger.give_back(unused);
             }
+            if let Some(spent) = self.spent {
+                ledger.spending.give_back(spent.window, unspent);
+            }
             ledger.in_flight()
         };
         if let Source::Shared(store) = &self.source {
-            store.settle(Settlement { tenant: Arc::clone(&state.name), unused, in_flight });
+            let unspent = self.spent.map(|spent| Spent { tokens: unspent, ..spent });
+            store.settle(Settlement { tenant: Arc::clone(&state.name), unused, unspent, in_flight });
         }
         state.metrics.waiting.decrement(never_started);
         let [input, cached, output] = [

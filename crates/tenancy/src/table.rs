@@ -43,6 +43,8 @@ pub(crate) struct Table {
     pub(crate) by_key: HashMap<KeyDigest, Access>,
     /// Everybody, where no key is needed.
     pub(crate) anonymous: Option<Access>,
+    /// All that the file has, and who is none of it first.
+    pub(crate) tenants: Vec<Arc<Tenant>>,
     /// Indexed by id; tenants that have left keep their place.
     pub(crate) shares: Vec<TenantShare>,
 }
@@ -96,11 +98,13 @@ impl Table {
         let mut by_key: HashMap<_, _> =
             api_keys.digests.iter().map(|&digest| (digest, access(full("api-key")))).collect();
         let mut shares = vec![default.share()];
+        let mut tenants = vec![Arc::clone(&default)];
         for entry in file.tenants {
             let tenant = tenant(entry.settings, entry.ip_allow, registry.state(&entry.id)?);
             let at = tenant.id().0 as usize;
             shares.resize(shares.len().max(at + 1), TenantShare::default());
             shares[at] = tenant.share();
+            tenants.push(Arc::clone(&tenant));
             for KeyEntry { id, digest, expires, scopes } in entry.keys {
                 let key = Arc::new(Key { id: id.clone(), expires, scopes });
                 let access = Access { tenant: Arc::clone(&tenant), key };
@@ -109,7 +113,7 @@ impl Table {
                 }
             }
         }
-        Ok(Self { by_key, anonymous: open.then(|| access(full("anonymous"))), shares })
+        Ok(Self { by_key, anonymous: open.then(|| access(full("anonymous"))), tenants, shares })
     }
 }
 

@@ -55,6 +55,11 @@ fn demand(prompt_tokens: u32, n: u32, max_tokens: u32) -> Demand {
     demand
 }
 
+/// So long after the start, which was on 2026-11-29 at 16:39:16.
+fn at(nanos: Nanos) -> Now {
+    Now { nanos, unix: 1_795_970_356 + (nanos / SECOND) as i64 }
+}
+
 fn limited(outcome: Result<Permit, Denied>) -> (Quota, Duration) {
     match outcome.map(drop) {
         Err(Denied::Limited { quota, retry_after, .. }) => (quota, retry_after),
@@ -138,7 +143,7 @@ fn a_table_of_admissions_in_time() {
     let tenancy = tenancy(TWO);
     let access = tenancy.authenticate(Some("sk-new"), None).unwrap();
     let admit =
-        |second: u64, n, max_tokens| tenancy.admit_at(second * SECOND, &access, demand(5, n, max_tokens));
+        |second: u64, n, max_tokens| tenancy.admit_at(at(second * SECOND), &access, demand(5, n, max_tokens));
     // 600 tokens a minute: 10 a second, 100 at once. A permit that is dropped unused gives its tokens back.
     drop(admit(0, 1, 100).unwrap());
     let first = admit(0, 1, 60).unwrap();
@@ -172,6 +177,50 @@ fn a_table_of_admissions_in_time() {
     assert_eq!(access.tenant().default_max_tokens(4), Some(25));
 }
 
+/// From the Sunday of [`at`] into the next day.
+#[test]
+fn a_budget_lasts_for_a_period_and_begins_anew() {
+    let text = |action: &str| {
+        format!("[defaults]\nbudget = {{ tokens = 100, period = 'day', action = '{action}' }}")
+    };
+    let midnight = 26_444;
+    let tenancy = tenancy(&text("reject"));
+    let access = tenancy.authenticate(None, None).unwrap();
+    let admit = |second: u64, prompt, max_tokens| {
+        tenancy.admit_at(at(second * SECOND), &access, demand(prompt, 1, max_tokens))
+    };
+    let used = |second: u64| {
+        let window = crate::Period::Day.window(at(second * SECOND).unix);
+        access.tenant.state.ledger.lock().spending.used_in(window)
+    };
+    let first = admit(0, 20, 50).unwrap();
+    assert_eq!(limited(admit(1, 1, 30)), (Quota::Budget, Duration::from_secs(midnight - 1)));
+    assert!(matches!(
+        admit(1, 1, 100).map(drop),
+        Err(Denied::TooLarge { field: "max_tokens", limit_name: "budget", value: 101, limit: 100 })
+    ));
+    let mut meter = first.meter(20, 1);
+    meter.started(10);
+    meter.ended(5, FinishReason::Stop);
+    drop((first, meter));
+    assert_eq!(used(1), 25, "cached tokens count as others do");
+    let late = admit(2, 5, 70).unwrap();
+    assert_eq!(limited(admit(2, 0, 0)).0, Quota::Budget, "nothing is left");
+    drop(tenancy.admit_at(at(2), &access, Demand::default()).expect("what generates nothing is free"));
+    let next = admit(midnight, 10, 10).unwrap();
+    drop(late);
+    assert_eq!(used(midnight), 20, "what was reserved yesterday is not given back today");
+    assert_eq!(next.priority(1), 1);
+    tenancy.reload(file(&text("deprioritize"))).unwrap();
+    let access = tenancy.authenticate(None, None).unwrap();
+    let admit =
+        |max_tokens| tenancy.admit_at(at(midnight * SECOND), &access, demand(0, 1, max_tokens)).unwrap();
+    let (within, beyond) = (admit(80), admit(1000));
+    assert_eq!([within.priority(1), beyond.priority(1), beyond.priority(-5)], [1, -2, -5]);
+    drop(beyond);
+    assert_eq!(admit(1).priority(0), -2, "the budget is full");
+}
+
 #[test]
 fn a_request_of_several_prompts_is_one_permit_and_settles_with_the_last() {
     let tenancy =
@@ -180,7 +229,7 @@ fn a_request_of_several_prompts_is_one_permit_and_settles_with_the_last() {
     let ledger = || *access.tenant.state.ledger.lock();
     let mut both = demand(10, 2, 100);
     both.add(30, 2, 100);
-    let permit = tenancy.admit_at(0, &access, both).unwrap();
+    let permit = tenancy.admit_at(at(0), &access, both).unwrap();
     assert_eq!(ledger().queued(), (4, 40));
     let (mut first, second) = (permit.meter(10, 2), permit.meter(30, 2));
     first.started(4);
@@ -201,7 +250,8 @@ fn a_look_ahead_takes_nothing() {
     let before = *access.tenant.state.ledger.lock();
     tenancy.precheck(&access).unwrap();
     assert_eq!(*access.tenant.state.ledger.lock(), before);
-    let permits: Vec<_> = (0..3).map(|_| tenancy.admit_at(0, &access, demand(1, 1, 1)).unwrap()).collect();
+    let permits: Vec<_> =
+        (0..3).map(|_| tenancy.admit_at(at(0), &access, demand(1, 1, 1)).unwrap()).collect();
     assert!(matches!(tenancy.precheck(&access), Err(Denied::Limited { quota: Quota::Concurrency, .. })));
     drop(permits);
     tenancy.precheck(&access).unwrap();
@@ -213,7 +263,7 @@ fn a_reload_keeps_ids_permits_and_use() {
     let changes = tenancy.subscribe();
     let before = tenancy.authenticate(Some("sk-b"), None).unwrap();
     let a = tenancy.authenticate(Some("sk-new"), None).unwrap();
-    let permit = tenancy.admit_at(0, &a, demand(1, 3, 10)).unwrap();
+    let permit = tenancy.admit_at(at(0), &a, demand(1, 3, 10)).unwrap();
     // `a` moves behind a new tenant, gets another key and more places; `b` loses its key.
     let text = "
         [[tenants]]
@@ -234,9 +284,9 @@ fn a_reload_keeps_ids_permits_and_use() {
     let next = tenancy.authenticate(Some("sk-next"), None).unwrap();
     assert_eq!(next.tenant().id(), a.tenant().id());
     assert_eq!(tenancy.shares()[before.tenant().id().0 as usize].weight, 3.0);
-    let one = tenancy.admit_at(0, &next, demand(1, 1, 1)).unwrap();
+    let one = tenancy.admit_at(at(0), &next, demand(1, 1, 1)).unwrap();
     assert_eq!(
-        limited(tenancy.admit_at(0, &next, demand(1, 1, 1))).0,
+        limited(tenancy.admit_at(at(0), &next, demand(1, 1, 1))).0,
         Quota::Concurrency,
         "3 + 1 are in flight"
     );
@@ -310,7 +360,7 @@ fn run_random(tenancy: &Tenancy, random: &mut Random, rates: [u64; 3], places: [
         now += random.below(2 * SECOND);
         let (prompt, n, max_tokens) =
             (1 + random.below(300) as u32, 1 + random.below(3) as u32, 1 + random.below(200) as u32);
-        if let Ok(permit) = tenancy.admit_at(now, &access, demand(prompt, n, max_tokens)) {
+        if let Ok(permit) = tenancy.admit_at(at(now), &access, demand(prompt, n, max_tokens)) {
             used[0] += 1;
             let size = [1, prompt.into(), u64::from(n * max_tokens)];
             largest.iter_mut().zip(size).for_each(|(largest, size)| *largest = size.max(*largest));

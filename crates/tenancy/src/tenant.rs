@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicU64;
 use parking_lot::Mutex;
 use quire_core::{TenantId, TenantShare};
 
+use crate::budget::Budget;
 use crate::demand::Denied;
 use crate::file::TenantSettings;
 use crate::gcra::{Nanos, Rate};
@@ -52,6 +53,11 @@ impl Tenant {
     /// What it may do.
     pub fn limits(&self) -> &Limits {
         &self.settings.limits
+    }
+
+    /// What it may use in a day, a week or a month.
+    pub fn budget(&self) -> Option<&Budget> {
+        self.settings.budget.as_ref()
     }
 
     /// What the scheduler is to give it.

@@ -97,7 +97,8 @@ impl Caller {
 /// Submits a prompt under the permit of its request.
 pub(crate) async fn start(llm: &Llm, permit: &Permit, prompt: Prepared) -> Result<Generation, RequestError> {
     let meter = permit.meter(prompt.prompt_tokens(), prompt.n());
-    llm.start(prompt, Some(meter)).await
+    let priority = permit.priority(prompt.priority());
+    llm.start(prompt.with_priority(priority), Some(meter)).await
 }
 
 fn parse_timeout(value: Option<&str>) -> Result<Duration, ApiError> {
