@@ -188,7 +188,7 @@ impl Ledger {
         (self.in_flight, self.queued, self.queued_tokens) == (0, 0, 0)
     }
 
-    #[cfg(test)]
+    /// Answers that wait, and their prompt tokens.
     pub(crate) fn queued(&self) -> (u32, u64) {
         (self.queued, self.queued_tokens)
     }

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use quire_core::FinishReason;
 use quire_core::metric_names::{
-    QUOTA_STORE_ERRORS, TENANT_BUDGET_TOKENS, TENANT_QUEUE, TENANT_REQUESTS, TENANT_RUNNING,
+    AUDIT_RECORDS, QUOTA_STORE_ERRORS, TENANT_BUDGET_TOKENS, TENANT_QUEUE, TENANT_REQUESTS, TENANT_RUNNING,
     TENANT_SHARE_RATIO, TENANT_THROTTLED, TENANT_TOKENS, TENANT_WAITING, TENANTS_RELOADS,
 };
 
@@ -129,6 +129,11 @@ impl TenantMetrics {
 pub(crate) fn count_reload(usable: bool) {
     let result = if usable { "ok" } else { "error" };
     counter!(TENANTS_RELOADS.name, "result" => result).increment(1);
+}
+
+/// So many records of the audit log were `written` or `lost`.
+pub(crate) fn count_audit(result: &'static str, num: u64) {
+    counter!(AUDIT_RECORDS.name, "result" => result).increment(num);
 }
 
 /// The shared store did not answer.

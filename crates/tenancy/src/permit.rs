@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use quire_core::{FinishReason, Meter};
 
+use crate::audit::Trail;
 use crate::budget::{LOWEST_PRIORITY, Spent};
 use crate::demand::Demand;
 use crate::ledger::{Standing, Taken};
@@ -58,6 +59,7 @@ impl Permit {
 /// What is reserved, and what of it was used so far.
 pub(crate) struct Reservation {
     pub(crate) tenant: Arc<Tenant>,
+    pub(crate) trail: Trail,
     pub(crate) demand: Demand,
     /// What the buckets gave.
     pub(crate) taken: Taken,
@@ -76,9 +78,19 @@ pub(crate) struct Used {
     started_tokens: AtomicU64,
     cached_tokens: AtomicU64,
     output_tokens: AtomicU64,
-    /// The worst [`Outcome`] so far.
-    outcome: AtomicU8,
+    /// The worst end so far, by its place in [`ENDS`] and one more; 0: none.
+    worst: AtomicU8,
 }
+
+/// Ends of answers, the worst last.
+const ENDS: [FinishReason; 6] = [
+    FinishReason::Rejected,
+    FinishReason::Stop,
+    FinishReason::Length,
+    FinishReason::Abort,
+    FinishReason::Deadline,
+    FinishReason::Error,
+];
 
 impl Reservation {
     /// The part of what the buckets gave that was not used.
@@ -106,8 +118,10 @@ impl Reservation {
         self.spent.map_or(0, |spent| spent.tokens.saturating_sub(used))
     }
 
-    fn outcome(&self) -> Outcome {
-        Outcome::ALL[usize::from(self.used.outcome.load(Ordering::Acquire))]
+    /// The worst end of its answers.
+    fn finish(&self) -> Option<FinishReason> {
+        let worst = usize::from(self.used.worst.load(Ordering::Acquire));
+        worst.checked_sub(1).map(|at| ENDS[at])
     }
 }
 
@@ -143,10 +157,19 @@ impl Drop for Reservation {
         state.metrics.input.increment(input);
         state.metrics.cached.increment(cached);
         state.metrics.output.increment(output);
-        state.tokens.fetch_add(input + output, Ordering::Relaxed);
+        state.totals.add([input, cached, output]);
         // A call that generates nothing is over when it is answered.
-        let outcome = if self.demand.choices == 0 { Outcome::Completed } else { self.outcome() };
+        let finish = self.finish();
+        let outcome = match finish {
+            _ if self.demand.choices == 0 => Outcome::Completed,
+            // Never came to run.
+            None => Outcome::Rejected,
+            Some(reason) => Outcome::of(reason),
+        };
         state.metrics.ended(outcome);
+        if self.demand.choices > 0 {
+            self.trail.cost([input, cached, output], finish);
+        }
     }
 }
 
@@ -176,7 +199,8 @@ impl Meter for PermitMeter {
 
     fn ended(&mut self, generated_tokens: u32, reason: FinishReason) {
         self.reservation.used.output_tokens.fetch_add(generated_tokens.into(), Ordering::AcqRel);
-        self.reservation.used.outcome.fetch_max(Outcome::of(reason) as u8, Ordering::AcqRel);
+        let place = ENDS.iter().position(|&end| end == reason).map_or(0, |at| at as u8 + 1);
+        self.reservation.used.worst.fetch_max(place, Ordering::AcqRel);
     }
 }
 

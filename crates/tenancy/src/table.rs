@@ -2,16 +2,16 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use parking_lot::Mutex;
 use quire_core::{TenantId, TenantShare};
 
+use crate::audit::Trail;
 use crate::credential::{KeyDigest, Keys};
 use crate::file::{KeyEntry, TenantSettings, TenantsFile};
 use crate::limits::Scopes;
 use crate::metrics::{MAX_LABELLED, TenantMetrics};
-use crate::tenant::{Access, Key, Tenant, TenantState};
+use crate::tenant::{Access, Key, Tenant, TenantState, Totals};
 
 /// Ids given out in the life of a process. A tenant keeps its id when it leaves the file, because its last requests may
 /// still run; so the number is bounded.
@@ -71,7 +71,7 @@ impl Registry {
             ledger: Mutex::default(),
             refused: Mutex::default(),
             metrics: TenantMetrics::new(if id < MAX_LABELLED { &name } else { "other" }),
-            tokens: AtomicU64::new(0),
+            totals: Totals::default(),
             name: Arc::clone(&name),
         });
         self.by_name.insert(name, id);
@@ -93,7 +93,8 @@ impl Table {
             Arc::new(Tenant { settings, state, ip_allow, free_priority: !file.is_file })
         };
         let default = tenant(file.defaults, Vec::new(), first);
-        let access = |key: Key| Access { tenant: Arc::clone(&default), key: Arc::new(key) };
+        let access =
+            |key: Key| Access { tenant: Arc::clone(&default), key: Arc::new(key), trail: Trail::default() };
         let full = |id: &str| Key { id: id.to_owned(), expires: None, scopes: Scopes::ALL };
         let mut by_key: HashMap<_, _> =
             api_keys.digests.iter().map(|&digest| (digest, access(full("api-key")))).collect();
@@ -107,7 +108,7 @@ impl Table {
             tenants.push(Arc::clone(&tenant));
             for KeyEntry { id, digest, expires, scopes } in entry.keys {
                 let key = Arc::new(Key { id: id.clone(), expires, scopes });
-                let access = Access { tenant: Arc::clone(&tenant), key };
+                let access = Access { tenant: Arc::clone(&tenant), key, trail: Trail::default() };
                 if by_key.insert(digest, access).is_some() {
                     return Err(TableError::KeyTwice { tenant: entry.id, key: id });
                 }

@@ -2,14 +2,14 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Mutex, RwLock};
-use quire_core::TenantShare;
+use quire_core::{TenantId, TenantShare};
 use tokio::sync::watch;
 
-use crate::budget::{Budget, Spent};
+use crate::budget::{Budget, Spent, Window};
 use crate::credential::{AuthError, KeyDigest, Keys};
 use crate::demand::{Demand, Denied};
 use crate::file::TenantsFile;
@@ -21,6 +21,27 @@ use crate::permit::{Permit, Reservation, Source, Used};
 use crate::shared::{Charge, Charged, SharedStore};
 use crate::table::{Registry, Table, TableError};
 use crate::tenant::{Access, Tenant};
+
+/// What one tenant used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// Its name.
+    pub tenant: String,
+    /// Requests that ended since the start, those to tokenize included.
+    pub requests: u64,
+    /// Tokens of their prompts.
+    pub prompt_tokens: u64,
+    /// Those of them that were cached.
+    pub cached_tokens: u64,
+    /// Tokens that were generated.
+    pub completion_tokens: u64,
+    /// Answers that wait or run.
+    pub in_flight: u32,
+    /// Those of them that wait.
+    pub waiting: u32,
+    /// The budget, its period that runs, and what is used or reserved of it.
+    pub budget: Option<(Budget, Window, u64)>,
+}
 
 /// What time it is: for what is counted a minute, and for the calendar.
 #[derive(Clone, Copy)]
@@ -75,14 +96,24 @@ impl Tenancy {
     /// # Errors
     /// As [`Tenancy::new`], and [`TableError::WouldOpen`]; the old table stays.
     pub fn reload(&self, file: TenantsFile) -> Result<(), TableError> {
+        self.commit(self.prepare(file)?);
+        Ok(())
+    }
+
+    /// Checks another reading of the file.
+    pub(crate) fn prepare(&self, file: TenantsFile) -> Result<Table, TableError> {
         let inner = &self.inner;
         let table = Table::new(&inner.api_keys, file, &mut inner.registry.lock())?;
         if table.anonymous.is_some() && self.requires_key() {
             return Err(TableError::WouldOpen);
         }
-        *inner.table.write() = Arc::new(table);
-        inner.changes.send_modify(|version| *version += 1);
-        Ok(())
+        Ok(table)
+    }
+
+    /// Makes it the one that holds.
+    pub(crate) fn commit(&self, table: Table) {
+        *self.inner.table.write() = Arc::new(table);
+        self.inner.changes.send_modify(|version| *version += 1);
     }
 
     /// Told of every reload.
@@ -100,9 +131,42 @@ impl Tenancy {
         self.table().anonymous.is_none()
     }
 
+    /// Whether somebody comes with this key.
+    pub fn has_key(&self, key: &KeyDigest) -> bool {
+        self.table().by_key.contains_key(key)
+    }
+
     /// Whether limits are shared with other replicas now.
     pub fn shares_limits(&self) -> bool {
         self.inner.store.as_ref().is_some_and(|store| store.is_connected())
+    }
+
+    /// The name of a tenant that has this id, or had it.
+    pub fn name_of(&self, id: TenantId) -> Option<Arc<str>> {
+        self.inner.registry.lock().states.get(id.0 as usize).map(|state| Arc::clone(&state.name))
+    }
+
+    /// What a tenant of the table used, on this replica but for the budget.
+    pub fn usage(&self, name: &str) -> Option<Usage> {
+        let table = self.table();
+        let tenant = table.tenants.iter().find(|tenant| tenant.name() == name)?;
+        let (ledger, totals) = (*tenant.state.ledger.lock(), &tenant.state.totals);
+        let unix = self.now().unix;
+        let budget = tenant.budget().map(|budget| {
+            let window = budget.period.window(unix);
+            (*budget, window, ledger.spending.used_in(window))
+        });
+        let total = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Some(Usage {
+            tenant: name.to_owned(),
+            requests: total(&totals.requests),
+            prompt_tokens: total(&totals.input),
+            cached_tokens: total(&totals.cached),
+            completion_tokens: total(&totals.output),
+            in_flight: ledger.in_flight().0,
+            waiting: ledger.queued().0,
+            budget,
+        })
     }
 
     fn table(&self) -> Arc<Table> {
@@ -197,7 +261,7 @@ impl Tenancy {
             (outcome, ledger.standing(now.nanos, limits))
         };
         match outcome {
-            Ok(reserved) => Ok(permit(tenant, demand, reserved, Source::Local, standing)),
+            Ok(reserved) => Ok(permit(access, demand, reserved, Source::Local, standing)),
             Err(refusal) => Err(deny(tenant, refusal, standing)),
         }
     }
@@ -230,7 +294,7 @@ impl Tenancy {
                     tenant.state.ledger.lock().spending.set(spent.window, used);
                 }
                 let reserved = (taken, spent.map(|(spent, _)| spent));
-                Ok(permit(tenant, demand, reserved, Source::Shared(Arc::clone(store)), standing))
+                Ok(permit(access, demand, reserved, Source::Shared(Arc::clone(store)), standing))
             }
             Some(Err((refusal, standing))) => {
                 leave_all(&mut tenant.state.ledger.lock(), &demand);
@@ -274,7 +338,7 @@ impl Tenancy {
             let states = self.inner.registry.lock().states.clone();
             recent.resize(states.len(), (0, 0.0));
             for (state, (seen, sum)) in states.iter().zip(&mut recent) {
-                let total = state.tokens.load(Ordering::Relaxed);
+                let total = state.totals.tokens();
                 *sum = *sum * keep + (total - std::mem::replace(seen, total)) as f64;
             }
             self.publish_budgets();
@@ -345,14 +409,15 @@ fn reserve(
 }
 
 fn permit(
-    tenant: &Arc<Tenant>,
+    access: &Access,
     demand: Demand,
     (taken, spent): (Taken, Option<Spent>),
     source: Source,
     standing: Standing,
 ) -> Permit {
     Permit::new(Reservation {
-        tenant: Arc::clone(tenant),
+        tenant: Arc::clone(&access.tenant),
+        trail: access.trail.clone(),
         demand,
         taken,
         spent,

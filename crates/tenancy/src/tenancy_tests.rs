@@ -1,6 +1,6 @@
 use std::collections::VecDeque;
 
-use quire_core::{FinishReason, Meter, TenantId};
+use quire_core::{FinishReason, Meter};
 
 use super::*;
 use crate::gcra::Rate;
@@ -219,6 +219,40 @@ fn a_budget_lasts_for_a_period_and_begins_anew() {
     assert_eq!([within.priority(1), beyond.priority(1), beyond.priority(-5)], [1, -2, -5]);
     drop(beyond);
     assert_eq!(admit(1).priority(0), -2, "the budget is full");
+}
+
+#[test]
+fn budgets_are_published() {
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    let published = || -> Vec<(String, String, f64)> {
+        let gauges = snapshotter.snapshot().into_vec().into_iter().filter_map(|(key, _, _, value)| {
+            let DebugValue::Gauge(value) = value else { return None };
+            let label = |name: &str| {
+                let label = key.key().labels().find(|label| label.key() == name);
+                label.map(|label| label.value().to_owned()).unwrap_or_default()
+            };
+            let is_it = key.key().name() == "quire_tenant_budget_tokens";
+            is_it.then(|| (label("tenant"), label("state"), value.0))
+        });
+        let mut gauges: Vec<_> = gauges.collect();
+        gauges.sort_by(|a, b| a.1.cmp(&b.1));
+        gauges
+    };
+    let row = |state: &str, tokens: f64| ("a".to_owned(), state.to_owned(), tokens);
+    ::metrics::with_local_recorder(&recorder, || {
+        let tenancy = tenancy(
+            "[[tenants]]\nid = 'a'\nbudget = { tokens = 100, period = 'month' }\n[[tenants.keys]]\nid = 'k'\nKEY(sk-a)",
+        );
+        let access = tenancy.authenticate(Some("sk-a"), None).unwrap();
+        let permit = tenancy.admit_at(tenancy.now(), &access, demand(10, 1, 20)).unwrap();
+        tenancy.publish_budgets();
+        assert_eq!(published(), [row("left", 70.0), row("used", 30.0)], "one tenant has a budget");
+        drop(permit);
+        tenancy.publish_budgets();
+        assert_eq!(published(), [row("left", 100.0), row("used", 0.0)]);
+    });
 }
 
 #[test]

@@ -70,6 +70,11 @@ impl Caller {
         request.timeout = self.timeout;
     }
 
+    /// Notes for the audit log what is asked for.
+    pub(crate) fn note_question(&self, model: &str, request: &GenerateRequest) {
+        self.access.trail().asks(model, || request.canonical_params());
+    }
+
     /// Reserves what the prompts of one request may use.
     pub(crate) async fn admit(&self, tenancy: &Tenancy, prompts: &[Prepared]) -> Result<Permit, ApiError> {
         let mut demand = Demand::default();
