@@ -16,6 +16,7 @@ mod golden_engine;
 #[cfg(feature = "cuda")]
 mod gpu_process;
 mod prepacked;
+mod overload;
 mod process;
 #[path = "../crates/tenancy/tests/support/redis.rs"]
 mod redis;
