@@ -60,7 +60,7 @@ impl GenerateRequest {
     pub const MAX_STOP_BYTES: usize = 256;
 
     /// How it is to be answered, in one spelling for every front end: a JSON object with its keys in alphabetical order,
-    /// as the client chose, without what is to be answered and without who asks.
+    /// as the client chose, without what is to be answered, without who asks, and without how he is to see the answer.
     pub fn canonical_params(&self) -> String {
         let SamplingOptions { temperature, top_p, top_k, min_p, seed, n, max_tokens, min_tokens, .. } =
             self.sampling;
@@ -76,12 +76,11 @@ impl GenerateRequest {
             "logprobs": self.logprobs,
             "max_tokens": max_tokens,
             "min_p": min_p,
-            "min_tokens": min_tokens,
-            "n": n,
+            "min_tokens": min_tokens.unwrap_or(0),
+            "n": n.unwrap_or(1),
             "presence_penalty": self.sampling.presence_penalty,
             "prompt_logprobs": self.prompt_logprobs,
             "repetition_penalty": self.sampling.repetition_penalty,
-            "return_token_ids": self.return_token_ids,
             "seed": seed,
             "skip_special_tokens": self.skip_special_tokens,
             "stop": self.stop,
