@@ -34,7 +34,7 @@ pub struct Cli {
 #[derive(Subcommand, Clone, Debug)]
 pub enum Command {
     /// Serve a model over HTTP (OpenAI's API) and gRPC
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Chat with a model in the terminal
     Run(RunArgs),
     /// Show a model's architecture, tensors and memory plan without loading its weights

@@ -103,8 +103,8 @@ pub fn parse(
 /// The last value of each setting that has one: a later flag overrides an earlier one.
 fn effective(matches: &ArgMatches, ids: &[String]) -> BTreeMap<String, String> {
     let value = |id: &String| {
-        let values = matches.try_get_raw(id).ok().flatten()?;
-        Some((id.clone(), values.last()?.to_string_lossy().into_owned()))
+        let mut values = matches.try_get_raw(id).ok().flatten()?;
+        Some((id.clone(), values.next_back()?.to_string_lossy().into_owned()))
     };
     ids.iter().filter_map(value).collect()
 }
@@ -248,7 +248,7 @@ mod tests {
         let env = env.iter().map(|&(name, value)| (name.into(), value.into()));
         let parsed = parse(&argv, env)?;
         match parsed.cli.command {
-            Command::Serve(args) => Ok((args, parsed.warnings)),
+            Command::Serve(args) => Ok((*args, parsed.warnings)),
             other => panic!("expected serve, got {other:?}"),
         }
     }

@@ -51,7 +51,7 @@ impl Executor for Broken {
 fn serve_args(flags: &str) -> ServeArgs {
     let line = ["quire", "serve"].into_iter().chain(flags.split_whitespace());
     match Cli::try_parse_from(line).unwrap().command {
-        Command::Serve(args) => args,
+        Command::Serve(args) => *args,
         other => panic!("expected serve, got {other:?}"),
     }
 }

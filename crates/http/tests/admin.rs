@@ -253,7 +253,7 @@ async fn tenants_are_changed_while_the_server_runs() {
         error(&world.call(Method::GET, "/admin/v1/tenants/new", Value::Null).await).1,
         "tenant_not_found"
     );
-    assert_eq!(TenantsFile::read(&world.folder.join("tenants.toml")).is_ok(), true);
+    assert!(TenantsFile::read(&world.folder.join("tenants.toml")).is_ok());
     assert!(world.tenancy.authenticate(Some(KEY), None).is_ok(), "others are as they were");
 
     let records = world.records().await;

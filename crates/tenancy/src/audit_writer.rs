@@ -75,7 +75,7 @@ impl Writer {
                 match open(&self.target) {
                     Ok(sink) => self.sink = sink,
                     Err(error) => {
-                        tracing::error!(%error, "the audit log cannot be opened again; the old file is kept")
+                        tracing::error!(%error, "the audit log cannot be opened again; the old file is kept");
                     }
                 }
                 let _ = done.send(());

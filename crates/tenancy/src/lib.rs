@@ -13,7 +13,7 @@
 //! * bounded: tenants, keys, ids, labels, settlements and records in wait.
 //!
 //! Reading order: [`file`] with `values`, [`limits`], [`budget`] and [`network`]; [`gcra`], `ledger`, [`demand`]; [`tenancy`], `table`,
-//! [`tenant`], [`permit`]; `shared` with its scripts, [`watch`], `metrics`; `audit` with `audit_writer`;
+//! [`tenant`], [`permit`]; `shared` with its scripts, [`watch`], `metrics`, `usage`; `audit` with `audit_writer`;
 //! `edit`.
 #![forbid(unsafe_code)]
 
@@ -34,6 +34,7 @@ mod shared;
 mod table;
 pub mod tenancy;
 pub mod tenant;
+mod usage;
 mod values;
 pub mod watch;
 
@@ -49,6 +50,7 @@ pub use limits::{Quota, Scope};
 pub use permit::Permit;
 pub use shared::{SharedStore, StoreError};
 pub use table::TableError;
-pub use tenancy::{Tenancy, Usage};
+pub use tenancy::Tenancy;
 pub use tenant::{Access, Tenant};
+pub use usage::Usage;
 pub use watch::Watch;

@@ -2,46 +2,24 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Mutex, RwLock};
 use quire_core::{TenantId, TenantShare};
 use tokio::sync::watch;
 
-use crate::budget::{Budget, Spent, Window};
+use crate::budget::{Budget, Spent};
 use crate::credential::{AuthError, KeyDigest, Keys};
 use crate::demand::{Demand, Denied};
 use crate::file::TenantsFile;
 use crate::gcra::Nanos;
 use crate::ledger::{Ledger, Refusal, Standing, Taken};
 use crate::limits::{Limits, Quota};
-use crate::metrics::{self, MAX_LABELLED};
+use crate::metrics;
 use crate::permit::{Permit, Reservation, Source, Used};
 use crate::shared::{Charge, Charged, SharedStore};
 use crate::table::{Registry, Table, TableError};
-use crate::tenant::{Access, Tenant};
-
-/// What one tenant used.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Usage {
-    /// Its name.
-    pub tenant: String,
-    /// Requests that ended since the start, those to tokenize included.
-    pub requests: u64,
-    /// Tokens of their prompts.
-    pub prompt_tokens: u64,
-    /// Those of them that were cached.
-    pub cached_tokens: u64,
-    /// Tokens that were generated.
-    pub completion_tokens: u64,
-    /// Answers that wait or run.
-    pub in_flight: u32,
-    /// Those of them that wait.
-    pub waiting: u32,
-    /// The budget, its period that runs, and what is used or reserved of it.
-    pub budget: Option<(Budget, Window, u64)>,
-}
+use crate::tenant::{Access, Tenant, TenantState};
 
 /// What time it is: for what is counted a minute, and for the calendar.
 #[derive(Clone, Copy)]
@@ -146,30 +124,12 @@ impl Tenancy {
         self.inner.registry.lock().states.get(id.0 as usize).map(|state| Arc::clone(&state.name))
     }
 
-    /// What a tenant of the table used, on this replica but for the budget.
-    pub fn usage(&self, name: &str) -> Option<Usage> {
-        let table = self.table();
-        let tenant = table.tenants.iter().find(|tenant| tenant.name() == name)?;
-        let (ledger, totals) = (*tenant.state.ledger.lock(), &tenant.state.totals);
-        let unix = self.now().unix;
-        let budget = tenant.budget().map(|budget| {
-            let window = budget.period.window(unix);
-            (*budget, window, ledger.spending.used_in(window))
-        });
-        let total = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        Some(Usage {
-            tenant: name.to_owned(),
-            requests: total(&totals.requests),
-            prompt_tokens: total(&totals.input),
-            cached_tokens: total(&totals.cached),
-            completion_tokens: total(&totals.output),
-            in_flight: ledger.in_flight().0,
-            waiting: ledger.queued().0,
-            budget,
-        })
+    /// Every tenant there ever was, by id.
+    pub(crate) fn states(&self) -> Vec<Arc<TenantState>> {
+        self.inner.registry.lock().states.clone()
     }
 
-    fn table(&self) -> Arc<Table> {
+    pub(crate) fn table(&self) -> Arc<Table> {
         Arc::clone(&self.inner.table.read())
     }
 
@@ -319,47 +279,11 @@ impl Tenancy {
         }
     }
 
-    fn now(&self) -> Now {
+    pub(crate) fn now(&self) -> Now {
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Now {
             nanos: u64::try_from(self.inner.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX),
             unix: i64::try_from(unix.as_secs()).unwrap_or(i64::MAX),
-        }
-    }
-
-    /// Publishes how it stands with the budgets, and each tenant's part of the tokens since the last call, smoothed over about `window` / `period` calls.
-    /// Call it once a `period`.
-    pub async fn publish_shares(self, period: Duration, window: Duration) {
-        let keep = 1.0 - (period.as_secs_f64() / window.as_secs_f64()).clamp(0.0, 1.0);
-        let mut recent: Vec<(u64, f64)> = Vec::new();
-        let mut ticks = tokio::time::interval(period);
-        loop {
-            ticks.tick().await;
-            let states = self.inner.registry.lock().states.clone();
-            recent.resize(states.len(), (0, 0.0));
-            for (state, (seen, sum)) in states.iter().zip(&mut recent) {
-                let total = state.totals.tokens();
-                *sum = *sum * keep + (total - std::mem::replace(seen, total)) as f64;
-            }
-            self.publish_budgets();
-            let all: f64 = recent.iter().map(|(_, sum)| sum).sum();
-            for (state, (_, sum)) in states.iter().zip(&recent).take(MAX_LABELLED) {
-                state.metrics.share.set(if all > 0.0 { sum / all } else { 0.0 });
-            }
-        }
-    }
-}
-
-impl Tenancy {
-    fn publish_budgets(&self) {
-        let now = self.now();
-        let table = self.table();
-        for tenant in table.tenants.iter().filter(|tenant| (tenant.id().0 as usize) < MAX_LABELLED) {
-            let used = |budget: &Budget| {
-                let used = tenant.state.ledger.lock().spending.used_in(budget.period.window(now.unix));
-                (used, budget.tokens.saturating_sub(used))
-            };
-            tenant.state.metrics.set_budget(tenant.budget().map(used));
         }
     }
 }
