@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tonic::Code;
@@ -35,7 +35,17 @@ fn call(address: &str, method: &str, path: &str, token: &str, body: &Value) -> (
 async fn it_has_its_own_door_and_the_public_ones_do_not_know_its_token() {
     let file = TenantsFile::with("admin", TENANTS);
     let mut command = Command::new(env!("CARGO_BIN_EXE_quire"));
-    command.args(["serve", "--executor", "mock", "--tenants", file.path(), "--admin-addr", "127.0.0.1:0"]);
+    command.args([
+        "serve",
+        "--executor",
+        "mock",
+        "--mock-step-time",
+        "5ms",
+        "--tenants",
+        file.path(),
+        "--admin-addr",
+        "127.0.0.1:0",
+    ]);
     command.args(["--api-key", "s3cret-api-key"]).env("QUIRE_ADMIN_TOKEN", TOKEN);
     let server = Server::spawn(&mut command);
     let line = server.announced.lines().find_map(|line| line.strip_prefix("admin    http://"));
@@ -66,11 +76,43 @@ async fn it_has_its_own_door_and_the_public_ones_do_not_know_its_token() {
     let (_, usage) = call(&admin, "GET", "/admin/v1/tenants/acme/usage", TOKEN, &Value::Null);
     assert_eq!((&usage["requests"], &usage["completion_tokens"]), (&json!(1), &json!(3)));
 
+    // A stream that somebody ends.
+    let mut request = with_key(generate(1900), key, None);
+    request.metadata_mut().insert("x-request-id", "too-long".parse().unwrap());
+    let mut stream = client.generate_stream(request).await.unwrap().into_inner();
+    stream.message().await.unwrap().unwrap();
+    let (status, ended) = call(&admin, "DELETE", "/admin/v1/requests/too-long", TOKEN, &Value::Null);
+    assert_eq!((status.as_str(), &ended["aborted"]), ("200", &json!(1)));
+    let cancelled = loop {
+        match stream.message().await {
+            Ok(chunk) => assert!(chunk.is_some(), "it did not come to its end"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(cancelled.code(), Code::Cancelled, "{cancelled:?}");
+
     assert_eq!(call(&admin, "POST", "/admin/v1/drain", TOKEN, &Value::Null).1["state"], "draining");
+    eventually_in_state(&server, "draining");
     let draining = client.generate(with_key(generate(1), key, None)).await.unwrap_err();
     assert_eq!(draining.code(), Code::Unavailable);
     assert_eq!(call(&admin, "POST", "/admin/v1/undrain", TOKEN, &Value::Null).0, "200");
     client.generate(with_key(generate(1), key, None)).await.unwrap();
+    eventually_in_state(&server, "ready");
+}
+
+/// Waits until the metrics page says so.
+fn eventually_in_state(server: &Server, state: &str) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let (_, page) =
+            server.ask_with("GET", "/metrics", "authorization: Bearer s3cret-api-key\r\n", &Value::Null);
+        let line = format!("state=\"{state}\"}} 1");
+        if page.lines().any(|series| series.starts_with("quire_engine_state{") && series.ends_with(&line)) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "never {state}: {page}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The audit log of a whole server: both front ends, rotation by SIGHUP, and nothing lost at the end.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -62,7 +64,11 @@ fn with_id<T>(mut request: Request<T>, id: &str) -> Request<T> {
 async fn both_front_ends_are_recorded_across_rotation_and_shutdown() {
     let (file, folder) = (TenantsFile::with("audit", TENANTS), Folder::new("audit-log"));
     let (log, moved) = (folder.0.join("audit.jsonl"), folder.0.join("audit.jsonl.1"));
-    let server = Server::start(&["--tenants", file.path(), "--audit-log", log.to_str().unwrap()]);
+    // What every part of the program says of its work is looked at, too.
+    let said = folder.0.join("stderr");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quire"));
+    command.args(["serve", "--tenants", file.path(), "--audit-log", log.to_str().unwrap()]);
+    let server = Server::spawn(command.env("QUIRE_LOG", "trace").stderr(File::create(&said).unwrap()));
     let complete = |id: &str, key: &str, max_tokens: u32| {
         let body =
             json!({ "prompt": "Once", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true });
@@ -102,6 +108,8 @@ async fn both_front_ends_are_recorded_across_rotation_and_shutdown() {
     server.signal("TERM");
     assert_eq!(server.wait(), 0);
 
+    let said = std::fs::read_to_string(said).unwrap();
+    assert!(said.contains("TRACE") && !said.contains("sk-"), "a key in the logs");
     let (before, after) = (records(&moved), records(&log));
     assert_eq!(named(&after, "h-after")["completion_tokens"], 2);
     let http = named(&before, "h-ok");

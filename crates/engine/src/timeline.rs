@@ -212,6 +212,8 @@ impl Timeline {
         if self.num_open == 0 {
             self.ended = Some((at, reason));
             self.entries.shrink_to_fit();
+            // Even a weak reference would keep its memory.
+            self.mailbox = Weak::new();
         }
         self.num_open == 0
     }

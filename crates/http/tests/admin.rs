@@ -164,6 +164,13 @@ async fn every_admin_route_needs_the_admin_token() {
         let status = world.call(method.clone(), path, Value::Null).await.status.as_u16();
         assert!([404, 405].contains(&status), "{method} {path}: {status}");
     }
+    let records = world.records().await;
+    assert!(records.iter().all(|record| record["protocol"] == "admin" && record["status"].is_u64()));
+    assert_eq!(
+        records.len(),
+        (ROUTES.len() + NOWHERE.len()) * (refused.len() + 1),
+        "each call, refused or not"
+    );
 }
 
 #[tokio::test]

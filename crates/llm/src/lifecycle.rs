@@ -108,9 +108,10 @@ impl Lifecycle {
     /// From one state to another, unless it is there already. The engine drains only when the server is to end, and
     /// then there is no way back.
     fn exchange(&self, from: ServerState, to: ServerState) -> Result<(), ServerState> {
-        let is_up = self.loaded().is_some_and(|llm| llm.engine().state() == EngineState::Ready);
         let mut outcome = Err(self.state());
         self.inner.state.send_if_modified(|state| {
+            // Asked under the lock: who drains tells the engine first.
+            let is_up = self.loaded().is_some_and(|llm| llm.engine().state() == EngineState::Ready);
             let moves = is_up && *state == from;
             if moves {
                 *state = to;

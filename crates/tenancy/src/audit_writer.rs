@@ -144,3 +144,48 @@ fn open_file(path: &Path) -> io::Result<File> {
     }
     options.open(path)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+
+    use super::*;
+
+    /// What is counted when three records are written there.
+    fn counted(path: &str) -> HashMap<String, u64> {
+        let recorder = DebuggingRecorder::new();
+        let snapshotter = recorder.snapshotter();
+        ::metrics::with_local_recorder(&recorder, || {
+            let (queue, inbox) = mpsc::channel(4);
+            for _ in 0..3 {
+                assert!(queue.try_send(Message::Record(Box::default())).is_ok());
+            }
+            drop(queue);
+            Writer::open(AuditTarget::File(path.into()), OnFull::Drop).unwrap().run(inbox);
+        });
+        let counters = snapshotter.snapshot().into_vec().into_iter().map(|(key, _, _, value)| {
+            let label = key.key().labels().next().map(|label| label.value().to_owned());
+            let DebugValue::Counter(count) = value else { panic!("a counter") };
+            (label.unwrap_or_default(), count)
+        });
+        counters.filter(|(_, count)| *count > 0).collect()
+    }
+
+    #[test]
+    fn what_is_written_and_what_is_lost_is_counted() {
+        let path = std::env::temp_dir().join(format!("quire-audit-writer-{}", std::process::id()));
+        assert_eq!(counted(path.to_str().unwrap()), HashMap::from([("written".to_owned(), 3)]));
+        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 3);
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        }
+        std::fs::remove_file(path).unwrap();
+        if cfg!(target_os = "linux") {
+            assert_eq!(counted("/dev/full"), HashMap::from([("lost".to_owned(), 3)]), "the disk is full");
+        }
+    }
+}

@@ -125,6 +125,20 @@ async fn a_budget_is_spent_together() {
     })
     .await;
     assert_eq!(admit(&low, 10, 1, 51).await.unwrap().priority(0), -2);
+    let hasty = {
+        let store = SharedStore::start(&server.hasty_url()).await.unwrap();
+        let text = "[defaults]\nbudget = { tokens = 100, period = 'month' }";
+        let tenancy =
+            Tenancy::new(Keys::default(), TenantsFile::parse(text, "t.toml").unwrap(), Some(store)).unwrap();
+        let access = tenancy.authenticate(None, None).unwrap();
+        (tenancy, access)
+    };
+    eventually("only the 40 are used", async || admit(&hasty, 10, 1, 50).await.is_ok()).await;
+    let _seen = admit(&hasty, 10, 1, 10).await.unwrap();
+    server.signal("STOP");
+    assert_eq!(limited(admit(&hasty, 10, 1, 31).await).0, Quota::Budget, "it goes on from what it saw");
+    drop(admit(&hasty, 10, 1, 30).await.unwrap());
+    server.signal("CONT");
     let keys = server.command("KEYS quire:*budget*");
     assert!(keys.contains("quire:{anonymous}:budget:month:"), "{keys}");
     let key = keys.lines().find(|line| line.starts_with("quire:")).unwrap().trim();
