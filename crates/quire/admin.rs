@@ -32,9 +32,7 @@ pub(crate) async fn open(
     let Some(token) = &args.admin_token else { return Ok(None) };
     check_token(token, args.api_key.as_deref())?;
     let digest = KeyDigest::of(token);
-    if tenancy.has_key(&digest) {
-        return Err(token_error("is a key of the tenants file, too; choose another").into());
-    }
+    tenancy.reserve(digest).map_err(|error| token_error(error.to_string()))?;
     let (listener, address) = bind(args.admin_addr.ip(), args.admin_addr.port(), "admin-addr").await?;
     if !address.ip().is_loopback() {
         tracing::warn!("the admin API can be reached from other machines, at {address}, without encryption");

@@ -108,6 +108,11 @@ impl AuditLog {
         Ok(Self { inner: Some(Arc::new(Log { queue, on_full })) })
     }
 
+    /// Whether there is a log.
+    pub fn is_on(&self) -> bool {
+        self.inner.is_some()
+    }
+
     /// Begins the trail of a request. With [`OnFull::Block`] it waits while the queue is full.
     ///
     /// `route` must not hold what a client wrote.

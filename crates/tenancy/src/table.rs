@@ -28,6 +28,14 @@ pub enum TableError {
         /// The key's id.
         key: String,
     },
+    /// A tenant's key opens something else.
+    #[error("tenant `{tenant}`, key `{key}`: is the admin token, too; choose another")]
+    Reserved {
+        /// The tenant's id.
+        tenant: String,
+        /// The key's id.
+        key: String,
+    },
     /// The server must not open itself because a file lost its tenants.
     #[error(
         "no tenant is left, so nobody would need a key; to open the server, restart it without --tenants"
@@ -115,6 +123,17 @@ impl Table {
             }
         }
         Ok(Self { by_key, anonymous: open.then(|| access(full("anonymous"))), tenants, shares })
+    }
+}
+
+impl Table {
+    /// Checks that nobody comes with this key.
+    pub(crate) fn without(&self, key: &KeyDigest) -> Result<(), TableError> {
+        let of = |access: &Access| TableError::Reserved {
+            tenant: access.tenant().name().to_owned(),
+            key: access.key_id().to_owned(),
+        };
+        self.by_key.get(key).map_or(Ok(()), |access| Err(of(access)))
     }
 }
 

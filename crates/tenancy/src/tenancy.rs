@@ -39,6 +39,8 @@ pub struct Tenancy {
 struct Inner {
     api_keys: Keys,
     table: RwLock<Arc<Table>>,
+    /// No tenant's.
+    reserved: RwLock<Option<KeyDigest>>,
     registry: Mutex<Registry>,
     store: Option<Arc<SharedStore>>,
     epoch: Instant,
@@ -61,6 +63,7 @@ impl Tenancy {
         let inner = Inner {
             api_keys,
             table: RwLock::new(Arc::new(table)),
+            reserved: RwLock::default(),
             registry: Mutex::new(registry),
             store,
             epoch: Instant::now(),
@@ -84,6 +87,9 @@ impl Tenancy {
         let table = Table::new(&inner.api_keys, file, &mut inner.registry.lock())?;
         if table.anonymous.is_some() && self.requires_key() {
             return Err(TableError::WouldOpen);
+        }
+        if let Some(reserved) = &*inner.reserved.read() {
+            table.without(reserved)?;
         }
         Ok(table)
     }
@@ -109,9 +115,14 @@ impl Tenancy {
         self.table().anonymous.is_none()
     }
 
-    /// Whether somebody comes with this key.
-    pub fn has_key(&self, key: &KeyDigest) -> bool {
-        self.table().by_key.contains_key(key)
+    /// From now on nobody may come with this key, whatever a file says: it opens something else.
+    ///
+    /// # Errors
+    /// Somebody does already.
+    pub fn reserve(&self, key: KeyDigest) -> Result<(), TableError> {
+        self.table().without(&key)?;
+        *self.inner.reserved.write() = Some(key);
+        Ok(())
     }
 
     /// Whether limits are shared with other replicas now.
