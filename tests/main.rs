@@ -2,6 +2,8 @@
 // A helper of a test is a test: it may fail, and it may say what it saw.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+mod admin;
+mod audit;
 mod batch_invariance;
 mod bench_serve;
 #[path = "../crates/cuda/tests/common/build.rs"]
@@ -15,6 +17,7 @@ mod double;
 mod golden_engine;
 #[cfg(feature = "cuda")]
 mod gpu_process;
+mod overload;
 mod prepacked;
 mod process;
 #[path = "../crates/tenancy/tests/support/redis.rs"]

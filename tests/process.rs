@@ -73,7 +73,7 @@ impl Server {
     }
 
     /// `headers` are lines, each with its `\r\n`.
-    fn open_with(&self, method: &str, path: &str, headers: &str, body: &Value) -> TcpStream {
+    pub fn open_with(&self, method: &str, path: &str, headers: &str, body: &Value) -> TcpStream {
         let mut stream = TcpStream::connect(&self.http).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let body = if body.is_null() { String::new() } else { body.to_string() };

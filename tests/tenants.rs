@@ -50,13 +50,18 @@ sha256 = "SHA(sk-other)"
 "#;
 
 /// A tenants file that goes when it is dropped.
-struct TenantsFile(PathBuf);
+pub struct TenantsFile(PathBuf);
 
 impl TenantsFile {
     fn new(name: &str) -> Self {
+        Self::with(name, TENANTS)
+    }
+
+    /// `SHA(KEY)` becomes the digest of a key that is known here.
+    pub fn with(name: &str, text: &str) -> Self {
         let path = std::env::temp_dir().join(format!("quire-{name}-{}.toml", std::process::id()));
         let file = Self(path);
-        file.write(TENANTS);
+        file.write(text);
         file
     }
 
@@ -73,7 +78,7 @@ impl TenantsFile {
         std::fs::write(&self.0, text).unwrap();
     }
 
-    fn path(&self) -> &str {
+    pub fn path(&self) -> &str {
         self.0.to_str().unwrap()
     }
 }
@@ -89,12 +94,12 @@ fn complete(server: &Server, key: &str, max_tokens: u32) -> (String, String) {
     server.ask_with("POST", "/v1/completions", &format!("authorization: Bearer {key}\r\n"), &body)
 }
 
-fn status_of((head, _): &(String, String)) -> &str {
+pub fn status_of((head, _): &(String, String)) -> &str {
     head.split(' ').nth(1).unwrap()
 }
 
 /// A gRPC request with a key, and with a deadline if there is one.
-fn with_key<T>(message: T, key: &str, timeout_ms: Option<u64>) -> Request<T> {
+pub fn with_key<T>(message: T, key: &str, timeout_ms: Option<u64>) -> Request<T> {
     let mut request = Request::new(message);
     request.metadata_mut().insert("authorization", format!("Bearer {key}").parse().unwrap());
     if let Some(ms) = timeout_ms {
@@ -103,7 +108,7 @@ fn with_key<T>(message: T, key: &str, timeout_ms: Option<u64>) -> Request<T> {
     request
 }
 
-fn generate(max_tokens: u32) -> proto::GenerateRequest {
+pub fn generate(max_tokens: u32) -> proto::GenerateRequest {
     proto::GenerateRequest {
         prompt: Some(Prompt::Text("Once".into())),
         sampling: Some(proto::Sampling { temperature: Some(0.0), ..Default::default() }),
@@ -116,11 +121,11 @@ fn generate(max_tokens: u32) -> proto::GenerateRequest {
     }
 }
 
-async fn connect(server: &Server) -> InferenceClient<Channel> {
+pub async fn connect(server: &Server) -> InferenceClient<Channel> {
     InferenceClient::connect(server.grpc_url()).await.unwrap()
 }
 
-fn metadata<'a>(status: &'a Status, name: &str) -> &'a str {
+pub fn metadata<'a>(status: &'a Status, name: &str) -> &'a str {
     status.metadata().get(name).unwrap_or_else(|| panic!("no {name} in {status:?}")).to_str().unwrap()
 }
 

@@ -2,7 +2,7 @@
 //!
 //! What is `Option` here has a default that depends on the model or the machine; `config.rs` decides it.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -130,6 +130,21 @@ pub struct ServerArgs {
     /// with a password better in QUIRE_QUOTA_STORE
     #[arg(long, value_name = "STORE", default_value = "memory", help_heading = "Server")]
     pub quota_store: String,
+    /// Keep an audit log: one JSON line for each request and refusal, with tenant, key id, tokens and outcome, never with
+    /// a key or what was said. - is standard output; SIGHUP opens the file again, for log rotation [default: none]
+    #[arg(long, value_name = "FILE", help_heading = "Server")]
+    pub audit_log: Option<PathBuf>,
+    /// When the audit log cannot keep up: block lets new requests wait, so that no record is lost; drop loses records
+    /// and counts them in quire_audit_records_total
+    #[arg(long, value_name = "WHAT", default_value = "block", help_heading = "Server")]
+    pub audit_on_full: AuditOnFull,
+    /// Serve the admin API, and ask for this token there (Authorization: Bearer TOKEN); better in QUIRE_ADMIN_TOKEN, where
+    /// `ps` does not show it. It opens nothing on the public port, and no key of that opens the admin API [default: none]
+    #[arg(long, value_name = "TOKEN", help_heading = "Server")]
+    pub admin_token: Option<String>,
+    /// Where the admin API listens, once there is a token; port 0 takes a free one and prints it
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9091", help_heading = "Server")]
+    pub admin_addr: SocketAddr,
     /// Goal for the time to the first token, such as 2s: requests go by what is due first, and what cannot be in time
     /// is refused with 429 at once [with --itl-target; default: by arrival]
     #[arg(long, value_name = "TIME", value_parser = parse_duration, help_heading = "Batching")]
@@ -253,6 +268,15 @@ words! {
         Vllm = "vllm",
         /// quire_* names alone
         None = "none",
+    }
+}
+words! {
+    /// `--audit-on-full`
+    AuditOnFull {
+        /// New requests wait
+        Block = "block",
+        /// Records are lost
+        Drop = "drop",
     }
 }
 words! {

@@ -438,7 +438,7 @@ mod tests {
     fn args(flags: &str) -> ServeArgs {
         let line = ["quire", "serve"].into_iter().chain(flags.split_whitespace());
         match Cli::try_parse_from(line).unwrap().command {
-            Command::Serve(args) => args,
+            Command::Serve(args) => *args,
             other => panic!("expected serve, got {other:?}"),
         }
     }

@@ -51,6 +51,8 @@ pub enum LayerError {
 pub struct Parsed {
     /// The command with the settings of all sources.
     pub cli: Cli,
+    /// What `serve` runs with, by the id of the flag, defaults included; empty for other commands. Secrets are not masked.
+    pub settings: BTreeMap<String, String>,
     /// One sentence each.
     pub warnings: Vec<String>,
 }
@@ -75,7 +77,11 @@ pub fn parse(
     let matches = Cli::command().try_get_matches_from(argv)?;
     let (command, given) = innermost(&matches);
     if given.try_contains_id("config").is_err() {
-        return Ok(Parsed { cli: Cli::from_arg_matches(&matches)?, warnings: Vec::new() });
+        return Ok(Parsed {
+            cli: Cli::from_arg_matches(&matches)?,
+            settings: BTreeMap::new(),
+            warnings: Vec::new(),
+        });
     }
     let mut warnings = Vec::new();
     let known = flags_of(&["serve"]);
@@ -89,7 +95,18 @@ pub fn parse(
     let (names, rest) = argv.split_at((1 + command.len()).min(argv.len()));
     let merged = [names, &lower, rest].concat();
     let matches = Cli::command().try_get_matches_from(merged)?;
-    Ok(Parsed { cli: Cli::from_arg_matches(&matches)?, warnings })
+    let (command, own) = innermost(&matches);
+    let effective = if command == ["serve"] { effective(own, &known) } else { BTreeMap::new() };
+    Ok(Parsed { cli: Cli::from_arg_matches(&matches)?, settings: effective, warnings })
+}
+
+/// The last value of each setting that has one: a later flag overrides an earlier one.
+fn effective(matches: &ArgMatches, ids: &[String]) -> BTreeMap<String, String> {
+    let value = |id: &String| {
+        let mut values = matches.try_get_raw(id).ok().flatten()?;
+        Some((id.clone(), values.next_back()?.to_string_lossy().into_owned()))
+    };
+    ids.iter().filter_map(value).collect()
 }
 
 /// The command that was given, as `["bench", "latency"]`, and its own arguments.
@@ -231,7 +248,7 @@ mod tests {
         let env = env.iter().map(|&(name, value)| (name.into(), value.into()));
         let parsed = parse(&argv, env)?;
         match parsed.cli.command {
-            Command::Serve(args) => Ok((args, parsed.warnings)),
+            Command::Serve(args) => Ok((*args, parsed.warnings)),
             other => panic!("expected serve, got {other:?}"),
         }
     }
@@ -252,6 +269,11 @@ mod tests {
         let env = [("QUIRE_PORT", "8"), ("QUIRE_GRPC_PORT", "8"), ("QUIRE_HOST", "0.0.0.0")];
         let (args, warnings) = run(&line, &env).unwrap();
         assert_eq!(args.server.port, 9, "flag over environment over file");
+        let argv: Vec<OsString> = line.split_whitespace().map(Into::into).collect();
+        let env = env.iter().map(|&(name, value)| (name.into(), value.into()));
+        let settings = parse(&argv, env).unwrap().settings;
+        let shown = ["port", "grpc_port", "max_num_seqs", "quota_store"].map(|id| settings[id].as_str());
+        assert_eq!(shown, ["9", "8", "3", "memory"]);
         assert_eq!(args.server.grpc_port, 8, "environment over file");
         assert_eq!(args.engine.max_num_seqs, Some(3), "file over default");
         assert_eq!(args.engine.model.as_deref(), Some("from-file"));

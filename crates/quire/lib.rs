@@ -6,7 +6,9 @@
 //! `ranks`, [`model`] with [`hub`], [`metrics`] with [`process`], [`machine`], [`units`], [`logging`], `signals`.
 #![forbid(unsafe_code)]
 
+mod admin;
 pub mod args;
+mod audit;
 pub mod bench;
 pub mod cli;
 pub mod config;
@@ -41,7 +43,7 @@ use std::process::ExitCode;
 use clap::CommandFactory;
 
 use crate::cli::{Cli, Command};
-use crate::layers::LayerError;
+use crate::layers::{LayerError, Parsed};
 
 /// Why a command ends with a status other than 0. Messages are for people; nothing branches on them.
 #[derive(Debug, thiserror::Error)]
@@ -79,7 +81,7 @@ pub fn main() -> ExitCode {
         Err(LayerError::Cli(error)) => error.exit(),
         Err(error) => return fail(&error),
     };
-    match dispatch(parsed.cli.command, &parsed.warnings) {
+    match dispatch(parsed) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
     }
@@ -91,12 +93,14 @@ fn fail(error: &dyn std::error::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn dispatch(command: Command, warnings: &[String]) -> Result<()> {
+fn dispatch(parsed: Parsed) -> Result<()> {
+    let Parsed { cli: Cli { command, .. }, settings, warnings } = parsed;
+    let warnings = &warnings[..];
     let mut out = io::stdout();
     match command {
         Command::Serve(args) => {
             start_logging(args.common.log_format, "info", warnings)?;
-            serve::serve(&args, &mut out)
+            serve::serve(&args, &settings, &mut out)
         }
         Command::Run(args) => {
             start_logging(args.common.log_format, "warn", warnings)?;

@@ -1,5 +1,6 @@
 //! `quire serve`: listeners first, so that health answers while weights load; then the model; then, at the end, a drain.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -9,13 +10,14 @@ use quire_core::FinishReason;
 use quire_engine::metrics::{self as engine_metrics, EngineMetrics};
 use quire_http::{AppState, HttpConfig};
 use quire_llm::{Lifecycle, Llm};
-use quire_tenancy::Tenancy;
+use quire_tenancy::{AuditLog, Tenancy};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::args::{LogFormat, ServerArgs};
+use crate::audit;
 use crate::cli::ServeArgs;
 use crate::config::check_server;
 use crate::loading::{self, Loaded};
@@ -24,7 +26,7 @@ use crate::model::ModelSource;
 use crate::signals::Signals;
 use crate::targets::Targets;
 use crate::tenants;
-use crate::{Failure, Result, machine};
+use crate::{Failure, Result, admin, machine};
 
 /// I/O threads at most: a step's results wake each once, and more would only take cores from the model.
 const MAX_IO_THREADS: u32 = 2;
@@ -45,7 +47,11 @@ const MAX_MESSAGE_BYTES: usize = 8 << 20;
 const MAX_GRPC_STREAMS: u32 = 1024;
 
 /// Serves until a signal or a device error.
-pub(crate) fn serve(args: &ServeArgs, out: &mut impl Write) -> Result<()> {
+pub(crate) fn serve(
+    args: &ServeArgs,
+    settings: &BTreeMap<String, String>,
+    out: &mut impl Write,
+) -> Result<()> {
     let start = Instant::now();
     check_server(&args.server)?;
     Targets::of(&args.server)?;
@@ -64,8 +70,11 @@ pub(crate) fn serve(args: &ServeArgs, out: &mut impl Write) -> Result<()> {
     let outcome = runtime.block_on(async {
         let signals =
             Signals::install().map_err(|error| Failure(format!("cannot listen for signals: {error}")))?;
-        let fronts = Fronts::open(&args.server, page).await?;
-        Server { args, name, start, fronts, signals }.run(source, out).await
+        let fronts = Fronts::open(&args.server, settings, page).await?;
+        let audit = fronts.audit.clone();
+        let outcome = Server { args, name, start, fronts, signals }.run(source, out).await;
+        audit.flush().await;
+        outcome
     });
     // A download or a load may still be running; nothing waits for it.
     runtime.shutdown_background();
@@ -82,7 +91,7 @@ struct Server<'a> {
 
 impl Server<'_> {
     async fn run(mut self, source: ModelSource, out: &mut impl Write) -> Result<()> {
-        tracing::info!(http = %self.fronts.http_address, grpc = %self.fronts.grpc_address, model = self.name, "loading");
+        tracing::info!(http = %self.fronts.addresses.http, grpc = %self.fronts.addresses.grpc, model = self.name, "loading");
         let (args, name) = (self.args.engine.clone(), self.name.clone());
         let targets = Targets::of(&self.args.server)?;
         let load = move || loading::load(&args, targets, source, &name, &Handle::current());
@@ -100,6 +109,7 @@ impl Server<'_> {
         self.announce(loaded, out);
         engine_metrics::set_engine_state(&self.name, "ready");
         let upkeep = tokio::spawn(keep_up(self.fronts.page.clone(), loaded.llm.clone()));
+        let states = tokio::spawn(follow_state(self.fronts.lifecycle.clone(), self.name.clone()));
         let shares =
             tokio::spawn(tenants::follow_shares(self.fronts.tenancy.clone(), loaded.engine.client()));
         let outcome = tokio::select! {
@@ -123,6 +133,7 @@ impl Server<'_> {
         };
         upkeep.abort();
         shares.abort();
+        states.abort();
         let closed = tokio::select! {
             () = self.fronts.close(close) => true,
             () = self.signals.next() => false,
@@ -159,15 +170,16 @@ impl Server<'_> {
     /// Says what was resolved, and that requests may come.
     fn announce(&self, loaded: &Loaded, out: &mut impl Write) {
         let seconds = self.start.elapsed().as_secs_f64();
-        let Fronts { http_address, grpc_address, .. } = self.fronts;
+        let Addresses { http, grpc, admin } = self.fronts.addresses;
         if self.args.common.log_format == LogFormat::Json {
             let Loaded { headline, device, config, .. } = loaded;
             tracing::info!(
                 model = self.name,
                 headline,
                 device,
-                http = %format_args!("http://{http_address}"),
-                grpc = %grpc_address,
+                http = %format_args!("http://{http}"),
+                grpc = %grpc,
+                admin = admin.map(tracing::field::display),
                 max_model_len = config.limits.max_model_len,
                 max_num_seqs = config.limits.max_num_seqs,
                 max_num_batched_tokens = config.limits.max_num_batched_tokens,
@@ -186,9 +198,10 @@ impl Server<'_> {
             return;
         }
         let Loaded { headline, device, config, .. } = loaded;
+        let admin = admin.map_or_else(String::new, |admin| format!("admin    http://{admin}\n"));
         let text = format!(
-            "quire {}\nmodel    {}: {headline}\ndevice   {device}\n{config}\nhttp     http://{http_address}\n\
-             grpc     {grpc_address}\nready in {seconds:.2} s\n",
+            "quire {}\nmodel    {}: {headline}\ndevice   {device}\n{config}\n{admin}http     http://{http}\n\
+             grpc     {grpc}\nready in {seconds:.2} s\n",
             env!("CARGO_PKG_VERSION"),
             self.name,
         );
@@ -204,20 +217,29 @@ fn exit_at_once() -> ! {
     std::process::exit(130)
 }
 
-/// The two listeners, serving from the start.
+/// Where we listen.
+#[derive(Clone, Copy)]
+struct Addresses {
+    http: SocketAddr,
+    grpc: SocketAddr,
+    admin: Option<SocketAddr>,
+}
+
+/// The listeners, serving from the start.
 struct Fronts {
     lifecycle: Lifecycle,
     tenancy: Tenancy,
+    audit: AuditLog,
     page: MetricsPage,
-    http_address: SocketAddr,
-    grpc_address: SocketAddr,
+    addresses: Addresses,
     shutdown: watch::Sender<bool>,
     tasks: Vec<JoinHandle<()>>,
 }
 
 impl Fronts {
-    async fn open(args: &ServerArgs, page: MetricsPage) -> Result<Self> {
+    async fn open(args: &ServerArgs, settings: &BTreeMap<String, String>, page: MetricsPage) -> Result<Self> {
         let tenancy = tenants::open(args).await?;
+        let audit = audit::open(args)?;
         if !args.host.is_loopback() && !tenancy.requires_key() {
             tracing::warn!("{} can be reached from other machines, and no key is needed", args.host);
         }
@@ -228,13 +250,15 @@ impl Fronts {
             let page = page.clone();
             Arc::new(move || page.render())
         };
-        let config = HttpConfig::new(tenancy.clone(), render, env!("CARGO_PKG_VERSION"));
+        let mut config = HttpConfig::new(tenancy.clone(), render, env!("CARGO_PKG_VERSION"));
+        config.audit = audit.clone();
         let state = AppState::new(config);
         let lifecycle = state.lifecycle().clone();
         let http = tokio::spawn(quire_http::serve(http, state, until(shutdown.subscribe())));
         let config = quire_grpc::ServerConfig {
             lifecycle: lifecycle.clone(),
             tenancy: tenancy.clone(),
+            audit: audit.clone(),
             max_message_bytes: MAX_MESSAGE_BYTES,
             max_concurrent_streams: MAX_GRPC_STREAMS,
             version: env!("CARGO_PKG_VERSION"),
@@ -245,7 +269,16 @@ impl Fronts {
                 tracing::error!(%error, "the gRPC server failed");
             }
         });
-        Ok(Self { lifecycle, tenancy, page, http_address, grpc_address, shutdown, tasks: vec![http, grpc] })
+        let mut tasks = vec![http, grpc];
+        let mut admin_address = None;
+        if let Some((listener, address, config)) =
+            admin::open(args, settings, &lifecycle, &tenancy, &audit).await?
+        {
+            admin_address = Some(address);
+            tasks.push(tokio::spawn(quire_http::admin::serve(listener, config, until(shutdown.subscribe()))));
+        }
+        let addresses = Addresses { http: http_address, grpc: grpc_address, admin: admin_address };
+        Ok(Self { lifecycle, tenancy, audit, page, addresses, shutdown, tasks })
     }
 
     /// Stops listening, and waits until what was answered is sent.
@@ -263,12 +296,20 @@ impl Fronts {
     }
 }
 
+/// Publishes pauses by an administrator; other changes are published where they happen.
+async fn follow_state(lifecycle: Lifecycle, name: String) {
+    let mut states = lifecycle.subscribe();
+    while states.changed().await.is_ok() {
+        engine_metrics::set_engine_state(&name, lifecycle.state().name());
+    }
+}
+
 async fn until(mut shutdown: watch::Receiver<bool>) {
     // A sender that is gone means the same.
     let _ = shutdown.wait_for(|&now| now).await;
 }
 
-async fn bind(host: IpAddr, port: u16, flag: &str) -> Result<(TcpListener, SocketAddr)> {
+pub(crate) async fn bind(host: IpAddr, port: u16, flag: &str) -> Result<(TcpListener, SocketAddr)> {
     let address = SocketAddr::new(host, port);
     let fail = |error: std::io::Error| {
         let reason = match error.kind() {

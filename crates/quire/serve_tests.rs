@@ -51,7 +51,7 @@ impl Executor for Broken {
 fn serve_args(flags: &str) -> ServeArgs {
     let line = ["quire", "serve"].into_iter().chain(flags.split_whitespace());
     match Cli::try_parse_from(line).unwrap().command {
-        Command::Serve(args) => args,
+        Command::Serve(args) => *args,
         other => panic!("expected serve, got {other:?}"),
     }
 }
@@ -73,8 +73,8 @@ async fn post(address: SocketAddr, path: &str, body: &str) -> String {
 async fn a_device_error_ends_streams_and_the_server() {
     let args = serve_args("--port 0 --grpc-port 0 --kv-cache-memory 4MiB");
     let (_, page) = metrics::recorder(MetricsCompat::Vllm).unwrap();
-    let fronts = Fronts::open(&args.server, page).await.unwrap();
-    let address = fronts.http_address;
+    let fronts = Fronts::open(&args.server, &BTreeMap::new(), page).await.unwrap();
+    let address = fronts.addresses.http;
     let checkpoint = LocalModel::Demo.open(LoadFormat::Auto).unwrap();
     let config = Config::resolve(&args.engine, checkpoint.spec(), &Machine::detect()).unwrap();
     let text = loading::load_text(&LocalModel::Demo, &args.engine).unwrap();

@@ -9,10 +9,11 @@
 //! * a [`Request`] that reaches an engine has been validated once, against [`Limits`].
 //!
 //! Reading order: [`ids`], [`sampling`], [`request`], [`step`], [`executor`]; then [`limits`], [`error`],
-//! [`block_hash`], [`tenant`], [`meter`], [`tensor`], [`constraint`], [`metric_names`].
+//! [`block_hash`], [`tenant`], [`meter`], [`tensor`], [`constraint`], [`calendar`], [`metric_names`].
 #![forbid(unsafe_code)]
 
 pub mod block_hash;
+pub mod calendar;
 pub mod constraint;
 pub mod error;
 pub mod executor;

@@ -315,6 +315,10 @@ families! {
     TENANT_SHARE_RATIO = family(
         "quire_tenant_share_ratio", Gauge, "A tenant's part of all tokens, over about the last minute.",
     ).labels(&["tenant"]).process_wide();
+    TENANT_BUDGET_TOKENS = family(
+        "quire_tenant_budget_tokens", Gauge,
+        "Tokens of a tenant's budget in the running period: used, what is reserved included, and left.",
+    ).labels(&["tenant", "state"]).process_wide();
     TENANTS_RELOADS = family(
         "quire_tenants_reloads_total", Counter, "Times the changed tenants file was read, by whether it could be used.",
     ).labels(&["result"]).process_wide();
@@ -322,6 +326,10 @@ families! {
         "quire_quota_store_errors_total", Counter,
         "Times the shared quota store did not answer, so that the limits of this replica alone applied.",
     ).process_wide();
+
+    AUDIT_RECORDS = family(
+        "quire_audit_records_total", Counter, "Records of the audit log, by whether they were written or lost.",
+    ).labels(&["result"]).process_wide();
 
     // The front ends and the process.
     HTTP_REQUESTS = family(

@@ -63,7 +63,7 @@ impl EngineState {
 }
 
 /// What travels to the engine thread. The queue is bounded by admission: at most [`queue::most`] are live, each
-/// sends one `Add`, one `Finish` per continuation and one when its handle is dropped.
+/// sends one `Add`, one `Finish` per continuation and one when its handle is dropped; an administrator may send more.
 pub(crate) enum Command {
     Add { request: Request, place: Place },
     Finish { id: RequestId, index: Option<u32>, reason: FinishReason },
@@ -226,11 +226,18 @@ impl EngineClient {
         shared.registry.insert(Arc::clone(&mailbox));
         shared.metrics.accepted(&request);
         if let Some(origin) = origin {
-            shared.timelines.accepted(&request, origin);
+            shared.timelines.accepted(&request, origin, &mailbox);
         }
         let in_our_clock = |at: Micros| shared.epoch.checked_add(Duration::from_micros(at.0));
         let deadline = request.deadline.and_then(in_our_clock);
-        let handle = RequestHandle { id, mailbox, inbox: self.inbox.clone(), unfinished: n, deadline };
+        let handle = RequestHandle {
+            id,
+            mailbox,
+            shared: Arc::clone(shared),
+            inbox: self.inbox.clone(),
+            unfinished: n,
+            deadline,
+        };
         let sent = self.inbox.send(Command::Add { request, place }).is_ok();
         fence(Ordering::SeqCst);
         // The engine marks itself dead before it empties its inbox for the last time, so a request sent while it was
@@ -247,6 +254,21 @@ impl EngineClient {
     /// ended long ago are forgotten.
     pub fn timelines(&self, name: &str, tenant: Option<TenantId>) -> Vec<Timeline> {
         self.shared.timelines.find(name, tenant)
+    }
+
+    /// What became so far of every request that is not over and has a name, oldest first.
+    pub fn live(&self) -> Vec<Timeline> {
+        self.shared.timelines.live()
+    }
+
+    /// Ends the live requests of this name with [`FinishReason::Abort`], and tells whose they were.
+    pub fn abort(&self, name: &str) -> Vec<TenantId> {
+        let live = self.shared.timelines.live_named(name);
+        for &(id, _) in &live {
+            // A dead engine has ended it already.
+            let _ = self.inbox.send(Command::Finish { id, index: None, reason: FinishReason::Abort });
+        }
+        live.into_iter().map(|(_, tenant)| tenant).collect()
     }
 
     /// Remembers a request that was refused before it was submitted, or when it was.
@@ -333,6 +355,7 @@ const DEADLINE_GRACE: Duration = Duration::from_millis(5);
 pub struct RequestHandle {
     id: RequestId,
     mailbox: Arc<Mailbox>,
+    shared: Arc<Shared>,
     inbox: Sender<Command>,
     unfinished: u32,
     deadline: Option<Instant>,
@@ -366,6 +389,11 @@ impl RequestHandle {
     pub fn finish(&self, index: u32, reason: FinishReason) {
         // A dead engine has ended it already.
         let _ = self.inbox.send(Command::Finish { id: self.id, index: Some(index), reason });
+    }
+
+    /// Where the engine is in its life: what an abort means depends on it.
+    pub fn engine_state(&self) -> EngineState {
+        self.shared.state()
     }
 
     /// Why it ends if it is dropped now: nobody waits any more, or nobody waited longer than was agreed.

@@ -102,6 +102,11 @@ impl Mailbox {
         Poll::Pending
     }
 
+    /// Tokens of all continuations so far.
+    pub(crate) fn num_generated(&self) -> u32 {
+        self.inner.lock().measured.generated
+    }
+
     /// Lets `write` extend the pending piece of `index`, and wakes the reader. Returns the continuations still open.
     fn update(&self, index: u32, write: impl FnOnce(&mut SeqDelta, &mut LiveRequest)) -> u32 {
         let mut guard = self.inner.lock();
@@ -239,7 +244,9 @@ fn deliver(shared: &Shared, mailboxes: &mut Mailboxes, message: &mut StepMessage
             }
             let Some(mailbox) = mailbox else { continue };
             let open = mailbox.update(event.index, |delta, measured| {
-                num_tokens += shared.metrics.record(event, stats.at, measured);
+                let new = shared.metrics.record(event, stats.at, measured);
+                measured.generated += new as u32;
+                num_tokens += new;
                 apply(event, output, delta);
             });
             if matches!(event.kind, SeqEventKind::Finished { .. }) {

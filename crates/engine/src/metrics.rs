@@ -70,6 +70,8 @@ pub struct EngineMetrics {
 pub(crate) struct LiveRequest {
     arrival: Micros,
     prompt_tokens: u32,
+    /// Tokens of all continuations so far.
+    pub(crate) generated: u32,
     /// Continuations that have not ended.
     open: u32,
     /// Tokens of the longest continuation that has.
@@ -83,6 +85,7 @@ impl LiveRequest {
         Self {
             arrival: request.arrival,
             prompt_tokens: request.prompt.len() as u32,
+            generated: 0,
             open: request.params.n,
             longest: 0,
             last_token: SmallVec::from_elem(None, request.params.n as usize),

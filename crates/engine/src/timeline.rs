@@ -5,11 +5,13 @@
 //! so many ended requests; what does not fit is counted.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use quire_core::{FinishReason, Micros, Request, RequestId, TenantId, Usage};
 use quire_scheduler::{NoteKind, SeqNote, WaitCause};
+
+use crate::dispatch::Mailbox;
 
 /// Entries of one timeline.
 const MAX_ENTRIES: usize = 64;
@@ -83,6 +85,8 @@ pub struct Timeline {
     pub origin: Origin,
     /// Whose it is.
     pub tenant: TenantId,
+    /// Higher runs first.
+    pub priority: i8,
     /// When the engine accepted it.
     pub arrival: Micros,
     /// Tokens in its prompt.
@@ -109,13 +113,15 @@ pub struct Timeline {
     waiting: Vec<(u32, WaitCause, Micros)>,
     /// Continuations that are not over.
     num_open: u32,
+    mailbox: Weak<Mailbox>,
 }
 
 impl Timeline {
-    fn new(request: &Request, origin: Origin) -> Self {
+    fn new(request: &Request, origin: Origin, mailbox: &Arc<Mailbox>) -> Self {
         Self {
             origin,
             tenant: request.tenant,
+            priority: request.priority,
             arrival: request.arrival,
             prompt_tokens: request.prompt.len() as u32,
             cached_tokens: 0,
@@ -130,12 +136,18 @@ impl Timeline {
             // The others wait for the first one's prompt, which is no wait of their own.
             waiting: vec![(0, WaitCause::Step, request.arrival)],
             num_open: request.params.n,
+            mailbox: Arc::downgrade(mailbox),
         }
     }
 
     /// What the continuations that wait at this time wait for, and since when.
     pub fn waiting(&self) -> impl Iterator<Item = (u32, WaitCause, Micros)> + '_ {
         self.waiting.iter().copied()
+    }
+
+    /// Tokens of all continuations so far.
+    pub fn generated_so_far(&self) -> u32 {
+        self.mailbox.upgrade().map_or(self.generated_tokens, |mailbox| mailbox.num_generated())
     }
 
     fn push(&mut self, at: Micros, index: u32, kind: EntryKind) {
@@ -200,6 +212,8 @@ impl Timeline {
         if self.num_open == 0 {
             self.ended = Some((at, reason));
             self.entries.shrink_to_fit();
+            // Even a weak reference would keep its memory.
+            self.mailbox = Weak::new();
         }
         self.num_open == 0
     }
@@ -228,10 +242,10 @@ impl Inner {
 }
 
 impl Timelines {
-    pub(crate) fn accepted(&self, request: &Request, origin: Origin) {
+    pub(crate) fn accepted(&self, request: &Request, origin: Origin, mailbox: &Arc<Mailbox>) {
         let mut inner = self.inner.lock();
         inner.by_name.insert((Arc::clone(&origin.name), request.id));
-        inner.by_request.insert(request.id, Timeline::new(request, origin));
+        inner.by_request.insert(request.id, Timeline::new(request, origin, mailbox));
     }
 
     /// It never came to the engine.
@@ -263,6 +277,26 @@ impl Timelines {
         {
             inner.remove(oldest);
         }
+    }
+
+    /// Those that are not over, oldest first.
+    pub(crate) fn live(&self) -> Vec<Timeline> {
+        let inner = self.inner.lock();
+        let mut live: Vec<_> =
+            inner.by_request.iter().filter(|(_, timeline)| timeline.ended.is_none()).collect();
+        live.sort_unstable_by_key(|(id, _)| **id);
+        live.into_iter().map(|(_, timeline)| timeline.clone()).collect()
+    }
+
+    /// Those of this name that are not over, with whose they are.
+    pub(crate) fn live_named(&self, name: &str) -> Vec<(RequestId, TenantId)> {
+        let inner = self.inner.lock();
+        let from = (Arc::from(name), RequestId(0));
+        let ids = inner.by_name.range(from..).take_while(|(of, _)| &**of == name).map(|&(_, id)| id);
+        let live = ids.filter_map(|id| Some((id, inner.by_request.get(&id)?)));
+        live.filter(|(_, timeline)| timeline.ended.is_none())
+            .map(|(id, timeline)| (id, timeline.tenant))
+            .collect()
     }
 
     /// Those with this name, oldest first, of one tenant or of all.
@@ -298,7 +332,8 @@ mod tests {
             deadline: None,
         };
         let [received, prepared, admitted] = [70, 80, 90].map(Micros);
-        timelines.accepted(&request, Origin { name: name.into(), received, prepared, admitted });
+        let origin = Origin { name: name.into(), received, prepared, admitted };
+        timelines.accepted(&request, origin, &Arc::new(Mailbox::new(&request)));
     }
 
     fn note(timelines: &Timelines, id: u64, index: u32, at: u64, kind: NoteKind) {
@@ -369,6 +404,11 @@ mod tests {
             [of("a", None), of("a", Some(0)), of("a", Some(1)), of("a", Some(2)), of("b", None)],
             [3, 2, 1, 0, 0]
         );
+        end(&timelines, 1, 0, 200);
+        let live: Vec<u32> = timelines.live().iter().map(|timeline| timeline.tenant.0).collect();
+        assert_eq!(live, [1, 0, 0]);
+        let named = [(RequestId(2), TenantId(1)), (RequestId(3), TenantId(0))];
+        assert_eq!(timelines.live_named("a"), named);
         timelines.withdrawn(RequestId(3));
         assert_eq!(of("a", Some(0)), 1);
     }

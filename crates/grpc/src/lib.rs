@@ -8,9 +8,10 @@
 //! `build.rs` compiles `proto/` with protox, so no protoc is needed.
 //!
 //! Reading order: `proto/quire/v1/inference.proto`, [`service`], [`convert`], [`status`], [`server`], [`timeline`],
-//! `observe`.
+//! `observe`, `audit`.
 #![forbid(unsafe_code)]
 
+mod audit;
 pub mod convert;
 mod observe;
 pub mod server;

@@ -5,7 +5,7 @@ use quire_core::metric_names::{CLIENT_DISCONNECTS, GRPC_REQUESTS};
 use tonic::{Code, Response, Status};
 
 /// Every call there is; their series exist from the start.
-const RPCS: [&str; 6] =
+pub(crate) const RPCS: [&str; 6] =
     ["Generate", "GenerateStream", "Tokenize", "Detokenize", "GetModelInfo", "GetRequestTimeline"];
 
 /// Creates the series that every scrape shows.

@@ -3,7 +3,7 @@
 use std::future::Future;
 
 use quire_llm::{Lifecycle, ServerState};
-use quire_tenancy::{Tenancy, bearer};
+use quire_tenancy::{AuditLog, Tenancy, Trail, bearer};
 use tokio::net::TcpListener;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -13,12 +13,13 @@ use tonic::{Request, Status};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use crate::audit::AuditLayer;
 use crate::proto::inference_server::InferenceServer;
 use crate::service::InferenceService;
 use crate::{observe, proto, status};
 
 /// The name under which health is reported, besides the empty one.
-const SERVICE: &str = "quire.v1.Inference";
+pub(crate) const SERVICE: &str = "quire.v1.Inference";
 
 /// What the server needs.
 #[derive(Clone)]
@@ -27,6 +28,8 @@ pub struct ServerConfig {
     pub lifecycle: Lifecycle,
     /// Who may call, and how much they may have; shared with the other front end.
     pub tenancy: Tenancy,
+    /// Where calls are recorded.
+    pub audit: AuditLog,
     /// Largest accepted message in bytes.
     pub max_message_bytes: usize,
     /// Calls at once on one connection.
@@ -59,6 +62,7 @@ pub async fn serve(
     let result = Server::builder()
         .max_concurrent_streams(config.max_concurrent_streams)
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(30)))
+        .layer(AuditLayer::new(config.audit))
         .add_service(health)
         .add_service(InterceptedService::new(inference, auth.clone()))
         .add_service(InterceptedService::new(reflection, auth.clone()))
@@ -107,7 +111,9 @@ impl Interceptor for Auth {
         let peer = request.remote_addr().map(|peer| peer.ip());
         let access =
             self.tenancy.authenticate(token, peer).map_err(|error| status::unauthenticated(&error))?;
-        request.extensions_mut().insert(access);
+        let trail = request.extensions().get::<Trail>().cloned().unwrap_or_default();
+        trail.by(&access);
+        request.extensions_mut().insert(access.with_trail(trail));
         Ok(request)
     }
 }

@@ -64,11 +64,9 @@ impl InferenceService {
     /// The client's id if it is a harmless one, else a new one.
     fn request_id<T>(&self, request: &Request<T>) -> String {
         let given = request.metadata().get("x-request-id").and_then(|value| value.to_str().ok());
-        let harmless = |id: &&str| {
-            let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-            !id.is_empty() && id.len() <= MAX_REQUEST_ID && id.bytes().all(plain)
-        };
-        given.filter(harmless).map_or_else(|| format!("gen-{:016x}", self.next_id()), str::to_owned)
+        given
+            .filter(|id| is_harmless(id))
+            .map_or_else(|| format!("gen-{:016x}", self.next_id()), str::to_owned)
     }
 
     fn next_id(&self) -> u64 {
@@ -78,6 +76,7 @@ impl InferenceService {
     async fn start(&self, request: Request<proto::GenerateRequest>) -> Result<Started, Status> {
         let received = Instant::now();
         let (id, access) = (self.request_id(&request), access(&request)?);
+        access.trail().named(&id);
         let started = self.let_in(request, &id, &access).await;
         started.map_err(|status| self.note_refusal(status, &id, &access, received))
     }
@@ -118,6 +117,7 @@ impl InferenceService {
         access.require(Scope::Infer).and_then(|()| self.tenancy.precheck(access)).map_err(denied)?;
         let (llm, model) = self.llm_named(&message.model, access)?;
         let mut generate = convert::request(message).map_err(|error| status::of(&error))?;
+        access.trail().asks(&model, || generate.canonical_params());
         let tenant = access.tenant();
         generate.request_id = Some(id.into());
         generate.tenant = tenant.id();
@@ -130,7 +130,11 @@ impl InferenceService {
         demand.add(prepared.prompt_tokens(), prepared.n(), prepared.max_tokens());
         let permit = self.tenancy.admit(access, demand).await.map_err(denied)?;
         let meter = permit.meter(prepared.prompt_tokens(), prepared.n());
-        let generation = llm.start(prepared, Some(meter)).await.map_err(|error| status::of(&error))?;
+        let priority = permit.priority(prepared.priority());
+        let generation = llm
+            .start(prepared.with_priority(priority), Some(meter))
+            .await
+            .map_err(|error| status::of(&error))?;
         Ok(Started { id: id.to_owned(), model, generation, standing: *permit.standing() })
     }
 
@@ -188,6 +192,12 @@ impl InferenceService {
             version: self.version.to_owned(),
         }))
     }
+}
+
+/// Whether a client's id is fit for logs and metadata.
+pub(crate) fn is_harmless(id: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+    !id.is_empty() && id.len() <= MAX_REQUEST_ID && id.bytes().all(plain)
 }
 
 /// A request on its way.

@@ -34,18 +34,22 @@ impl FromRequest<AppState> for JsonFields {
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
         // Before the body is read: who waits for a model to load need not send it.
         state.llm()?;
-        check_content_type(request.headers())?;
-        let limit = state.config().max_body_bytes;
-        let declared = declared_length(request.headers()).unwrap_or(0);
-        if declared > limit as u64 {
-            discard(request.into_body()).await;
-            return Err(ApiError::body_too_large(limit));
-        }
-        let room = usize::try_from(declared).map_or(MAX_ROOM, |declared| declared.min(MAX_ROOM));
-        let read = tokio::time::timeout(READ_TIMEOUT, read(request.into_body(), room, limit));
-        let bytes = read.await.map_err(|_| ApiError::body_too_slow())??;
+        let bytes = read_json(request, state.config().max_body_bytes).await?;
         Ok(Self(Fields::parse(&bytes)?))
     }
+}
+
+/// A body that says it is JSON, and is not too large.
+pub(crate) async fn read_json(request: Request, limit: usize) -> Result<Bytes, ApiError> {
+    check_content_type(request.headers())?;
+    let declared = declared_length(request.headers()).unwrap_or(0);
+    if declared > limit as u64 {
+        discard(request.into_body()).await;
+        return Err(ApiError::body_too_large(limit));
+    }
+    let room = usize::try_from(declared).map_or(MAX_ROOM, |declared| declared.min(MAX_ROOM));
+    let read = tokio::time::timeout(READ_TIMEOUT, read(request.into_body(), room, limit));
+    read.await.map_err(|_| ApiError::body_too_slow())?
 }
 
 fn declared_length(headers: &HeaderMap) -> Option<u64> {

@@ -26,6 +26,10 @@ pub struct ApiError {
     close: bool,
 }
 
+/// In the extensions of an answer that is an error: its code, for the audit log.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ErrorCode(pub(crate) &'static str);
+
 const INVALID: &str = "invalid_request_error";
 
 /// Paths of APIs that clients may expect here, and what they are for.
@@ -122,6 +126,12 @@ impl ApiError {
 
     pub(crate) fn internal(message: &str) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message.to_owned())
+    }
+
+    /// What the admin API refuses for reasons of its own.
+    pub(crate) fn admin(status: StatusCode, code: &'static str, message: String) -> Self {
+        let kind = if status.is_server_error() { "server_error" } else { INVALID };
+        Self::new(status, kind, Some(code), message)
     }
 
     /// Names a field as this route's clients know it, where the engine knows it by another name.
@@ -266,6 +276,9 @@ impl IntoResponse for ApiError {
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if let Some(code) = self.code {
+            response.extensions_mut().insert(ErrorCode(code));
         }
         match &self.standing {
             Some(standing) => with_standing(response, standing),

@@ -88,7 +88,7 @@ pub(crate) async fn observe(mut request: Request, next: Next) -> Response {
 pub(crate) struct KeepsCount(pub(crate) Arc<OnceLock<Inflight>>);
 
 /// Methods are the client's words; labels must be bounded.
-fn known_method(method: &http::Method) -> &'static str {
+pub(crate) fn known_method(method: &http::Method) -> &'static str {
     match method.as_str() {
         "GET" => "GET",
         "POST" => "POST",

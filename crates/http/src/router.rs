@@ -59,10 +59,10 @@ async fn version(State(state): State<AppState>) -> Response {
     Json(json!({ "version": state.config().version })).into_response()
 }
 
-async fn not_found(uri: Uri) -> ApiError {
+pub(crate) async fn not_found(uri: Uri) -> ApiError {
     ApiError::route_not_found(uri.path())
 }
 
-async fn wrong_method(method: Method) -> ApiError {
+pub(crate) async fn wrong_method(method: Method) -> ApiError {
     ApiError::method_not_allowed(&method)
 }

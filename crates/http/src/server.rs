@@ -39,7 +39,7 @@ const MAX_BUFFER_BYTES: usize = 128 << 10;
 
 /// How long a connection may be silent.
 #[derive(Clone, Copy)]
-struct Patience {
+pub(crate) struct Patience {
     /// Until its first request's head is whole.
     first: Duration,
     /// Between an answer and the head of the next request.
@@ -48,7 +48,8 @@ struct Patience {
 
 /// Common proxies and client pools keep idle connections for a minute; they, not we, should close first, because a
 /// request that meets a closing connection is lost.
-const PATIENCE: Patience = Patience { first: Duration::from_secs(10), idle: Duration::from_secs(75) };
+pub(crate) const PATIENCE: Patience =
+    Patience { first: Duration::from_secs(10), idle: Duration::from_secs(75) };
 
 /// Streams of one HTTP/2 connection.
 const MAX_HTTP2_STREAMS: u32 = 128;
@@ -70,7 +71,13 @@ pub async fn serve(listener: TcpListener, state: AppState, shutdown: impl Future
     accept(listener, router(state), PATIENCE, shutdown).await;
 }
 
-async fn accept(listener: TcpListener, app: Router, patience: Patience, shutdown: impl Future<Output = ()>) {
+/// The loop, for any router.
+pub(crate) async fn accept(
+    listener: TcpListener,
+    app: Router,
+    patience: Patience,
+    shutdown: impl Future<Output = ()>,
+) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let (closing, _) = watch::channel(());
     let door = Arc::new(Door { app, patience, http1: http1(patience.idle), http2: http2() });

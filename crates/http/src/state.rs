@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quire_llm::{Lifecycle, Llm};
-use quire_tenancy::Tenancy;
+use quire_tenancy::{AuditLog, Tenancy};
 
 use crate::error::ApiError;
 
@@ -24,6 +24,8 @@ pub struct HttpConfig {
     pub metrics_without_key: bool,
     /// The version under `/version`, and in `system_fingerprint`.
     pub version: String,
+    /// Where every request that needs a key is recorded; none unless set.
+    pub audit: AuditLog,
     /// Bytes of a body at most.
     pub max_body_bytes: usize,
     /// A stream that is silent for this long gets a comment, so that no proxy takes it for dead.
@@ -39,6 +41,7 @@ impl HttpConfig {
             metrics,
             metrics_without_key: false,
             version: version.into(),
+            audit: AuditLog::default(),
             max_body_bytes: 8 << 20,
             keep_alive: Duration::from_secs(10),
         }

@@ -16,7 +16,7 @@ use quire_http::{AppState, HttpConfig, router};
 use quire_llm::{GenerationDefaults, Llm, LlmConfig};
 use quire_scheduler::SchedulerConfig;
 use quire_sim::{MockExecutor, MockTiming};
-use quire_tenancy::{Keys, Tenancy};
+use quire_tenancy::{AuditLog, Keys, Tenancy};
 use quire_tokenizer::{ChatTemplate, Tokenizer};
 use serde_json::Value;
 use tower::ServiceExt;
@@ -169,12 +169,13 @@ fn start_engine(setup: &Setup) -> Engine {
 
 /// The state before a model is there.
 pub fn loading(setup: &Setup) -> AppState {
-    loading_with(setup, Keys::new(setup.keys).unwrap().into())
+    loading_with(setup, Keys::new(setup.keys).unwrap().into(), AuditLog::default())
 }
 
-fn loading_with(setup: &Setup, tenancy: Tenancy) -> AppState {
+fn loading_with(setup: &Setup, tenancy: Tenancy, audit: AuditLog) -> AppState {
     let metrics = Arc::new(|| "quire_up 1\n".to_owned());
     let mut config = HttpConfig::new(tenancy, metrics, "1.2.3");
+    config.audit = audit;
     config.keep_alive = setup.keep_alive;
     config.metrics_without_key = setup.metrics_without_key;
     AppState::new(config)
@@ -187,6 +188,11 @@ impl Server {
 
     /// With tenants of its own instead of the setup's keys.
     pub fn with(setup: &Setup, tenancy: Tenancy) -> Self {
+        Self::audited(setup, tenancy, AuditLog::default())
+    }
+
+    /// With an audit log, too.
+    pub fn audited(setup: &Setup, tenancy: Tenancy, audit: AuditLog) -> Self {
         let engine = start_engine(setup);
         let llm = Llm::new(LlmConfig {
             served_model_names: vec![MODEL.into(), "org/alias".into()],
@@ -196,7 +202,7 @@ impl Server {
             defaults: GenerationDefaults { eos_token_ids: vec![0], ..GenerationDefaults::default() },
             tokenizer_threads: 2,
         });
-        let state = loading_with(setup, tenancy);
+        let state = loading_with(setup, tenancy, audit);
         state.lifecycle().ready(llm.clone());
         Self { app: router(state.clone()), state, llm, _engine: engine }
     }

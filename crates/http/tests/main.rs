@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test helper that fails is a test that fails")]
 
+mod admin;
+mod audit;
 mod auth;
 mod chat;
 mod completions;

@@ -164,6 +164,7 @@ async fn a_drain_that_takes_too_long_ends_streams_with_an_error() {
     let listening = listen(&slow()).await;
     let mut response = send(listening.address, "/v1/completions", Some(&long_stream())).await;
     response.body_mut().frame().await.unwrap().unwrap();
+    listening.server.state.lifecycle().drain();
     listening.server.llm.engine().abort_all(quire_core::FinishReason::Abort);
     let events = data_of(&text(response).await);
     let error: Value = serde_json::from_str(events.last().unwrap()).unwrap();

@@ -161,6 +161,63 @@ async fn limits_refuse_with_a_time_to_come_again() {
 }
 
 #[tokio::test]
+async fn a_budget_refuses_until_the_period_ends() {
+    let text = "[defaults]\nbudget = { tokens = 40, period = 'month' }";
+    let server = Server::with(&Setup::default(), tenancy(text));
+    // 3 + 20, and 3 + 14.
+    for max_tokens in [20, 14] {
+        assert_eq!(server.complete(body(max_tokens)).await.status.as_u16(), 200);
+    }
+    let answer = server.complete(body(1)).await;
+    assert_eq!(code(&answer), (429, "rate_limit_exceeded".into(), "budget".into()));
+    let seconds: u64 = header(&answer, "retry-after").parse().unwrap();
+    assert!(seconds > 0 && seconds <= 31 * 86_400, "{seconds}");
+    let tokenize = server.post("/tokenize", &json!({ "prompt": "free" })).await;
+    assert_eq!(tokenize.status.as_u16(), 200, "what generates nothing costs no budget");
+}
+
+#[tokio::test]
+async fn beyond_a_budget_others_go_first() {
+    let text = with_digests(
+        r#"
+        [[tenants]]
+        id = "spent"
+        priority = 2
+        budget = { tokens = 1, period = "month", action = "deprioritize" }
+        [[tenants.keys]]
+        id = "1"
+        sha256 = "DIGEST(spent)"
+        [[tenants]]
+        id = "fresh"
+        [[tenants.keys]]
+        id = "1"
+        sha256 = "DIGEST(fresh)""#,
+    );
+    let setup =
+        Setup { step: Duration::from_millis(5), max_num_seqs: 1, max_queued_requests: 1, ..Setup::default() };
+    let server = Server::with(&setup, tenancy(&text));
+    let open = |key: &'static str, max_tokens| {
+        let app = server.app.clone();
+        let request = body(max_tokens).to_string();
+        tokio::spawn(async move {
+            let authorization = format!("Bearer {key}");
+            let headers = [("authorization", &*authorization), ("content-type", "application/json")];
+            crate::harness::ask(&app, http::Method::POST, "/v1/completions", &headers, &request).await
+        })
+    };
+    let engine = server.llm.engine().clone();
+    let running = open("fresh", 400);
+    eventually("it runs", || engine.snapshot().num_running == 1).await;
+    // Below priority 0 half of a queue of one is nothing.
+    let refused = open("spent", 5).await.unwrap();
+    assert_eq!(code(&refused), (429, "rate_limit_exceeded".into(), String::new()), "{}", refused.body);
+    let waits = open("fresh", 1);
+    eventually("it waits", || engine.snapshot().num_waiting == 1).await;
+    running.abort();
+    assert_eq!(waits.await.unwrap().status.as_u16(), 200);
+}
+
+#[tokio::test]
 async fn answers_in_flight_are_bounded_and_a_client_that_leaves_gives_its_place_back() {
     let server = server(Duration::from_millis(20));
     let mut request = body(50);

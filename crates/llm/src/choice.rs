@@ -69,6 +69,11 @@ impl Choice {
         self.end.is_some()
     }
 
+    /// Why it ended, if it has.
+    pub(crate) fn finish_reason(&self) -> Option<FinishReason> {
+        self.end.as_ref().map(|end| end.0)
+    }
+
     /// Takes what the engine made. Whatever comes after the end is dropped.
     pub(crate) fn take(&mut self, rules: &Rules, delta: SeqDelta) -> Result<Event, RequestError> {
         if self.has_ended() {

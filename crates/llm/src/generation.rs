@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
 use quire_core::{FinishReason, Meter, RequestError, TokenId, TokenLogprobs};
-use quire_engine::{RequestHandle, SeqDelta};
+use quire_engine::{EngineState, RequestHandle, SeqDelta};
 use quire_tokenizer::Tokenizer;
 use smallvec::SmallVec;
 
@@ -180,6 +180,7 @@ impl Generation {
                 Some(delta) => self.take(delta),
                 None => Err(RequestError::Internal("the engine ended the request early".into())),
             };
+            let outcome = outcome.map_err(|error| self.explain(error));
             match outcome {
                 Ok(None) => {}
                 Ok(Some(delta)) => return Poll::Ready(Some(Ok(delta))),
@@ -225,11 +226,24 @@ impl Generation {
                 self.open -= 1;
                 self.completion_tokens += choice.num_tokens();
                 if self.open == 0 {
-                    self.settle(FinishReason::Stop);
+                    let is_cut = self
+                        .choices
+                        .iter()
+                        .any(|choice| choice.finish_reason() == Some(FinishReason::Length));
+                    self.settle(if is_cut { FinishReason::Length } else { FinishReason::Stop });
                 }
             }
         }
         Ok(self.publish(index as usize))
+    }
+
+    /// An abort while the engine goes on is somebody's decision about this request.
+    fn explain(&self, error: RequestError) -> RequestError {
+        let goes_on = self.handle.engine_state() == EngineState::Ready;
+        match error {
+            RequestError::Unavailable { .. } if goes_on => RequestError::Cancelled,
+            error => error,
+        }
     }
 
     fn note_start(&mut self, delta: &SeqDelta) {

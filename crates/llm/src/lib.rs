@@ -13,7 +13,7 @@
 //! * dropping a [`Generation`] cancels its request.
 //!
 //! Reading order: [`request`], [`llm`], [`params`], [`generation`], `choice`; then [`lifecycle`], [`logprobs`] and
-//! `pool`; [`story`].
+//! `pool`; [`story`], `operations`.
 #![forbid(unsafe_code)]
 
 mod choice;
@@ -21,6 +21,7 @@ pub mod generation;
 pub mod lifecycle;
 pub mod llm;
 pub mod logprobs;
+mod operations;
 pub mod params;
 mod pool;
 pub mod request;
@@ -30,6 +31,7 @@ pub use generation::{ChoiceDelta, Finish, Generation, StopReason, TokenUsage};
 pub use lifecycle::{Lifecycle, ServerState};
 pub use llm::{Llm, LlmConfig, Prepared};
 pub use logprobs::{TokenLogprob, TopLogprob};
+pub use operations::LiveRequest;
 pub use params::GenerationDefaults;
 pub use quire_core::{FinishReason, RequestError, TenantId, TokenId};
 pub use quire_engine::refusals::Refusal;

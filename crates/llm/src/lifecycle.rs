@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use crate::Llm;
 
-/// Loading, then ready, then draining, then dead; never backwards.
+/// Loading, then ready, then draining, then dead; back only from a pause, which looks like draining, to ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ServerState {
     /// Weights are being loaded.
@@ -87,6 +87,41 @@ impl Lifecycle {
             llm.engine().drain();
         }
         self.advance(ServerState::Draining);
+    }
+
+    /// Takes no new requests until [`Lifecycle::resume`]; running ones go on.
+    ///
+    /// # Errors
+    /// The state, if it is neither ready nor paused.
+    pub fn pause(&self) -> Result<(), ServerState> {
+        self.exchange(ServerState::Ready, ServerState::Draining)
+    }
+
+    /// Takes requests again.
+    ///
+    /// # Errors
+    /// The state, if the server loads, is dead, or drains because it is to end.
+    pub fn resume(&self) -> Result<(), ServerState> {
+        self.exchange(ServerState::Draining, ServerState::Ready)
+    }
+
+    /// From one state to another, unless it is there already. The engine drains only when the server is to end, and
+    /// then there is no way back.
+    fn exchange(&self, from: ServerState, to: ServerState) -> Result<(), ServerState> {
+        let mut outcome = Err(self.state());
+        self.inner.state.send_if_modified(|state| {
+            // Asked under the lock: who drains tells the engine first.
+            let is_up = self.loaded().is_some_and(|llm| llm.engine().state() == EngineState::Ready);
+            let moves = is_up && *state == from;
+            if moves {
+                *state = to;
+            }
+            if is_up && *state == to {
+                outcome = Ok(());
+            }
+            moves
+        });
+        outcome
     }
 
     /// The engine has failed.

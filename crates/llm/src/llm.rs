@@ -1,6 +1,7 @@
 //! A model that answers: tokenizer, template, defaults and engine in one handle.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use quire_core::metric_names::TOKENIZE_SECONDS;
@@ -65,6 +66,8 @@ struct Inner {
     eos_token_ids: Arc<[TokenId]>,
     seeds: SeedSource,
     pool: Pool,
+    /// Times that the prefix cache was reset: part of every namespace.
+    cache_epoch: AtomicU64,
 }
 
 impl Llm {
@@ -89,6 +92,7 @@ impl Llm {
             seeds: SeedSource::default(),
             pool: Pool::new(config.tokenizer_threads, max_waiting),
             engine: config.engine,
+            cache_epoch: AtomicU64::new(0),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -316,9 +320,16 @@ impl Llm {
         Ok(Generation::new(handle, rules, token_ids, prompt_text.as_deref(), meter))
     }
 
-    /// The namespace of whoever asks, split further by the client's salt. The length sets the two apart.
+    /// From now on, no request finds what was computed before. The memory stays taken until somebody needs it.
+    pub fn reset_cache(&self) {
+        self.inner.cache_epoch.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The namespace of whoever asks, since the last reset, split further by the client's salt. The length sets the two
+    /// apart.
     fn salt(&self, request: &GenerateRequest) -> CacheSalt {
-        let mut namespace = (request.cache_namespace.len() as u64).to_le_bytes().to_vec();
+        let mut namespace = self.inner.cache_epoch.load(Ordering::Relaxed).to_le_bytes().to_vec();
+        namespace.extend((request.cache_namespace.len() as u64).to_le_bytes());
         namespace.extend(&request.cache_namespace);
         if let Some(salt) = &request.cache_salt {
             namespace.push(1);
@@ -396,6 +407,17 @@ impl Prepared {
     /// Tokens of one choice at most.
     pub fn max_tokens(&self) -> u32 {
         self.params.max_tokens
+    }
+
+    /// Higher runs first.
+    pub fn priority(&self) -> i8 {
+        self.request.priority
+    }
+
+    /// The same with another priority.
+    pub fn with_priority(mut self, priority: i8) -> Self {
+        self.request.priority = priority;
+        self
     }
 }
 

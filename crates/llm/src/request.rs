@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quire_core::{TenantId, TokenId};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// One request. [`GenerateRequest::new`] gives the defaults; set what the client set.
 #[derive(Clone, Debug)]
@@ -58,6 +58,39 @@ impl GenerateRequest {
     pub const MAX_STOP: usize = 16;
     /// Bytes of one stop string.
     pub const MAX_STOP_BYTES: usize = 256;
+
+    /// How it is to be answered, in one spelling for every front end: a JSON object with its keys in alphabetical order,
+    /// as the client chose, without what is to be answered, without who asks, and without how he is to see the answer.
+    pub fn canonical_params(&self) -> String {
+        let SamplingOptions { temperature, top_p, top_k, min_p, seed, n, max_tokens, min_tokens, .. } =
+            self.sampling;
+        let mut logit_bias = self.sampling.logit_bias.clone();
+        logit_bias.sort_by_key(|&(id, _)| id);
+        json!({
+            "add_special_tokens": self.add_special_tokens,
+            "echo": self.echo,
+            "frequency_penalty": self.sampling.frequency_penalty,
+            "ignore_eos": self.ignore_eos,
+            "include_stop_str_in_output": self.include_stop_str_in_output,
+            "logit_bias": logit_bias,
+            "logprobs": self.logprobs,
+            "max_tokens": max_tokens,
+            "min_p": min_p,
+            "min_tokens": min_tokens.unwrap_or(0),
+            "n": n.unwrap_or(1),
+            "presence_penalty": self.sampling.presence_penalty,
+            "prompt_logprobs": self.prompt_logprobs,
+            "repetition_penalty": self.sampling.repetition_penalty,
+            "seed": seed,
+            "skip_special_tokens": self.skip_special_tokens,
+            "stop": self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        })
+        .to_string()
+    }
 
     /// A request with every default.
     pub fn new(prompt: Prompt) -> Self {

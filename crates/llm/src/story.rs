@@ -113,19 +113,19 @@ impl Llm {
 }
 
 /// The engine's clock beside the calendar's.
-struct Clock {
+pub(crate) struct Clock {
     engine: Micros,
     unix: Duration,
 }
 
 impl Clock {
-    fn of(engine: &EngineClient) -> Self {
+    pub(crate) fn of(engine: &EngineClient) -> Self {
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self { engine: engine.now(), unix }
     }
 
     /// Seconds since 1970, to a millisecond.
-    fn unix(&self, at: Micros) -> f64 {
+    pub(crate) fn unix(&self, at: Micros) -> f64 {
         let ago = Duration::from_micros(self.engine.since(at).0);
         (self.unix.saturating_sub(ago).as_secs_f64() * 1e3).round() / 1e3
     }

@@ -15,6 +15,17 @@ impl KeyDigest {
         Self(Sha256::digest(key).into())
     }
 
+    /// 64 hex digits.
+    pub fn to_hex(self) -> String {
+        hex(&self.0)
+    }
+
+    /// Whether two are equal, in a time that does not tell where they differ.
+    pub fn equals(&self, other: &Self) -> bool {
+        let differ = self.0.iter().zip(&other.0).fold(0, |differ, (a, b)| differ | (a ^ b));
+        std::hint::black_box(differ) == 0
+    }
+
     /// From 64 hex digits.
     pub fn from_hex(hex: &str) -> Option<Self> {
         let hex = hex.as_bytes();
@@ -25,6 +36,12 @@ impl KeyDigest {
         }
         (hex.len() == 64).then_some(Self(digest))
     }
+}
+
+/// Lower-case hex digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    let digit = |half: u8| char::from_digit(half.into(), 16).unwrap_or('0');
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }
 
 impl fmt::Debug for KeyDigest {
@@ -101,6 +118,11 @@ mod tests {
         let hex = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         assert_eq!(KeyDigest::from_hex(hex), Some(KeyDigest::of("abc")));
         assert_eq!(KeyDigest::from_hex(&hex.to_uppercase()), Some(KeyDigest::of("abc")));
+        assert_eq!(KeyDigest::of("abc").to_hex(), hex);
+        assert!(
+            KeyDigest::of("abc").equals(&KeyDigest::of("abc"))
+                && !KeyDigest::of("abc").equals(&KeyDigest::of("abd"))
+        );
         for bad in ["", &hex[1..], &format!("{hex}0"), &hex.replace('b', "g"), "é".repeat(32).as_str()] {
             assert_eq!(KeyDigest::from_hex(bad), None, "{bad}");
         }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::budget::{Budget, OverBudget};
 use crate::ledger::Standing;
 use crate::limits::{Limits, Quota, Scope};
 
@@ -34,9 +35,16 @@ impl Demand {
         [1, self.input_tokens, self.output_tokens]
     }
 
-    /// Refuses what no waiting would help: more than one answer, one prompt, all places or a whole minute may have.
-    pub(crate) fn check(&self, limits: &Limits) -> Result<(), Denied> {
+    /// Tokens that count against a budget.
+    pub(crate) fn tokens(&self) -> u64 {
+        self.input_tokens.saturating_add(self.output_tokens)
+    }
+
+    /// Refuses what no waiting would help: more than one answer, one prompt, all places, a whole minute or a whole
+    /// period of the budget may have.
+    pub(crate) fn check(&self, limits: &Limits, budget: Option<&Budget>) -> Result<(), Denied> {
         let minute = |rate: Option<crate::gcra::Rate>| rate.map(crate::gcra::Rate::limit);
+        let budget = budget.filter(|budget| budget.action == OverBudget::Reject);
         for (limit_name, field, value, limit) in [
             ("n", "n", self.n.into(), limits.n.map(u64::from)),
             ("concurrency", "n", self.choices.into(), limits.concurrency.map(u64::from)),
@@ -51,6 +59,7 @@ impl Demand {
             ("queued_tokens", "prompt", self.input_tokens, limits.queued_tokens),
             ("input_tpm", "prompt", self.input_tokens, minute(limits.input_tpm)),
             ("output_tpm", "max_tokens", self.output_tokens, minute(limits.output_tpm)),
+            ("budget", "max_tokens", self.tokens(), budget.map(|budget| budget.tokens)),
         ] {
             if let Some(limit) = limit.filter(|&limit| value > limit) {
                 return Err(Denied::TooLarge { field, limit_name, value, limit });

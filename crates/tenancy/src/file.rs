@@ -8,13 +8,14 @@ use std::path::Path;
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
+use crate::budget::{Budget, OverBudget};
 use crate::credential::KeyDigest;
 use crate::gcra::Rate;
 use crate::limits::{Glob, Isolation, Limits, Scopes};
 use crate::network::Network;
 use crate::values::{
-    Count, Expiry, Id, NotYet, PerMinute, RawDigest, RawGlob, RawIsolation, RawNetwork, RawPriority,
-    RawScope, Share, Weight,
+    BudgetTokens, Count, Expiry, Id, NotYet, PerMinute, RawAction, RawDigest, RawGlob, RawIsolation,
+    RawNetwork, RawPeriod, RawPriority, RawScope, Share, Weight,
 };
 
 /// Bytes of a file.
@@ -71,6 +72,7 @@ pub(crate) struct TenantSettings {
     /// `None`: every model.
     pub(crate) models: Option<Vec<Glob>>,
     pub(crate) isolation: Isolation,
+    pub(crate) budget: Option<Budget>,
 }
 
 impl Default for TenantSettings {
@@ -81,6 +83,7 @@ impl Default for TenantSettings {
             limits: Limits::default(),
             models: None,
             isolation: Isolation::default(),
+            budget: None,
         }
     }
 }
@@ -220,6 +223,7 @@ struct RawSettings {
     models: Option<Vec<RawGlob>>,
     #[serde(default)]
     cache: RawCache,
+    budget: Option<RawBudget>,
 }
 
 /// Fields of `[[tenants]]`. `flatten` would lose the place of errors, so the settings are here once more.
@@ -247,16 +251,20 @@ impl<'de> Deserialize<'de> for RawTenant {
             cache: RawCache,
             #[serde(default)]
             ip_allow: Vec<RawNetwork>,
-            #[serde(default, rename = "budget")]
-            _budget: NotYet,
+            budget: Option<RawBudget>,
             #[serde(default, rename = "loras")]
             _loras: NotYet,
             #[serde(default, rename = "logging")]
             _logging: NotYet,
         }
-        let Fields { id, keys, priority, weight, limits, models, cache, ip_allow, .. } =
+        let Fields { id, keys, priority, weight, limits, models, cache, ip_allow, budget, .. } =
             Fields::deserialize(deserializer)?;
-        Ok(Self { id, keys, ip_allow, settings: RawSettings { priority, weight, limits, models, cache } })
+        Ok(Self {
+            id,
+            keys,
+            ip_allow,
+            settings: RawSettings { priority, weight, limits, models, cache, budget },
+        })
     }
 }
 
@@ -269,6 +277,7 @@ impl RawSettings {
             limits: self.limits.resolve(&defaults.limits),
             models: self.models.map(globs).or_else(|| defaults.models.clone()),
             isolation: self.cache.isolation.map_or_else(|| defaults.isolation.clone(), |RawIsolation(i)| i),
+            budget: self.budget.map(RawBudget::resolve).or(defaults.budget),
         }
     }
 }
@@ -277,6 +286,22 @@ impl RawSettings {
 #[serde(deny_unknown_fields)]
 struct RawCache {
     isolation: Option<RawIsolation>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawBudget {
+    tokens: BudgetTokens,
+    period: RawPeriod,
+    action: Option<RawAction>,
+}
+
+impl RawBudget {
+    fn resolve(self) -> Budget {
+        let Self { tokens: BudgetTokens(tokens), period: RawPeriod(period), action } = self;
+        let action = action.map_or(OverBudget::Reject, |RawAction(action)| action);
+        Budget { tokens, period, action }
+    }
 }
 
 #[derive(Deserialize)]

@@ -1,4 +1,5 @@
 use super::*;
+use crate::budget::Period;
 
 const HEX: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
 
@@ -15,10 +16,12 @@ fn every_field_is_read_and_defaults_fill_in() {
         models = ["*"]
         limits = { rpm = 60, n = 3 }
         cache.isolation = "key"
+        budget = { tokens = 5, period = "week" }
         [[tenants]]
         id = "acme"
         priority = -2
         weight = 0.5
+        budget = { tokens = 50_000_000_000, period = "month", action = "deprioritize" }
         models = ["llama-*", "acme/lora-*"]
         cache = { isolation = "shared:g" }
         [tenants.limits]
@@ -55,6 +58,9 @@ fn every_field_is_read_and_defaults_fill_in() {
         kv_blocks_share: 0.5,
     };
     assert_eq!(acme.settings.limits, limits);
+    let month = Budget { tokens: 50_000_000_000, period: Period::Month, action: OverBudget::Deprioritize };
+    let week = Budget { tokens: 5, period: Period::Week, action: OverBudget::Reject };
+    assert_eq!((acme.settings.budget, b.settings.budget), (Some(month), Some(week)));
     assert_eq!((acme.settings.priority, acme.settings.weight), (-2, 0.5));
     assert_eq!(acme.settings.isolation, Isolation::Shared("g".into()));
     assert_eq!(acme.settings.models, Some(vec![Glob("llama-*".into()), Glob("acme/lora-*".into())]));
@@ -92,6 +98,14 @@ fn wrong_values_are_named_with_their_place() {
             "[[tenants]]\nid = 'a'\nip_allow = ['::1', 'x']".into(),
             "t.toml:3: ip_allow: must be an IP address",
         ),
+        (
+            "[[tenants]]\nid = 'a'\nbudget = { tokens = 0, period = 'day' }".into(),
+            "t.toml:3: tokens: must be between 1",
+        ),
+        ("[[tenants]]\nid = 'a'\nbudget = { tokens = 1 }".into(), "t.toml:3: budget: missing field `period`"),
+        ("[defaults.budget]\nperiod = 'year'".into(), "t.toml:2: period: must be day, week or month"),
+        ("[defaults.budget]\naction = 'stop'".into(), "t.toml:2: action: must be reject or deprioritize"),
+        ("[defaults.budget]\nusd = 5".into(), "t.toml:2: usd: unknown field"),
         ("[defaults]\nid = 'a'".into(), "t.toml:2: id: unknown field"),
         ("[defaults.limits]\nrpm = 'x'".into(), "t.toml:2: rpm: invalid type"),
         ("[defaults]\nlimits = { n = 1, rpm = 0 }".into(), "t.toml:2: rpm: must be between 1 and"),
@@ -129,14 +143,14 @@ fn wrong_values_are_named_with_their_place() {
 
 #[test]
 fn what_is_not_enforced_is_refused_by_name() {
-    for field in ["budget = { tokens = 5 }", "loras.max_loaded = 4", "logging = { content = 'none' }"] {
+    for field in ["loras.max_loaded = 4", "logging = { content = 'none' }"] {
         let name = field.split(['.', ' ']).next().unwrap();
         let error = parse(&format!("[[tenants]]\nid = 'a'\n{field}")).unwrap_err().to_string();
         assert!(error.starts_with("t.toml:3: ") && error.contains("not enforced"), "{error}");
         assert!(error.contains(name), "{error}");
     }
-    let error = parse("[[tenants]]\nid = 'a'\n[tenants.budget]\ntokens = 1").unwrap_err().to_string();
-    assert!(error.starts_with("t.toml:3: tenants.budget: is not enforced"), "{error}");
+    let error = parse("[[tenants]]\nid = 'a'\n[tenants.loras]\nmax_loaded = 1").unwrap_err().to_string();
+    assert!(error.starts_with("t.toml:3: tenants.loras: is not enforced"), "{error}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::budget::{Budget, OverBudget, Spending, Spent};
 use crate::demand::Demand;
 use crate::gcra::{Bucket, Level, Nanos, Rate};
 use crate::limits::{Limits, Quota};
@@ -83,6 +84,7 @@ pub(crate) fn rates(limits: &Limits) -> [Option<Rate>; 3] {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ledger {
     buckets: [Bucket; 3],
+    pub(crate) spending: Spending,
     in_flight: u32,
     queued: u32,
     queued_tokens: u64,
@@ -143,6 +145,23 @@ impl Ledger {
         Ok(taken)
     }
 
+    /// What a request would take of the budget; [`Spending::take`] takes it. A request that generates nothing takes none.
+    pub(crate) fn budget(
+        &self,
+        unix_seconds: i64,
+        budget: Option<&Budget>,
+        demand: &Demand,
+    ) -> Result<Option<Spent>, Refusal> {
+        let Some(budget) = budget.filter(|_| demand.choices > 0) else { return Ok(None) };
+        let (window, tokens) = (budget.period.window(unix_seconds), demand.tokens());
+        let is_over = budget.is_exceeded(self.spending.used_in(window), tokens);
+        if is_over && budget.action == OverBudget::Reject {
+            let retry_after = window.left(unix_seconds);
+            return Err(Refusal { quota: Quota::Budget, limit: budget.tokens, retry_after });
+        }
+        Ok(Some(Spent { period: budget.period, window, tokens, is_over }))
+    }
+
     /// Gives back what was taken and not used.
     pub(crate) fn give_back(&mut self, unused: Taken) {
         for (bucket, unused) in self.buckets.iter_mut().zip(unused) {
@@ -169,7 +188,7 @@ impl Ledger {
         (self.in_flight, self.queued, self.queued_tokens) == (0, 0, 0)
     }
 
-    #[cfg(test)]
+    /// Answers that wait, and their prompt tokens.
     pub(crate) fn queued(&self) -> (u32, u64) {
         (self.queued, self.queued_tokens)
     }

@@ -9,14 +9,20 @@
 //! * a refused request takes nothing; an admitted one gives back what it did not use, once;
 //! * a reload keeps ids, what is in use, and permits; a file that cannot be used changes nothing;
 //! * time is an argument of everything that counts (`gcra`, `ledger`); no lock is held across an await;
-//! * bounded: tenants, keys, ids, labels, settlements in wait.
+//! * a record of the audit log holds no key and nothing that a client said;
+//! * bounded: tenants, keys, ids, labels, settlements and records in wait.
 //!
-//! Reading order: [`file`] with `values`, [`limits`] and [`network`]; [`gcra`], `ledger`, [`demand`]; [`tenancy`], `table`,
-//! [`tenant`], [`permit`]; `shared` with its scripts, [`watch`], `metrics`.
+//! Reading order: [`file`] with `values`, [`limits`], [`budget`] and [`network`]; [`gcra`], `ledger`, [`demand`]; [`tenancy`], `table`,
+//! [`tenant`], [`permit`]; `shared` with its scripts, [`watch`], `metrics`, `usage`; `audit` with `audit_writer`;
+//! `edit`.
 #![forbid(unsafe_code)]
 
+mod audit;
+mod audit_writer;
+pub mod budget;
 mod credential;
 pub mod demand;
+mod edit;
 pub mod file;
 pub mod gcra;
 mod ledger;
@@ -28,11 +34,15 @@ mod shared;
 mod table;
 pub mod tenancy;
 pub mod tenant;
+mod usage;
 mod values;
 pub mod watch;
 
+pub use audit::{Answer, AuditLog, AuditTarget, OnFull, Trail};
+pub use budget::{Budget, OverBudget, Period, Window};
 pub use credential::{AuthError, KeyDigest, KeyError, Keys, bearer};
 pub use demand::{Demand, Denied};
+pub use edit::{Change, EditError, Expected, KeyView, TenantView, TenantsEditor};
 pub use file::{FileError, TenantsFile};
 pub use gcra::Level;
 pub use ledger::Standing;
@@ -42,4 +52,5 @@ pub use shared::{SharedStore, StoreError};
 pub use table::TableError;
 pub use tenancy::Tenancy;
 pub use tenant::{Access, Tenant};
+pub use usage::Usage;
 pub use watch::Watch;

@@ -1,7 +1,5 @@
 //! What a tenant may do.
 
-use std::fmt;
-
 use crate::gcra::Rate;
 
 /// The limits of one tenant; `None` is no limit. Fields have the names of the file.
@@ -66,13 +64,14 @@ macro_rules! words {
             }
         }
 
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.write_str(self.name())
             }
         }
     };
 }
+pub(crate) use words;
 
 words! {
     /// A limit that passes with time.
@@ -89,6 +88,8 @@ words! {
         Queued = "queued",
         /// Prompt tokens that wait.
         QueuedTokens = "queued_tokens",
+        /// Tokens of a day, a week or a month.
+        Budget = "budget",
     }
 }
 

@@ -1,10 +1,12 @@
 //! One tenant's series, looked up once. Labels are configured ids, the first hundred of them; the rest share `other`.
 
+use std::sync::OnceLock;
+
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use quire_core::FinishReason;
 use quire_core::metric_names::{
-    QUOTA_STORE_ERRORS, TENANT_QUEUE, TENANT_REQUESTS, TENANT_RUNNING, TENANT_SHARE_RATIO, TENANT_THROTTLED,
-    TENANT_TOKENS, TENANT_WAITING, TENANTS_RELOADS,
+    AUDIT_RECORDS, QUOTA_STORE_ERRORS, TENANT_BUDGET_TOKENS, TENANT_QUEUE, TENANT_REQUESTS, TENANT_RUNNING,
+    TENANT_SHARE_RATIO, TENANT_THROTTLED, TENANT_TOKENS, TENANT_WAITING, TENANTS_RELOADS,
 };
 
 use crate::limits::Quota;
@@ -63,6 +65,9 @@ pub(crate) struct TenantMetrics {
     pub(crate) running: Gauge,
     pub(crate) waiting: Gauge,
     pub(crate) share: Gauge,
+    label: String,
+    /// Used and left; there once there is a budget.
+    budget: OnceLock<[Gauge; 2]>,
 }
 
 impl TenantMetrics {
@@ -81,7 +86,9 @@ impl TenantMetrics {
             queue_seconds: histogram!(TENANT_QUEUE.name, "tenant" => label.clone()),
             running: gauge!(TENANT_RUNNING.name, "tenant" => label.clone()),
             waiting: gauge!(TENANT_WAITING.name, "tenant" => label.clone()),
-            share: gauge!(TENANT_SHARE_RATIO.name, "tenant" => label),
+            share: gauge!(TENANT_SHARE_RATIO.name, "tenant" => label.clone()),
+            label,
+            budget: OnceLock::new(),
         }
         .zeroed()
     }
@@ -94,6 +101,18 @@ impl TenantMetrics {
         [&self.input, &self.cached, &self.output].into_iter().for_each(|counter| counter.increment(0));
         [&self.running, &self.waiting, &self.share].into_iter().for_each(|gauge| gauge.increment(0.0));
         self
+    }
+
+    /// Tokens used and left. Without a budget there is no series, or zeros where there was one.
+    pub(crate) fn set_budget(&self, budget: Option<(u64, u64)>) {
+        if budget.is_none() && self.budget.get().is_none() {
+            return;
+        }
+        let gauge = |state: &'static str| gauge!(TENANT_BUDGET_TOKENS.name, "tenant" => self.label.clone(), "state" => state);
+        let [used_gauge, left_gauge] = self.budget.get_or_init(|| ["used", "left"].map(gauge));
+        let (used, left) = budget.unwrap_or_default();
+        used_gauge.set(used as f64);
+        left_gauge.set(left as f64);
     }
 
     pub(crate) fn ended(&self, outcome: Outcome) {
@@ -110,6 +129,11 @@ impl TenantMetrics {
 pub(crate) fn count_reload(usable: bool) {
     let result = if usable { "ok" } else { "error" };
     counter!(TENANTS_RELOADS.name, "result" => result).increment(1);
+}
+
+/// So many records of the audit log were `written` or `lost`.
+pub(crate) fn count_audit(result: &'static str, num: u64) {
+    counter!(AUDIT_RECORDS.name, "result" => result).increment(num);
 }
 
 /// The shared store did not answer.

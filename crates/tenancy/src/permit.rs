@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use quire_core::{FinishReason, Meter};
 
+use crate::audit::Trail;
+use crate::budget::{LOWEST_PRIORITY, Spent};
 use crate::demand::Demand;
 use crate::ledger::{Standing, Taken};
 use crate::metrics::Outcome;
@@ -37,6 +39,12 @@ impl Permit {
         &self.reservation.standing
     }
 
+    /// The priority to run with: the lowest, if the budget is used up and does not refuse.
+    pub fn priority(&self, asked: i8) -> i8 {
+        let is_over = self.reservation.spent.is_some_and(|spent| spent.is_over);
+        if is_over { asked.min(LOWEST_PRIORITY) } else { asked }
+    }
+
     /// The meter of one of the prompts that were added to the demand.
     pub fn meter(&self, prompt_tokens: u32, choices: u32) -> Box<dyn Meter> {
         Box::new(PermitMeter {
@@ -51,9 +59,12 @@ impl Permit {
 /// What is reserved, and what of it was used so far.
 pub(crate) struct Reservation {
     pub(crate) tenant: Arc<Tenant>,
+    pub(crate) trail: Trail,
     pub(crate) demand: Demand,
     /// What the buckets gave.
     pub(crate) taken: Taken,
+    /// What of the budget.
+    pub(crate) spent: Option<Spent>,
     pub(crate) source: Source,
     pub(crate) standing: Standing,
     pub(crate) admitted: Instant,
@@ -67,9 +78,19 @@ pub(crate) struct Used {
     started_tokens: AtomicU64,
     cached_tokens: AtomicU64,
     output_tokens: AtomicU64,
-    /// The worst [`Outcome`] so far.
-    outcome: AtomicU8,
+    /// The worst end so far, by its place in [`ENDS`] and one more; 0: none.
+    worst: AtomicU8,
 }
+
+/// Ends of answers, the worst last.
+const ENDS: [FinishReason; 6] = [
+    FinishReason::Rejected,
+    FinishReason::Stop,
+    FinishReason::Length,
+    FinishReason::Abort,
+    FinishReason::Deadline,
+    FinishReason::Error,
+];
 
 impl Reservation {
     /// The part of what the buckets gave that was not used.
@@ -90,15 +111,24 @@ impl Reservation {
         ]
     }
 
-    fn outcome(&self) -> Outcome {
-        Outcome::ALL[usize::from(self.used.outcome.load(Ordering::Acquire))]
+    /// The same of the budget, in tokens.
+    fn unspent(&self) -> u64 {
+        let used = self.used.started_tokens.load(Ordering::Acquire)
+            + self.used.output_tokens.load(Ordering::Acquire);
+        self.spent.map_or(0, |spent| spent.tokens.saturating_sub(used))
+    }
+
+    /// The worst end of its answers.
+    fn finish(&self) -> Option<FinishReason> {
+        let worst = usize::from(self.used.worst.load(Ordering::Acquire));
+        worst.checked_sub(1).map(|at| ENDS[at])
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
         let state = &self.tenant.state;
-        let unused = self.unused();
+        let (unused, unspent) = (self.unused(), self.unspent());
         let never_started = self.demand.choices.saturating_sub(*self.used.started_choices.get_mut());
         let waiting_tokens = self.demand.input_tokens.saturating_sub(*self.used.started_tokens.get_mut());
         let in_flight = {
@@ -108,10 +138,14 @@ impl Drop for Reservation {
             if matches!(self.source, Source::Local) {
                 ledger.give_back(unused);
             }
+            if let Some(spent) = self.spent {
+                ledger.spending.give_back(spent.window, unspent);
+            }
             ledger.in_flight()
         };
         if let Source::Shared(store) = &self.source {
-            store.settle(Settlement { tenant: Arc::clone(&state.name), unused, in_flight });
+            let unspent = self.spent.map(|spent| Spent { tokens: unspent, ..spent });
+            store.settle(Settlement { tenant: Arc::clone(&state.name), unused, unspent, in_flight });
         }
         state.metrics.waiting.decrement(never_started);
         let [input, cached, output] = [
@@ -123,10 +157,19 @@ impl Drop for Reservation {
         state.metrics.input.increment(input);
         state.metrics.cached.increment(cached);
         state.metrics.output.increment(output);
-        state.tokens.fetch_add(input + output, Ordering::Relaxed);
+        state.totals.add([input, cached, output]);
         // A call that generates nothing is over when it is answered.
-        let outcome = if self.demand.choices == 0 { Outcome::Completed } else { self.outcome() };
+        let finish = self.finish();
+        let outcome = match finish {
+            _ if self.demand.choices == 0 => Outcome::Completed,
+            // Never came to run.
+            None => Outcome::Rejected,
+            Some(reason) => Outcome::of(reason),
+        };
         state.metrics.ended(outcome);
+        if self.demand.choices > 0 {
+            self.trail.cost([input, cached, output], finish);
+        }
     }
 }
 
@@ -156,7 +199,8 @@ impl Meter for PermitMeter {
 
     fn ended(&mut self, generated_tokens: u32, reason: FinishReason) {
         self.reservation.used.output_tokens.fetch_add(generated_tokens.into(), Ordering::AcqRel);
-        self.reservation.used.outcome.fetch_max(Outcome::of(reason) as u8, Ordering::AcqRel);
+        let place = ENDS.iter().position(|&end| end == reason).map_or(0, |at| at as u8 + 1);
+        self.reservation.used.worst.fetch_max(place, Ordering::AcqRel);
     }
 }
 

@@ -1,6 +1,6 @@
 -- Gives back what was reserved and not used, and tells how many answers are in flight here.
--- KEYS: rpm, input_tpm, output_tpm buckets, in-flight hash.  ARGV: three times unused us, replica, version, in flight
--- here, lease us.
+-- KEYS: rpm, input_tpm, output_tpm buckets, in-flight hash, tokens used in the budget's period.  ARGV: three times unused
+-- us, replica, version, in flight here, lease us, unused tokens of the budget.
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 for i = 1, 3 do
@@ -15,5 +15,7 @@ for i = 1, 3 do
     end
   end
 end
+-- A key that has expired is not made again: it would never expire.
+if ARGV[8] ~= '0' and redis.call('EXISTS', KEYS[5]) == 1 then redis.call('DECRBY', KEYS[5], ARGV[8]) end
 announce(KEYS[4], ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), now)
 return 0

@@ -15,6 +15,7 @@ use redis::{AsyncConnectionConfig, Client, ConnectionAddr, Script};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
+use crate::budget::{Budget, OverBudget, Period, Spent, Window};
 use crate::demand::Demand;
 use crate::gcra::{self, Rate};
 use crate::ledger::{RATES, Refusal, Standing, Taken, rates};
@@ -33,6 +34,8 @@ const LEASE: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_secs(1);
 /// Ticks between two times that a replica speaks of what it has in flight.
 const TICKS_PER_LEASE: u64 = 10;
+/// Seconds for which the count of a budget outlives its period: the clocks of replicas and store may differ.
+const KEEP_BUDGET: i64 = 86_400;
 /// Settlements that wait to be sent. More are dropped, which charges their requests in full.
 const MAX_SETTLEMENTS: usize = 4096;
 
@@ -66,15 +69,27 @@ pub struct SharedStore {
 pub(crate) struct Charge<'a> {
     pub(crate) tenant: &'a Arc<str>,
     pub(crate) limits: &'a Limits,
+    /// The budget, and its period that runs.
+    pub(crate) budget: Option<(&'a Budget, Window)>,
     pub(crate) demand: &'a Demand,
     /// In this process, this request included; and the version of the number.
     pub(crate) in_flight: (u32, u64),
+}
+
+/// An admission that was let in.
+pub(crate) struct Charged {
+    pub(crate) taken: Taken,
+    /// What of the budget, and what is used of it by all replicas.
+    pub(crate) budget: Option<(Spent, u64)>,
+    pub(crate) standing: Standing,
 }
 
 /// The end of a request.
 pub(crate) struct Settlement {
     pub(crate) tenant: Arc<str>,
     pub(crate) unused: Taken,
+    /// Tokens of the budget that were not used.
+    pub(crate) unspent: Option<Spent>,
     pub(crate) in_flight: (u32, u64),
 }
 
@@ -148,11 +163,8 @@ impl SharedStore {
     }
 
     /// Takes places and units over all replicas, or says which limit refuses. `None`: the store did not answer.
-    pub(crate) async fn charge(
-        &self,
-        charge: Charge<'_>,
-    ) -> Option<Result<(Taken, Standing), (Refusal, Standing)>> {
-        let Charge { tenant, limits, demand, in_flight } = charge;
+    pub(crate) async fn charge(&self, charge: Charge<'_>) -> Option<Result<Charged, (Refusal, Standing)>> {
+        let Charge { tenant, limits, budget, demand, in_flight } = charge;
         self.note(tenant, in_flight);
         let Some(mut connection) = self.connection.lock().clone() else {
             metrics::count_store_error();
@@ -161,7 +173,7 @@ impl SharedStore {
         let rates = rates(limits);
         let mut taken = [0; 3];
         let mut call = self.charge.prepare_invoke();
-        keys(&mut call, tenant);
+        keys(&mut call, tenant, budget.map(|(budget, window)| (budget.period, window)));
         for (at, cost) in demand.costs().into_iter().enumerate() {
             let micros = |rate: Rate, units| rate.duration_of(units).div_ceil(1000);
             let (cost, burst) =
@@ -171,8 +183,12 @@ impl SharedStore {
         }
         call.arg(limits.concurrency.unwrap_or(0)).arg(&self.replica).arg(in_flight.1).arg(in_flight.0);
         call.arg(LEASE.as_micros() as u64);
-        let answer = timeout(self.patience, call.invoke_async::<[u64; 5]>(&mut connection)).await;
-        let [which, wait, lags @ ..] = match answer {
+        let (tokens, cost) = budget.map_or((0, 0), |(budget, _)| (budget.tokens, demand.tokens()));
+        let rejects = budget.is_some_and(|(budget, _)| budget.action == OverBudget::Reject);
+        call.arg(tokens).arg(cost).arg(u8::from(rejects));
+        call.arg(budget.map_or(0, |(_, window)| window.end.saturating_add(KEEP_BUDGET)));
+        let answer = timeout(self.patience, call.invoke_async::<[u64; 7]>(&mut connection)).await;
+        let [which, wait, lags @ .., used, over] = match answer {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => {
                 self.disconnect(&error.to_string());
@@ -191,11 +207,18 @@ impl SharedStore {
         }
         let standing = Standing::of(levels);
         let (quota, limit) = match which {
-            0 => return Some(Ok((taken, standing))),
+            0 => {
+                let spent = budget.map(|(budget, window)| {
+                    let spent = Spent { period: budget.period, window, tokens: cost, is_over: over > 0 };
+                    (spent, used)
+                });
+                return Some(Ok(Charged { taken, budget: spent, standing }));
+            }
             at @ 1..=3 => {
                 let at = at as usize - 1;
                 (RATES[at], rates[at].map_or(0, Rate::limit))
             }
+            5 => (Quota::Budget, tokens),
             _ => (Quota::Concurrency, limits.concurrency.unwrap_or(0).into()),
         };
         Some(Err((Refusal { quota, limit, retry_after: Duration::from_micros(wait) }, standing)))
@@ -221,12 +244,14 @@ impl SharedStore {
         // Lost while the store is away: leases end, and buckets refill.
         let Some(mut connection) = self.connection.lock().clone() else { return };
         let mut call = self.settle.prepare_invoke();
-        keys(&mut call, &settlement.tenant);
+        let unspent = settlement.unspent;
+        keys(&mut call, &settlement.tenant, unspent.map(|spent| (spent.period, spent.window)));
         for unused in settlement.unused {
             call.arg(unused / 1000);
         }
         let (here, version) = settlement.in_flight;
         call.arg(&self.replica).arg(version).arg(here).arg(LEASE.as_micros() as u64);
+        call.arg(unspent.map_or(0, |spent| spent.tokens));
         match timeout(SLOW_TIMEOUT, call.invoke_async::<u64>(&mut connection)).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => self.disconnect(&error.to_string()),
@@ -241,7 +266,7 @@ impl SharedStore {
         let running: Vec<_> =
             self.in_flight.iter().map(|entry| (Arc::clone(entry.key()), *entry.value())).collect();
         for (tenant, in_flight) in running {
-            self.send(&Settlement { tenant, unused: [0; 3], in_flight }).await;
+            self.send(&Settlement { tenant, unused: [0; 3], unspent: None, in_flight }).await;
         }
     }
 }
@@ -266,11 +291,16 @@ fn split_timeout(url: &str) -> Result<(String, Duration), StoreError> {
 }
 
 /// One hash slot a tenant, so that scripts work in a cluster, too.
-fn keys(call: &mut redis::ScriptInvocation<'_>, tenant: &str) {
+fn keys(call: &mut redis::ScriptInvocation<'_>, tenant: &str, budget: Option<(Period, Window)>) {
     for quota in RATES {
         call.key(format!("quire:{{{tenant}}}:{quota}"));
     }
     call.key(format!("quire:{{{tenant}}}:in_flight"));
+    // Each period has a key of its own, so replicas whose clocks differ a little charge the period they are in.
+    call.key(match budget {
+        Some((period, window)) => format!("quire:{{{tenant}}}:budget:{period}:{}", window.start),
+        None => format!("quire:{{{tenant}}}:budget"),
+    });
 }
 
 /// Sends settlements, renews leases, connects again; ends with the store.

@@ -2,16 +2,16 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use parking_lot::Mutex;
 use quire_core::{TenantId, TenantShare};
 
+use crate::audit::Trail;
 use crate::credential::{KeyDigest, Keys};
 use crate::file::{KeyEntry, TenantSettings, TenantsFile};
 use crate::limits::Scopes;
 use crate::metrics::{MAX_LABELLED, TenantMetrics};
-use crate::tenant::{Access, Key, Tenant, TenantState};
+use crate::tenant::{Access, Key, Tenant, TenantState, Totals};
 
 /// Ids given out in the life of a process. A tenant keeps its id when it leaves the file, because its last requests may
 /// still run; so the number is bounded.
@@ -23,6 +23,14 @@ pub enum TableError {
     /// One key cannot be two tenants'.
     #[error("tenant `{tenant}`, key `{key}`: --api-key is the same key; remove one of them")]
     KeyTwice {
+        /// The tenant's id.
+        tenant: String,
+        /// The key's id.
+        key: String,
+    },
+    /// A tenant's key opens something else.
+    #[error("tenant `{tenant}`, key `{key}`: is the admin token, too; choose another")]
+    Reserved {
         /// The tenant's id.
         tenant: String,
         /// The key's id.
@@ -43,6 +51,8 @@ pub(crate) struct Table {
     pub(crate) by_key: HashMap<KeyDigest, Access>,
     /// Everybody, where no key is needed.
     pub(crate) anonymous: Option<Access>,
+    /// All that the file has, and who is none of it first.
+    pub(crate) tenants: Vec<Arc<Tenant>>,
     /// Indexed by id; tenants that have left keep their place.
     pub(crate) shares: Vec<TenantShare>,
 }
@@ -69,7 +79,7 @@ impl Registry {
             ledger: Mutex::default(),
             refused: Mutex::default(),
             metrics: TenantMetrics::new(if id < MAX_LABELLED { &name } else { "other" }),
-            tokens: AtomicU64::new(0),
+            totals: Totals::default(),
             name: Arc::clone(&name),
         });
         self.by_name.insert(name, id);
@@ -91,25 +101,39 @@ impl Table {
             Arc::new(Tenant { settings, state, ip_allow, free_priority: !file.is_file })
         };
         let default = tenant(file.defaults, Vec::new(), first);
-        let access = |key: Key| Access { tenant: Arc::clone(&default), key: Arc::new(key) };
+        let access =
+            |key: Key| Access { tenant: Arc::clone(&default), key: Arc::new(key), trail: Trail::default() };
         let full = |id: &str| Key { id: id.to_owned(), expires: None, scopes: Scopes::ALL };
         let mut by_key: HashMap<_, _> =
             api_keys.digests.iter().map(|&digest| (digest, access(full("api-key")))).collect();
         let mut shares = vec![default.share()];
+        let mut tenants = vec![Arc::clone(&default)];
         for entry in file.tenants {
             let tenant = tenant(entry.settings, entry.ip_allow, registry.state(&entry.id)?);
             let at = tenant.id().0 as usize;
             shares.resize(shares.len().max(at + 1), TenantShare::default());
             shares[at] = tenant.share();
+            tenants.push(Arc::clone(&tenant));
             for KeyEntry { id, digest, expires, scopes } in entry.keys {
                 let key = Arc::new(Key { id: id.clone(), expires, scopes });
-                let access = Access { tenant: Arc::clone(&tenant), key };
+                let access = Access { tenant: Arc::clone(&tenant), key, trail: Trail::default() };
                 if by_key.insert(digest, access).is_some() {
                     return Err(TableError::KeyTwice { tenant: entry.id, key: id });
                 }
             }
         }
-        Ok(Self { by_key, anonymous: open.then(|| access(full("anonymous"))), shares })
+        Ok(Self { by_key, anonymous: open.then(|| access(full("anonymous"))), tenants, shares })
+    }
+}
+
+impl Table {
+    /// Checks that nobody comes with this key.
+    pub(crate) fn without(&self, key: &KeyDigest) -> Result<(), TableError> {
+        let of = |access: &Access| TableError::Reserved {
+            tenant: access.tenant().name().to_owned(),
+            key: access.key_id().to_owned(),
+        };
+        self.by_key.get(key).map_or(Ok(()), |access| Err(of(access)))
     }
 }
 

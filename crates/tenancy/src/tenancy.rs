@@ -2,24 +2,33 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Mutex, RwLock};
-use quire_core::TenantShare;
+use quire_core::{TenantId, TenantShare};
 use tokio::sync::watch;
 
+use crate::budget::{Budget, Spent};
 use crate::credential::{AuthError, KeyDigest, Keys};
 use crate::demand::{Demand, Denied};
 use crate::file::TenantsFile;
 use crate::gcra::Nanos;
 use crate::ledger::{Ledger, Refusal, Standing, Taken};
-use crate::limits::Quota;
-use crate::metrics::{self, MAX_LABELLED};
+use crate::limits::{Limits, Quota};
+use crate::metrics;
 use crate::permit::{Permit, Reservation, Source, Used};
-use crate::shared::{Charge, SharedStore};
+use crate::shared::{Charge, Charged, SharedStore};
 use crate::table::{Registry, Table, TableError};
-use crate::tenant::{Access, Tenant};
+use crate::tenant::{Access, Tenant, TenantState};
+
+/// What time it is: for what is counted a minute, and for the calendar.
+#[derive(Clone, Copy)]
+pub(crate) struct Now {
+    /// Since the start.
+    pub(crate) nanos: Nanos,
+    /// Seconds since 1970.
+    pub(crate) unix: i64,
+}
 
 /// Credentials, limits and what is used of them. Cheap to clone.
 #[derive(Clone)]
@@ -30,6 +39,8 @@ pub struct Tenancy {
 struct Inner {
     api_keys: Keys,
     table: RwLock<Arc<Table>>,
+    /// No tenant's.
+    reserved: RwLock<Option<KeyDigest>>,
     registry: Mutex<Registry>,
     store: Option<Arc<SharedStore>>,
     epoch: Instant,
@@ -52,6 +63,7 @@ impl Tenancy {
         let inner = Inner {
             api_keys,
             table: RwLock::new(Arc::new(table)),
+            reserved: RwLock::default(),
             registry: Mutex::new(registry),
             store,
             epoch: Instant::now(),
@@ -65,14 +77,27 @@ impl Tenancy {
     /// # Errors
     /// As [`Tenancy::new`], and [`TableError::WouldOpen`]; the old table stays.
     pub fn reload(&self, file: TenantsFile) -> Result<(), TableError> {
+        self.commit(self.prepare(file)?);
+        Ok(())
+    }
+
+    /// Checks another reading of the file.
+    pub(crate) fn prepare(&self, file: TenantsFile) -> Result<Table, TableError> {
         let inner = &self.inner;
         let table = Table::new(&inner.api_keys, file, &mut inner.registry.lock())?;
         if table.anonymous.is_some() && self.requires_key() {
             return Err(TableError::WouldOpen);
         }
-        *inner.table.write() = Arc::new(table);
-        inner.changes.send_modify(|version| *version += 1);
-        Ok(())
+        if let Some(reserved) = &*inner.reserved.read() {
+            table.without(reserved)?;
+        }
+        Ok(table)
+    }
+
+    /// Makes it the one that holds.
+    pub(crate) fn commit(&self, table: Table) {
+        *self.inner.table.write() = Arc::new(table);
+        self.inner.changes.send_modify(|version| *version += 1);
     }
 
     /// Told of every reload.
@@ -90,12 +115,32 @@ impl Tenancy {
         self.table().anonymous.is_none()
     }
 
+    /// From now on nobody may come with this key, whatever a file says: it opens something else.
+    ///
+    /// # Errors
+    /// Somebody does already.
+    pub fn reserve(&self, key: KeyDigest) -> Result<(), TableError> {
+        self.table().without(&key)?;
+        *self.inner.reserved.write() = Some(key);
+        Ok(())
+    }
+
     /// Whether limits are shared with other replicas now.
     pub fn shares_limits(&self) -> bool {
         self.inner.store.as_ref().is_some_and(|store| store.is_connected())
     }
 
-    fn table(&self) -> Arc<Table> {
+    /// The name of a tenant that has this id, or had it.
+    pub fn name_of(&self, id: TenantId) -> Option<Arc<str>> {
+        self.inner.registry.lock().states.get(id.0 as usize).map(|state| Arc::clone(&state.name))
+    }
+
+    /// Every tenant there ever was, by id.
+    pub(crate) fn states(&self) -> Vec<Arc<TenantState>> {
+        self.inner.registry.lock().states.clone()
+    }
+
+    pub(crate) fn table(&self) -> Arc<Table> {
         Arc::clone(&self.inner.table.read())
     }
 
@@ -104,8 +149,7 @@ impl Tenancy {
     /// # Errors
     /// A key is needed and none, or a wrong one, came, or from a wrong place.
     pub fn authenticate(&self, token: Option<&str>, peer: Option<IpAddr>) -> Result<Access, AuthError> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.authenticate_at(token, peer, now.as_secs() as i64)
+        self.authenticate_at(token, peer, self.now().unix)
     }
 
     fn authenticate_at(
@@ -143,15 +187,17 @@ impl Tenancy {
         let now = self.now();
         // On a copy, so nothing is taken.
         let mut ledger = *tenant.state.ledger.lock();
+        // What the store said of the budget last may be too much: others have given back since.
+        let budget = tenant.budget().filter(|_| !self.shares_limits());
         let fits = ledger.enter(tenant.limits(), &demand);
-        let fits = fits.and_then(|()| ledger.take(now, tenant.limits(), &demand).map(drop));
-        fits.map_err(|refusal| deny(tenant, refusal, ledger.standing(now, tenant.limits())))
+        let fits = fits.and_then(|()| reserve(&mut ledger, now, tenant.limits(), budget, &demand).map(drop));
+        fits.map_err(|refusal| deny(tenant, refusal, ledger.standing(now.nanos, tenant.limits())))
     }
 
     /// A refusal of the shared store that holds yet.
     fn still_refused(&self, tenant: &Tenant) -> Option<Denied> {
         let (until, denied) = (*tenant.state.refused.lock())?;
-        let left = until.checked_sub(self.now()).filter(|&left| left > 0)?;
+        let left = until.checked_sub(self.now().nanos).filter(|&left| left > 0)?;
         let Denied::Limited { quota, limit, standing, .. } = denied else { return None };
         tenant.state.metrics.throttled(quota);
         Some(Denied::Limited { quota, limit, retry_after: Duration::from_nanos(left), standing })
@@ -170,23 +216,23 @@ impl Tenancy {
     }
 
     /// Against the limits of this process alone.
-    fn admit_at(&self, now: Nanos, access: &Access, demand: Demand) -> Result<Permit, Denied> {
+    fn admit_at(&self, now: Now, access: &Access, demand: Demand) -> Result<Permit, Denied> {
         let tenant = &access.tenant;
         let limits = tenant.limits();
-        demand.check(limits)?;
+        demand.check(limits, tenant.budget())?;
         let (outcome, standing) = {
             let mut ledger = tenant.state.ledger.lock();
             let outcome = ledger.enter(limits, &demand).and_then(|()| {
-                let taken = ledger.take(now, limits, &demand);
+                let taken = reserve(&mut ledger, now, limits, tenant.budget(), &demand);
                 if taken.is_err() {
                     leave_all(&mut ledger, &demand);
                 }
                 taken
             });
-            (outcome, ledger.standing(now, limits))
+            (outcome, ledger.standing(now.nanos, limits))
         };
         match outcome {
-            Ok(taken) => Ok(permit(tenant, demand, taken, Source::Local, standing)),
+            Ok(reserved) => Ok(permit(access, demand, reserved, Source::Local, standing)),
             Err(refusal) => Err(deny(tenant, refusal, standing)),
         }
     }
@@ -201,58 +247,54 @@ impl Tenancy {
     ) -> Result<Permit, Denied> {
         let tenant = &access.tenant;
         let limits = tenant.limits();
-        demand.check(limits)?;
+        demand.check(limits, tenant.budget())?;
+        let now = self.now();
         let (entered, in_flight, standing) = {
             let mut ledger = tenant.state.ledger.lock();
             let entered = ledger.enter(limits, &demand);
-            (entered, ledger.in_flight(), ledger.standing(self.now(), limits))
+            (entered, ledger.in_flight(), ledger.standing(now.nanos, limits))
         };
         entered.map_err(|refusal| deny(tenant, refusal, standing))?;
-        let charged =
-            store.charge(Charge { tenant: &tenant.state.name, limits, demand: &demand, in_flight }).await;
+        let budget = tenant.budget().filter(|_| demand.choices > 0);
+        let budget = budget.map(|budget| (budget, budget.period.window(now.unix)));
+        let name = &tenant.state.name;
+        let charged = store.charge(Charge { tenant: name, limits, budget, demand: &demand, in_flight }).await;
         match charged {
-            Some(Ok((taken, standing))) => {
-                Ok(permit(tenant, demand, taken, Source::Shared(Arc::clone(store)), standing))
+            Some(Ok(Charged { taken, budget: spent, standing })) => {
+                if let Some((spent, used)) = spent {
+                    tenant.state.ledger.lock().spending.set(spent.window, used);
+                }
+                let reserved = (taken, spent.map(|(spent, _)| spent));
+                Ok(permit(access, demand, reserved, Source::Shared(Arc::clone(store)), standing))
             }
             Some(Err((refusal, standing))) => {
                 leave_all(&mut tenant.state.ledger.lock(), &demand);
+                let refusal = match budget {
+                    Some((_, window)) if refusal.quota == Quota::Budget => {
+                        Refusal { retry_after: window.left(now.unix), ..refusal }
+                    }
+                    _ => refusal,
+                };
                 let denied = deny(tenant, refusal, standing);
                 if refusal.quota == Quota::Rpm {
                     let wait = u64::try_from(refusal.retry_after.as_nanos()).unwrap_or(u64::MAX);
-                    *tenant.state.refused.lock() = Some((self.now().saturating_add(wait), denied));
+                    *tenant.state.refused.lock() = Some((now.nanos.saturating_add(wait), denied));
                 }
                 Err(denied)
             }
             None => {
                 metrics::count_store_error();
                 leave_all(&mut tenant.state.ledger.lock(), &demand);
-                self.admit_at(self.now(), access, demand)
+                self.admit_at(now, access, demand)
             }
         }
     }
 
-    fn now(&self) -> Nanos {
-        u64::try_from(self.inner.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
-    }
-
-    /// Publishes each tenant's part of the tokens since the last call, smoothed over about `window` / `period` calls.
-    /// Call it once a `period`.
-    pub async fn publish_shares(self, period: Duration, window: Duration) {
-        let keep = 1.0 - (period.as_secs_f64() / window.as_secs_f64()).clamp(0.0, 1.0);
-        let mut recent: Vec<(u64, f64)> = Vec::new();
-        let mut ticks = tokio::time::interval(period);
-        loop {
-            ticks.tick().await;
-            let states = self.inner.registry.lock().states.clone();
-            recent.resize(states.len(), (0, 0.0));
-            for (state, (seen, sum)) in states.iter().zip(&mut recent) {
-                let total = state.tokens.load(Ordering::Relaxed);
-                *sum = *sum * keep + (total - std::mem::replace(seen, total)) as f64;
-            }
-            let all: f64 = recent.iter().map(|(_, sum)| sum).sum();
-            for (state, (_, sum)) in states.iter().zip(&recent).take(MAX_LABELLED) {
-                state.metrics.share.set(if all > 0.0 { sum / all } else { 0.0 });
-            }
+    pub(crate) fn now(&self) -> Now {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Now {
+            nanos: u64::try_from(self.inner.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            unix: i64::try_from(unix.as_secs()).unwrap_or(i64::MAX),
         }
     }
 }
@@ -287,11 +329,33 @@ fn deny(tenant: &Tenant, refusal: Refusal, standing: Standing) -> Denied {
     Denied::Limited { quota, limit, retry_after, standing }
 }
 
-fn permit(tenant: &Arc<Tenant>, demand: Demand, taken: Taken, source: Source, standing: Standing) -> Permit {
+/// Takes from buckets and budget, or from none.
+fn reserve(
+    ledger: &mut Ledger,
+    now: Now,
+    limits: &Limits,
+    budget: Option<&Budget>,
+    demand: &Demand,
+) -> Result<(Taken, Option<Spent>), Refusal> {
+    let spent = ledger.budget(now.unix, budget, demand)?;
+    let taken = ledger.take(now.nanos, limits, demand)?;
+    spent.iter().for_each(|spent| ledger.spending.take(spent));
+    Ok((taken, spent))
+}
+
+fn permit(
+    access: &Access,
+    demand: Demand,
+    (taken, spent): (Taken, Option<Spent>),
+    source: Source,
+    standing: Standing,
+) -> Permit {
     Permit::new(Reservation {
-        tenant: Arc::clone(tenant),
+        tenant: Arc::clone(&access.tenant),
+        trail: access.trail.clone(),
         demand,
         taken,
+        spent,
         source,
         standing,
         admitted: Instant::now(),

@@ -1,10 +1,13 @@
 use std::collections::VecDeque;
 
-use quire_core::{FinishReason, Meter, TenantId};
+use quire_core::{FinishReason, Meter};
 
 use super::*;
 use crate::gcra::Rate;
 use crate::limits::{Quota, Scope};
+
+#[path = "tenancy_budget_tests.rs"]
+mod budgets;
 
 const SECOND: Nanos = 1_000_000_000;
 
@@ -53,6 +56,11 @@ fn demand(prompt_tokens: u32, n: u32, max_tokens: u32) -> Demand {
     let mut demand = Demand::default();
     demand.add(prompt_tokens, n, max_tokens);
     demand
+}
+
+/// So long after the start, which was on 2026-11-29 at 16:39:16.
+fn at(nanos: Nanos) -> Now {
+    Now { nanos, unix: 1_795_970_356 + (nanos / SECOND) as i64 }
 }
 
 fn limited(outcome: Result<Permit, Denied>) -> (Quota, Duration) {
@@ -138,7 +146,7 @@ fn a_table_of_admissions_in_time() {
     let tenancy = tenancy(TWO);
     let access = tenancy.authenticate(Some("sk-new"), None).unwrap();
     let admit =
-        |second: u64, n, max_tokens| tenancy.admit_at(second * SECOND, &access, demand(5, n, max_tokens));
+        |second: u64, n, max_tokens| tenancy.admit_at(at(second * SECOND), &access, demand(5, n, max_tokens));
     // 600 tokens a minute: 10 a second, 100 at once. A permit that is dropped unused gives its tokens back.
     drop(admit(0, 1, 100).unwrap());
     let first = admit(0, 1, 60).unwrap();
@@ -180,7 +188,7 @@ fn a_request_of_several_prompts_is_one_permit_and_settles_with_the_last() {
     let ledger = || *access.tenant.state.ledger.lock();
     let mut both = demand(10, 2, 100);
     both.add(30, 2, 100);
-    let permit = tenancy.admit_at(0, &access, both).unwrap();
+    let permit = tenancy.admit_at(at(0), &access, both).unwrap();
     assert_eq!(ledger().queued(), (4, 40));
     let (mut first, second) = (permit.meter(10, 2), permit.meter(30, 2));
     first.started(4);
@@ -201,7 +209,8 @@ fn a_look_ahead_takes_nothing() {
     let before = *access.tenant.state.ledger.lock();
     tenancy.precheck(&access).unwrap();
     assert_eq!(*access.tenant.state.ledger.lock(), before);
-    let permits: Vec<_> = (0..3).map(|_| tenancy.admit_at(0, &access, demand(1, 1, 1)).unwrap()).collect();
+    let permits: Vec<_> =
+        (0..3).map(|_| tenancy.admit_at(at(0), &access, demand(1, 1, 1)).unwrap()).collect();
     assert!(matches!(tenancy.precheck(&access), Err(Denied::Limited { quota: Quota::Concurrency, .. })));
     drop(permits);
     tenancy.precheck(&access).unwrap();
@@ -213,7 +222,7 @@ fn a_reload_keeps_ids_permits_and_use() {
     let changes = tenancy.subscribe();
     let before = tenancy.authenticate(Some("sk-b"), None).unwrap();
     let a = tenancy.authenticate(Some("sk-new"), None).unwrap();
-    let permit = tenancy.admit_at(0, &a, demand(1, 3, 10)).unwrap();
+    let permit = tenancy.admit_at(at(0), &a, demand(1, 3, 10)).unwrap();
     // `a` moves behind a new tenant, gets another key and more places; `b` loses its key.
     let text = "
         [[tenants]]
@@ -234,9 +243,9 @@ fn a_reload_keeps_ids_permits_and_use() {
     let next = tenancy.authenticate(Some("sk-next"), None).unwrap();
     assert_eq!(next.tenant().id(), a.tenant().id());
     assert_eq!(tenancy.shares()[before.tenant().id().0 as usize].weight, 3.0);
-    let one = tenancy.admit_at(0, &next, demand(1, 1, 1)).unwrap();
+    let one = tenancy.admit_at(at(0), &next, demand(1, 1, 1)).unwrap();
     assert_eq!(
-        limited(tenancy.admit_at(0, &next, demand(1, 1, 1))).0,
+        limited(tenancy.admit_at(at(0), &next, demand(1, 1, 1))).0,
         Quota::Concurrency,
         "3 + 1 are in flight"
     );
@@ -257,6 +266,19 @@ fn a_closed_server_is_not_opened_by_its_file() {
     let twice = "[[tenants]]\nid = 'a'\n[[tenants.keys]]\nid = 'k'\nKEY(sk-api)";
     let error = keyed.reload(file(twice)).unwrap_err();
     assert_eq!(error, TableError::KeyTwice { tenant: "a".into(), key: "k".into() });
+}
+
+#[test]
+fn a_reserved_key_is_nobodys() {
+    let tenancy = tenancy(TWO);
+    let taken = TableError::Reserved { tenant: "b".into(), key: "k".into() };
+    assert_eq!(tenancy.reserve(KeyDigest::of("sk-b")), Err(taken));
+    tenancy.reserve(KeyDigest::of("sk-admin")).unwrap();
+    let text = "[[tenants]]\nid = 'a'\n[[tenants.keys]]\nid = 'k'\nKEY(sk-admin)";
+    let error = tenancy.reload(file(text)).unwrap_err();
+    assert_eq!(error, TableError::Reserved { tenant: "a".into(), key: "k".into() });
+    assert!(tenancy.authenticate(Some("sk-admin"), None).is_err());
+    assert!(tenancy.authenticate(Some("sk-b"), None).is_ok(), "all is as it was");
 }
 
 /// SplitMix64.
@@ -310,7 +332,7 @@ fn run_random(tenancy: &Tenancy, random: &mut Random, rates: [u64; 3], places: [
         now += random.below(2 * SECOND);
         let (prompt, n, max_tokens) =
             (1 + random.below(300) as u32, 1 + random.below(3) as u32, 1 + random.below(200) as u32);
-        if let Ok(permit) = tenancy.admit_at(now, &access, demand(prompt, n, max_tokens)) {
+        if let Ok(permit) = tenancy.admit_at(at(now), &access, demand(prompt, n, max_tokens)) {
             used[0] += 1;
             let size = [1, prompt.into(), u64::from(n * max_tokens)];
             largest.iter_mut().zip(size).for_each(|(largest, size)| *largest = size.max(*largest));

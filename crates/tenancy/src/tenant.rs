@@ -3,11 +3,13 @@
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use quire_core::{TenantId, TenantShare};
 
+use crate::audit::Trail;
+use crate::budget::Budget;
 use crate::demand::Denied;
 use crate::file::TenantSettings;
 use crate::gcra::{Nanos, Rate};
@@ -24,8 +26,32 @@ pub(crate) struct TenantState {
     pub(crate) metrics: TenantMetrics,
     /// The shared store's last word on requests a minute, and until when it holds: of these nothing is given back.
     pub(crate) refused: Mutex<Option<(Nanos, Denied)>>,
-    /// Tokens of ended requests, prompts included.
-    pub(crate) tokens: AtomicU64,
+    pub(crate) totals: Totals,
+}
+
+/// What a tenant's ended requests came to since the start.
+#[derive(Default)]
+pub(crate) struct Totals {
+    pub(crate) requests: AtomicU64,
+    pub(crate) input: AtomicU64,
+    pub(crate) cached: AtomicU64,
+    pub(crate) output: AtomicU64,
+}
+
+impl Totals {
+    /// Adds one request.
+    pub(crate) fn add(&self, [input, cached, output]: [u64; 3]) {
+        let counts =
+            [(&self.requests, 1), (&self.input, input), (&self.cached, cached), (&self.output, output)];
+        for (total, count) in counts {
+            total.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
+    /// Tokens, prompts included.
+    pub(crate) fn tokens(&self) -> u64 {
+        self.input.load(Ordering::Relaxed) + self.output.load(Ordering::Relaxed)
+    }
 }
 
 /// A tenant with its settings as of one reading of the file.
@@ -52,6 +78,11 @@ impl Tenant {
     /// What it may do.
     pub fn limits(&self) -> &Limits {
         &self.settings.limits
+    }
+
+    /// What it may use in a day, a week or a month.
+    pub fn budget(&self) -> Option<&Budget> {
+        self.settings.budget.as_ref()
     }
 
     /// What the scheduler is to give it.
@@ -111,12 +142,23 @@ pub(crate) struct Key {
 pub struct Access {
     pub(crate) tenant: Arc<Tenant>,
     pub(crate) key: Arc<Key>,
+    pub(crate) trail: Trail,
 }
 
 impl Access {
     /// The tenant.
     pub fn tenant(&self) -> &Tenant {
         &self.tenant
+    }
+
+    /// What the audit log is to know of the request.
+    pub fn trail(&self) -> &Trail {
+        &self.trail
+    }
+
+    /// The same, for the request of this trail.
+    pub fn with_trail(self, trail: Trail) -> Self {
+        Self { trail, ..self }
     }
 
     /// The key's id in the file, for logs.

@@ -1,9 +1,11 @@
 //! The values of `tenants.toml`, each checked while it is read, so that the parser can say where it stands.
 
+use quire_core::calendar::{DAY, days_from_civil};
 use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
 use toml::value::{Date, Datetime, Offset, Time};
 
+use crate::budget::{OverBudget, Period};
 use crate::credential::KeyDigest;
 use crate::limits::{Glob, Isolation, Scope};
 use crate::network::Network;
@@ -12,6 +14,8 @@ use crate::network::Network;
 const MAX_ID_BYTES: usize = 63;
 /// Upper bound of whatever is counted a minute: beyond it a bucket could not tell one unit from none.
 const MAX_PER_MINUTE: i64 = 1_000_000_000_000;
+/// Upper bound of a budget: scripts of the shared store count in doubles.
+const MAX_BUDGET: i64 = 1_000_000_000_000_000;
 const MAX_WEIGHT: f64 = 1000.0;
 const MIN_WEIGHT: f64 = 0.001;
 
@@ -106,6 +110,27 @@ checked! {
     }
 }
 checked! {
+    /// A positive number of tokens.
+    BudgetTokens(u64) from i64, |tokens| match tokens {
+        1..=MAX_BUDGET => Ok(tokens.unsigned_abs()),
+        _ => Err(format!("must be between 1 and {MAX_BUDGET}, got {tokens}; leave `budget` out for none")),
+    }
+}
+checked! {
+    /// By name.
+    RawPeriod(Period) from String, |name| {
+        let known = Period::ALL.iter().copied().find(|period| period.name() == name);
+        known.ok_or_else(|| format!("must be day, week or month, got {name:?}"))
+    }
+}
+checked! {
+    /// By name.
+    RawAction(OverBudget) from String, |name| {
+        let known = OverBudget::ALL.iter().copied().find(|action| action.name() == name);
+        known.ok_or_else(|| format!("must be reject or deprioritize, got {name:?}"))
+    }
+}
+checked! {
     /// A model's name with stars.
     RawGlob(Glob) from String, |pattern| {
         if pattern.is_empty() { Err("must not be empty".to_owned()) } else { Ok(Glob(pattern)) }
@@ -150,14 +175,7 @@ fn seconds_of(at: &Datetime) -> Option<i64> {
     };
     let days = days_from_civil(i64::from(year), i64::from(month), i64::from(day));
     let minutes = i64::from(hour) * 60 + i64::from(minute) - offset_minutes;
-    Some(days * 86_400 + minutes * 60 + i64::from(second.unwrap_or(0)))
-}
-
-/// Days from 1970-01-01 in the Gregorian calendar, counted in years that begin in March, so that the leap day is last.
-fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
-    let year = if month <= 2 { year - 1 } else { year };
-    let day_of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
-    365 * year + year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400) + day_of_year - 719_468
+    Some(days * DAY + minutes * 60 + i64::from(second.unwrap_or(0)))
 }
 
 #[cfg(test)]

@@ -98,6 +98,55 @@ async fn answers_in_flight_are_counted_over_all_replicas() {
 }
 
 #[tokio::test]
+async fn a_budget_is_spent_together() {
+    let Some(server) = RedisServer::start() else { return };
+    let replica = async |action: &str| {
+        let store = SharedStore::start(&server.url()).await.unwrap();
+        let text = format!("[defaults]\nbudget = {{ tokens = 100, period = 'month', action = '{action}' }}");
+        let file = TenantsFile::parse(&text, "t.toml").unwrap();
+        let tenancy = Tenancy::new(Keys::default(), file, Some(store)).unwrap();
+        let access = tenancy.authenticate(None, None).unwrap();
+        (tenancy, access)
+    };
+    let (a, b) = (replica("reject").await, replica("reject").await);
+    let first = admit(&a, 10, 1, 80).await.unwrap();
+    let (quota, wait) = limited(admit(&b, 10, 1, 1).await);
+    assert_eq!(quota, Quota::Budget);
+    assert!(wait > Duration::ZERO && wait <= Duration::from_secs(31 * 86_400), "{wait:?}");
+    let mut meter = first.meter(10, 1);
+    meter.started(0);
+    meter.ended(30, FinishReason::Stop);
+    drop((first, meter));
+    // 40 are used once the settlement has arrived.
+    eventually("the refund", async || admit(&b, 10, 1, 50).await.is_ok()).await;
+    let low = replica("deprioritize").await;
+    eventually("all is given back but the 40", async || {
+        admit(&low, 10, 1, 50).await.unwrap().priority(0) == 0
+    })
+    .await;
+    assert_eq!(admit(&low, 10, 1, 51).await.unwrap().priority(0), -2);
+    let hasty = {
+        let store = SharedStore::start(&server.hasty_url()).await.unwrap();
+        let text = "[defaults]\nbudget = { tokens = 100, period = 'month' }";
+        let tenancy =
+            Tenancy::new(Keys::default(), TenantsFile::parse(text, "t.toml").unwrap(), Some(store)).unwrap();
+        let access = tenancy.authenticate(None, None).unwrap();
+        (tenancy, access)
+    };
+    eventually("only the 40 are used", async || admit(&hasty, 10, 1, 50).await.is_ok()).await;
+    let _seen = admit(&hasty, 10, 1, 10).await.unwrap();
+    server.signal("STOP");
+    assert_eq!(limited(admit(&hasty, 10, 1, 31).await).0, Quota::Budget, "it goes on from what it saw");
+    drop(admit(&hasty, 10, 1, 30).await.unwrap());
+    server.signal("CONT");
+    let keys = server.command("KEYS quire:*budget*");
+    assert!(keys.contains("quire:{anonymous}:budget:month:"), "{keys}");
+    let key = keys.lines().find(|line| line.starts_with("quire:")).unwrap().trim();
+    let ttl: i64 = server.command(&format!("TTL {key}")).lines().next().unwrap()[1..].trim().parse().unwrap();
+    assert!(ttl > 0 && ttl <= 32 * 86_400, "it expires: {ttl}");
+}
+
+#[tokio::test]
 async fn without_an_answer_each_replica_keeps_its_own_limits() {
     let Some(server) = RedisServer::start() else { return };
     let url = server.hasty_url();

@@ -70,6 +70,11 @@ impl Caller {
         request.timeout = self.timeout;
     }
 
+    /// Notes for the audit log what is asked for.
+    pub(crate) fn note_question(&self, model: &str, request: &GenerateRequest) {
+        self.access.trail().asks(model, || request.canonical_params());
+    }
+
     /// Reserves what the prompts of one request may use.
     pub(crate) async fn admit(&self, tenancy: &Tenancy, prompts: &[Prepared]) -> Result<Permit, ApiError> {
         let mut demand = Demand::default();
@@ -97,7 +102,8 @@ impl Caller {
 /// Submits a prompt under the permit of its request.
 pub(crate) async fn start(llm: &Llm, permit: &Permit, prompt: Prepared) -> Result<Generation, RequestError> {
     let meter = permit.meter(prompt.prompt_tokens(), prompt.n());
-    llm.start(prompt, Some(meter)).await
+    let priority = permit.priority(prompt.priority());
+    llm.start(prompt.with_priority(priority), Some(meter)).await
 }
 
 fn parse_timeout(value: Option<&str>) -> Result<Duration, ApiError> {

@@ -77,6 +77,7 @@ async fn enter(
 ) -> Result<(Answer, StreamOptions, Generation, Standing), ApiError> {
     caller.knock(Scope::Infer, state.tenancy())?;
     let request = ChatCompletionRequest::parse(fields, llm, caller)?;
+    caller.note_question(&request.model, &request.generate);
     let answer = Answer {
         id: format!("chatcmpl-{}", caller.request_id.0),
         created: unix_time(),

@@ -94,6 +94,7 @@ async fn enter(
 ) -> Result<(CompletionRequest, Vec<Generation>, Standing), ApiError> {
     caller.knock(Scope::Infer, state.tenancy())?;
     let mut request = CompletionRequest::parse(fields, llm, caller)?;
+    caller.note_question(&request.model, &request.generate);
     let prompts = request.prepare(llm).await?;
     let permit = caller.admit(state.tenancy(), &prompts).await?;
     let generations = submit(llm, &permit, prompts).await?;

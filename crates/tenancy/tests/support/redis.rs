@@ -70,6 +70,16 @@ impl RedisServer {
         answer.lines().find_map(|line| line.strip_prefix("process_id:")?.trim().parse().ok())
     }
 
+    /// The raw answer to an inline command.
+    pub fn command(&self, command: &str) -> String {
+        let mut connection = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        connection.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        connection.write_all(format!("{command}\r\nQUIT\r\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        connection.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
     pub fn port(&self) -> u16 {
         self.port
     }
