@@ -120,6 +120,11 @@ impl Checkpoint {
         &self.spec
     }
 
+    /// What its family calls the tensors.
+    pub(crate) fn names(&self) -> &'static WeightNames {
+        self.names
+    }
+
     /// The sampling its authors recommend.
     pub fn generation_config(&self) -> &GenerationConfig {
         &self.generation_config
@@ -239,7 +244,9 @@ fn read_configs(path: &Path) -> Result<(String, ModelSpec, GenerationConfig)> {
     let config = path.join("config.json");
     if !config.is_file() {
         let detail = match path.join("adapter_config.json").is_file() {
-            true => "holds a LoRA adapter; LoRA is not supported yet, merge it into its base model first",
+            true => {
+                "holds a LoRA adapter; serve its base model, with --lora-modules NAME=PATH for the adapter"
+            }
             false => "holds no config.json; a directory in Hugging Face layout is needed",
         };
         return Err(ModelError::NotACheckpoint { path: path.to_owned(), detail: detail.to_owned() });
@@ -289,7 +296,7 @@ fn missing(name: &str) -> ModelError {
     ModelError::Mismatch(format!("the model has no tensor `{name}`"))
 }
 
-fn borrow(stored: Stored<'_>) -> Result<Tensor<'_>> {
+pub(crate) fn borrow(stored: Stored<'_>) -> Result<Tensor<'_>> {
     Ok(Tensor { dtype: dtype(&stored)?, shape: stored.shape.into(), data: stored.data.into() })
 }
 
