@@ -4,8 +4,9 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use quire_backend::{
-    AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout,
-    Linear, LinearSource, Logits, Mlp, Moe, RopeAndCache, RopeTable, SeqState, StepInput,
+    AddLora, AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Embed, GraphKey,
+    KvLayout, Linear, LinearSource, Logits, LoraSource, Mlp, Moe, RopeAndCache, RopeTable, SeqState,
+    StepInput,
 };
 use quire_core::{ExecError, LateInputs, ModelRunnerOutput, StepId, TensorView};
 
@@ -493,6 +494,7 @@ impl Drop for Cuda {
 impl Backend for Cuda {
     type Buf = CudaBuf;
     type Weight = CudaWeight;
+    type Lora = std::convert::Infallible;
     type Norm = CudaNorm;
     type Rope = CudaRope;
     type Kv = CudaKv;
@@ -505,6 +507,11 @@ impl Backend for Cuda {
 
     fn load_linear(&mut self, source: &LinearSource<'_>) -> Result<CudaWeight, BackendError> {
         self.linear_from(source)
+    }
+
+    fn load_lora(&mut self, source: &LoraSource<'_>) -> Result<Self::Lora, BackendError> {
+        let message = "LoRA adapters are not supported on CUDA yet".to_owned();
+        Err(BackendError::Tensor { name: source.name.to_owned(), message })
     }
 
     fn load_norm(&mut self, name: &str, weight: TensorView<'_>) -> Result<CudaNorm, BackendError> {
@@ -566,6 +573,10 @@ impl Backend for Cuda {
     fn linear(&mut self, op: Linear<'_, Self>) -> Result<(), BackendError> {
         self.alive()?;
         self.linear_rows(&op)
+    }
+
+    fn add_lora(&mut self, op: AddLora<'_, Self>) -> Result<(), BackendError> {
+        match *op.lora {}
     }
 
     fn rope_and_cache(&mut self, op: RopeAndCache<'_, Self>) -> Result<(), BackendError> {

@@ -210,6 +210,7 @@ impl EngineClient {
             block_hashes: Arc::from([]),
             prompt: spec.prompt,
             salt,
+            adapter: None,
             params: spec.params,
             tenant: spec.tenant,
             priority: spec.priority,

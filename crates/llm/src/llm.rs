@@ -293,6 +293,7 @@ impl Llm {
                 name as u64
             }),
             cache_salt: Some(self.salt(&request)),
+            adapter: None,
             timeout,
         };
         let handle = inner.engine.submit_from(spec, origin)?;

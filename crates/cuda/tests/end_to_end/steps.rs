@@ -167,6 +167,7 @@ impl<R: Runner> Steps<R> {
                 tokens: self.prompts[s].iter().chain(&self.outputs[s]).copied().collect(),
                 prompt_len: self.prompts[s].len() as u32,
                 params: self.params[s].clone(),
+                adapter: None,
                 seed: self.params[s].seed,
                 block_tables: vec![table],
                 num_computed_tokens: 0,
