@@ -18,7 +18,8 @@ use tokio::task::JoinHandle;
 use crate::args::{LogFormat, ServerArgs};
 use crate::cli::ServeArgs;
 use crate::config::check_server;
-use crate::loading::{self, Loaded};
+use crate::loading::{self, Loaded, Served};
+use crate::lora;
 use crate::metrics::{self, MetricsPage};
 use crate::model::ModelSource;
 use crate::signals::Signals;
@@ -51,6 +52,7 @@ pub(crate) fn serve(args: &ServeArgs, out: &mut impl Write) -> Result<()> {
     Targets::of(&args.server)?;
     let source = ModelSource::resolve(args.engine.model.as_deref())?;
     let name = args.server.served_model_name.clone().unwrap_or_else(|| source.default_name());
+    lora::check_names(&args.server.lora_modules, &name)?;
     let page = metrics::install(args.server.metrics_compat)?;
     // Registers every series before the first scrape can come.
     drop(EngineMetrics::new(&name));
@@ -85,7 +87,11 @@ impl Server<'_> {
         tracing::info!(http = %self.fronts.http_address, grpc = %self.fronts.grpc_address, model = self.name, "loading");
         let (args, name) = (self.args.engine.clone(), self.name.clone());
         let targets = Targets::of(&self.args.server)?;
-        let load = move || loading::load(&args, targets, source, &name, &Handle::current());
+        let lora_modules = self.args.server.lora_modules.clone();
+        let load = move || {
+            let served = Served { name: &name, lora_modules: &lora_modules };
+            loading::load(&args, targets, source, &served, &Handle::current())
+        };
         let mut load = tokio::task::spawn_blocking(load);
         let loaded = tokio::select! {
             loaded = &mut load => loaded.map_err(|panic| Failure(format!("loading failed: {panic}")))??,

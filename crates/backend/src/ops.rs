@@ -152,7 +152,8 @@ pub struct Linear<'a, B: Backend> {
 
 /// `out[t] += scaling · B (A · x[t])`, with the factors of row `t`'s adapter; rows without one are left alone.
 ///
-/// A row depends on its own adapter and values only, not on who else has which. `A · x` stays in f32.
+/// A row depends on its own adapter and values only, not on who else has which. `A · x` stays in f32. It is an operation of
+/// its own, behind [`Linear`], so that a step in which nobody has an adapter makes the same calls as without any.
 pub struct AddLora<'a, B: Backend> {
     /// `[T, in_features]`.
     pub x: &'a B::Buf,

@@ -9,6 +9,7 @@ mod completions;
 mod errors;
 mod harness;
 mod lifecycle;
+mod lora;
 #[path = "../../tenancy/tests/support/redis.rs"]
 mod redis;
 mod sockets;
