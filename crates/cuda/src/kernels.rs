@@ -7,8 +7,9 @@ use crate::int_weights::{Bits, PANEL};
 use crate::params::{
     ActParams, AddNormParams, AttentionParams, AttentionPlanParams, AttentionSm90aParams, CopyPagesParams,
     CountTokensParams, EmbedParams, Fp8EmbedParams, Fp8QuantizeParams, GatherRowsParams, IntEmbedParams,
-    IntGemmParams, LogitsParams, LogprobsParams, MoeCombineParams, MoeGemmParams, MoeRouteParams,
-    MoeSortParams, QuantizeParams, RopeCacheParams, SampleParams, StepPlanParams, UpdateTablesParams,
+    IntGemmParams, LogitsParams, LogprobsParams, LoraExpandParams, LoraShrinkParams, MoeCombineParams,
+    MoeGemmParams, MoeRouteParams, MoeSortParams, QuantizeParams, RopeCacheParams, SampleParams,
+    StepPlanParams, UpdateTablesParams,
 };
 
 const ROW_THREADS: u32 = 256;
@@ -81,6 +82,13 @@ pub struct MoeKernels {
     pub combine: Function<MoeCombineParams>,
 }
 
+/// LoRA adapters.
+#[derive(Debug)]
+pub struct LoraKernels {
+    pub shrink: Function<LoraShrinkParams>,
+    pub expand: Function<LoraExpandParams>,
+}
+
 /// Every kernel of one activation type.
 #[derive(Debug)]
 pub struct Kernels {
@@ -90,6 +98,10 @@ pub struct Kernels {
     rope_cache_fp8: Pair<RopeCacheParams>,
     pub act: Pair<ActParams>,
     pub moe: MoeKernels,
+    /// A row a block.
+    lora: LoraKernels,
+    /// [`LORA_ROWS`] rows a block.
+    lora_tiles: LoraKernels,
     pub gather_rows: Function<GatherRowsParams>,
     pub quantize: Function<QuantizeParams>,
     pub quantize_fp8: Function<Fp8QuantizeParams>,
@@ -146,6 +158,8 @@ impl Kernels {
                 down: modules.function(&format!("quire_moe_down_{act}"), 0)?,
                 combine: modules.function(&format!("quire_moe_combine_{act}"), 0)?,
             },
+            lora: LoraKernels::find(modules, act)?,
+            lora_tiles: LoraKernels::find(modules, &format!("{act}_8"))?,
             gather_rows: modules.function(&format!("quire_gather_rows_{act}"), 0)?,
             quantize: modules.function(&format!("quire_quantize_{act}"), 0)?,
             quantize_fp8: modules.function(&format!("quire_quantize_fp8_{act}"), 0)?,
@@ -205,6 +219,11 @@ impl Kernels {
         }
     }
 
+    /// Those of adapters, and their blocks of rows. Rows of different sequences rarely have much to share.
+    pub fn lora(&self, is_decode: bool, rows: usize) -> (&LoraKernels, usize) {
+        if is_decode { (&self.lora, rows) } else { (&self.lora_tiles, rows.div_ceil(LORA_ROWS)) }
+    }
+
     /// One warp a group of inputs.
     pub fn quantize_shape(rows: usize, groups: usize) -> LaunchShape {
         by_rows(rows, groups.div_ceil(INT_THREADS as usize / 32), INT_THREADS)
@@ -236,6 +255,29 @@ impl Kernels {
 
     pub fn sample(rows: usize, vocab: usize) -> LaunchShape {
         LaunchShape { dynamic_smem: sample_smem(vocab), ..LaunchShape::linear(rows as u32, 1024) }
+    }
+}
+
+/// Rows of a block of the kernels for adapters, those for prompts.
+const LORA_ROWS: usize = 8;
+/// Rows of A, and columns, of a block.
+const LORA_RANKS: usize = 8;
+const LORA_COLUMNS: usize = 256;
+
+impl LoraKernels {
+    fn find(modules: &Modules, suffix: &str) -> Result<Self, CudaError> {
+        Ok(Self {
+            shrink: modules.function(&format!("quire_lora_shrink_{suffix}"), 0)?,
+            expand: modules.function(&format!("quire_lora_expand_{suffix}"), 0)?,
+        })
+    }
+
+    pub fn shrink_shape(blocks: usize, max_rank: usize) -> LaunchShape {
+        by_rows(blocks, max_rank.div_ceil(LORA_RANKS), ROW_THREADS)
+    }
+
+    pub fn expand_shape(blocks: usize, out_features: usize) -> LaunchShape {
+        by_rows(blocks, out_features.div_ceil(LORA_COLUMNS), ROW_THREADS)
     }
 }
 
