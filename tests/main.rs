@@ -15,6 +15,7 @@ mod double;
 mod golden_engine;
 #[cfg(feature = "cuda")]
 mod gpu_process;
+mod lora;
 mod prepacked;
 mod process;
 #[path = "../crates/tenancy/tests/support/redis.rs"]

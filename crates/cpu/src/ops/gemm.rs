@@ -51,7 +51,7 @@ impl Gemm<'_> {
         pool: &mut Pool,
         isa: Isa,
         activation: Activation,
-        lora: Option<Expand<'_>>,
+        lora: Option<&Expand<'_>>,
         out: Hidden<'_>,
     ) -> Result<(), ExecError> {
         let panels = self.n / PANEL;
@@ -217,7 +217,7 @@ impl Sink for ToRows<'_> {
 #[derive(Clone, Copy)]
 pub(crate) struct ToGated<'a> {
     pub bias: Option<&'a [f32]>,
-    pub lora: Option<Expand<'a>>,
+    pub lora: Option<&'a Expand<'a>>,
     pub activation: Activation,
     pub out: Hidden<'a>,
     pub n: usize,
@@ -243,7 +243,7 @@ impl Sink for ToGated<'_> {
                     gate = D::add(gate, D::load_sums(bias[panel * PANEL..][..PANEL].as_ptr()));
                     up = D::add(up, D::load_sums(bias[self.n + panel * PANEL..][..PANEL].as_ptr()));
                 }
-                if let Some(lora) = &self.lora {
+                if let Some(lora) = self.lora {
                     gate = plus::<D>(lora, m, panel * PANEL, gate);
                     up = plus::<D>(lora, m, self.n + panel * PANEL, up);
                 }

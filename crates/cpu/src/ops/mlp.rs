@@ -79,7 +79,7 @@ pub(crate) fn mlp(
             let first = IntGemm { weight: up, x: &first_inputs.bytes, tokens };
             let expand = lora.up.map(|up| shrink(pool, isa, up, x, lora.rows)).transpose()?;
             let hidden = Hidden::Rows(scratch.shared());
-            let to = ToGated { bias, lora: expand, activation, out: hidden, n: intermediate };
+            let to = ToGated { bias, lora: expand.as_ref(), activation, out: hidden, n: intermediate };
             let panels = intermediate / PANEL;
             first.run(pool, isa, &mut first_inputs.panels, 2 * panels, Places::gate_and_up(panels), to)?;
             linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), second_inputs, out)?;
@@ -102,7 +102,7 @@ fn gated_with_lora(
 ) -> Result<(), BackendError> {
     let MlpArgs { x, tokens, down, activation, lora, scratch, out, .. } = args;
     let expand = lora.up.map(|up| shrink(pool, isa, up, x, lora.rows)).transpose()?;
-    first.run_gated(pool, isa, activation, expand, Hidden::Rows(scratch.shared()))?;
+    first.run_gated(pool, isa, activation, expand.as_ref(), Hidden::Rows(scratch.shared()))?;
     linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), inputs, out)?;
     lora.down.map_or(Ok(()), |down| add_lora(pool, isa, down, scratch, lora.rows, out))
 }
