@@ -244,8 +244,9 @@ impl Sink for ToGated<'_> {
                     up = D::add(up, D::load_sums(bias[self.n + panel * PANEL..][..PANEL].as_ptr()));
                 }
                 if let Some(lora) = self.lora {
-                    gate = plus::<D>(lora, m, panel * PANEL, gate);
-                    up = plus::<D>(lora, m, self.n + panel * PANEL, up);
+                    let (low, high) = (panel * PANEL, self.n + panel * PANEL);
+                    gate = lora.panel::<D>(m, low).map_or(gate, |added| D::add(gate, added));
+                    up = lora.panel::<D>(m, high).map_or(up, |added| D::add(up, added));
                 }
                 let hidden = D::mul(activate_lanes::<D>(self.activation, gate), up);
                 match self.out {
@@ -259,21 +260,6 @@ impl Sink for ToGated<'_> {
                 }
             }
         }
-    }
-}
-
-/// A panel of outputs from `first` on of row `m`, with what its adapter adds.
-///
-/// # Safety
-/// As for [`PairDot`].
-#[inline(always)]
-unsafe fn plus<D: PairDot>(lora: &Expand<'_>, m: usize, first: usize, sums: D::V) -> D::V {
-    let mut values = [0.0; PANEL];
-    // SAFETY: the array holds a panel; the rest is the caller's.
-    unsafe {
-        D::store(values.as_mut_ptr(), sums);
-        lora.add(m, first, &mut values);
-        D::load_sums(values.as_ptr())
     }
 }
 

@@ -77,7 +77,7 @@ pub(crate) fn mlp(
                 args.up.in_features,
             )?;
             let first = IntGemm { weight: up, x: &first_inputs.bytes, tokens };
-            let expand = lora.up.map(|up| shrink(pool, isa, up, x, lora.rows)).transpose()?;
+            let expand = lora.up.map(|up| shrink(pool, isa, up, x, lora.rows)?.in_panels()).transpose()?;
             let hidden = Hidden::Rows(scratch.shared());
             let to = ToGated { bias, lora: expand.as_ref(), activation, out: hidden, n: intermediate };
             let panels = intermediate / PANEL;
@@ -101,7 +101,7 @@ fn gated_with_lora(
     inputs: &mut Inputs,
 ) -> Result<(), BackendError> {
     let MlpArgs { x, tokens, down, activation, lora, scratch, out, .. } = args;
-    let expand = lora.up.map(|up| shrink(pool, isa, up, x, lora.rows)).transpose()?;
+    let expand = lora.up.map(|up| shrink(pool, isa, up, x, lora.rows)?.in_panels()).transpose()?;
     first.run_gated(pool, isa, activation, expand.as_ref(), Hidden::Rows(scratch.shared()))?;
     linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), inputs, out)?;
     lora.down.map_or(Ok(()), |down| add_lora(pool, isa, down, scratch, lora.rows, out))
