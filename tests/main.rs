@@ -17,6 +17,7 @@ mod double;
 mod golden_engine;
 #[cfg(feature = "cuda")]
 mod gpu_process;
+mod lora;
 mod overload;
 mod prepacked;
 mod process;

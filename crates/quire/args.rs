@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use quire_core::{DType, QuantFormat};
 
+use crate::lora::LoraModule;
 use crate::units::{Bytes, parse_duration};
 
 /// Where a command finds its settings beside the command line.
@@ -114,6 +115,10 @@ pub struct ServerArgs {
     /// The model's name in the API [default: the hub id, the directory's name, or quire-demo]
     #[arg(long, value_name = "NAME", help_heading = "Server")]
     pub served_model_name: Option<String>,
+    /// LoRA adapters of the model, as PEFT saves them: requests whose `model` is NAME are answered with the one in the
+    /// directory PATH. Several are separated by commas or spaces, or the flag is repeated
+    #[arg(long, value_name = "NAME=PATH", num_args = 1.., value_delimiter = ',', help_heading = "Server")]
+    pub lora_modules: Vec<LoraModule>,
     /// Clients must send this key (Authorization: Bearer KEY); better in QUIRE_API_KEY, where `ps` does not show it
     #[arg(long, value_name = "KEY", help_heading = "Server")]
     pub api_key: Option<String>,

@@ -176,8 +176,15 @@ fn read_file(path: &Path, known: &[String]) -> Result<Settings, LayerError> {
             toml::Value::Integer(number) => number.to_string(),
             toml::Value::Float(number) => number.to_string(),
             toml::Value::Boolean(flag) => flag.to_string(),
+            // Of strings, for a flag that takes several.
+            toml::Value::Array(list) if list.iter().all(toml::Value::is_str) => {
+                list.iter().filter_map(toml::Value::as_str).collect::<Vec<_>>().join(",")
+            }
             other => {
-                let message = format!("must be a string, number or boolean, not a {}", other.type_str());
+                let message = format!(
+                    "must be a string, number, boolean or list of strings, not a {}",
+                    other.type_str()
+                );
                 return Err(LayerError::Value { origin, message });
             }
         };
@@ -257,6 +264,22 @@ mod tests {
         let path = std::env::temp_dir().join(format!("quire-layers-{}-{name}.toml", std::process::id()));
         std::fs::write(&path, text).unwrap();
         path
+    }
+
+    #[test]
+    fn lists_come_from_every_source_and_the_highest_replaces_the_others() {
+        let names = |line: &str, env: &[(&str, &str)]| {
+            let (args, _) = run(line, env).unwrap();
+            args.server.lora_modules.iter().map(|module| module.name.clone()).collect::<Vec<_>>().join(" ")
+        };
+        let path = file("list", "lora_modules = ['a=/a', 'b=/b']");
+        let with_file = format!("quire serve --config {}", path.display());
+        assert_eq!(names(&with_file, &[]), "a b");
+        assert_eq!(names(&with_file, &[("QUIRE_LORA_MODULES", "c=/c,d=/d")]), "c d");
+        let line = format!("{with_file} --lora-modules e=/e f=/f --lora-modules g=/g,h=/h");
+        assert_eq!(names(&line, &[("QUIRE_LORA_MODULES", "c=/c")]), "e f g h");
+        let error = run("quire serve", &[("QUIRE_LORA_MODULES", "c")]).unwrap_err().to_string();
+        assert!(error.contains("QUIRE_LORA_MODULES") && error.contains("NAME=PATH"), "{error}");
     }
 
     #[test]

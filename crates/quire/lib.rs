@@ -19,6 +19,7 @@ mod inspect;
 pub mod layers;
 mod loading;
 pub mod logging;
+mod lora;
 pub mod machine;
 pub mod metrics;
 pub mod model;

@@ -20,6 +20,7 @@ use crate::args::{EngineArgs, ExecutorArg};
 use crate::config::{Config, Machine};
 use crate::gpu::{self, Gpu};
 use crate::inspect::headline;
+use crate::lora::{self, LoraModule};
 use crate::model::{LocalModel, ModelSource};
 use crate::prepack::PackCache;
 use crate::ranks::{self, cpu_backends};
@@ -34,6 +35,12 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const PATIENCE_ON_TERMINAL: Duration = Duration::from_millis(300);
 
 const BAR_TEMPLATE: &str = "loading weights {wide_bar} {bytes} of {total_bytes}";
+
+/// Under which names a model is served: itself, and with adapters.
+pub(crate) struct Served<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) lora_modules: &'a [LoraModule],
+}
 
 /// A model that answers. Dropping it stops the engine thread.
 pub(crate) struct Loaded {
@@ -56,13 +63,13 @@ pub(crate) fn load(
     args: &EngineArgs,
     targets: Option<Targets>,
     source: ModelSource,
-    name: &str,
+    served: &Served<'_>,
     runtime: &Handle,
 ) -> Result<Loaded> {
     let mut stages = Stages::default();
     let local = source.fetch(args.load_format)?;
     stages.done("fetch");
-    let checkpoint = local.open(args.load_format)?;
+    let checkpoint = lora::open(served.lora_modules, local.open(args.load_format)?)?;
     for tensor in checkpoint.ignored_tensors() {
         tracing::warn!(tensor, "the checkpoint holds a tensor that this architecture does not use");
     }
@@ -84,14 +91,14 @@ pub(crate) fn load(
     stages.done("tokenizer");
     let (executor, device, pack_writer) = executor(args, &checkpoint, &mut config, gpu, cache)?;
     stages.done("weights");
-    let loaded = assemble(name, &checkpoint, config, text, executor, device, runtime)?;
+    let loaded = assemble(served, &checkpoint, config, text, executor, device, runtime)?;
     stages.done("engine");
     Ok(Loaded { pack_writer, ..loaded })
 }
 
 /// Starts the engine and puts the text-level API in front of it.
 pub(crate) fn assemble(
-    name: &str,
+    served: &Served<'_>,
     checkpoint: &Checkpoint,
     config: Config,
     (tokenizer, chat_template): Text,
@@ -99,6 +106,7 @@ pub(crate) fn assemble(
     device: String,
     runtime: &Handle,
 ) -> Result<Loaded> {
+    let name = served.name;
     let hasher = BlockHasher::new(random_key(), config.limits.block_size);
     let host_tier = (config.num_host_blocks > 0).then(|| HostTierConfig {
         num_blocks: config.num_host_blocks,
@@ -122,6 +130,7 @@ pub(crate) fn assemble(
     let spec = checkpoint.spec();
     let llm = Llm::new(LlmConfig {
         served_model_names: vec![name.to_owned()],
+        adapters: served.lora_modules.iter().map(|module| module.name.clone()).collect(),
         engine: engine.client(),
         tokenizer,
         chat_template,

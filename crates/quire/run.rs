@@ -8,7 +8,7 @@ use quire_llm::{ChatMessage, ChatPrompt, GenerateRequest, Generation, Llm, Promp
 use tokio::sync::mpsc;
 
 use crate::cli::RunArgs;
-use crate::loading;
+use crate::loading::{self, Served};
 use crate::model::ModelSource;
 use crate::signals::Signals;
 use crate::{Failure, Result};
@@ -24,7 +24,8 @@ pub(crate) fn run(args: &RunArgs, out: &mut impl Write) -> Result<()> {
         .enable_all()
         .build()
         .map_err(|error| Failure(format!("cannot start the I/O thread: {error}")))?;
-    let loaded = loading::load(&args.engine, None, source, &name, runtime.handle())?;
+    let served = Served { name: &name, lora_modules: &[] };
+    let loaded = loading::load(&args.engine, None, source, &served, runtime.handle())?;
     let chat = Chat { args, llm: loaded.llm.clone(), history: Vec::new() };
     let prompt = match &args.prompt {
         Some(prompt) => Some(prompt.clone()),

@@ -20,7 +20,8 @@ use crate::args::{LogFormat, ServerArgs};
 use crate::audit;
 use crate::cli::ServeArgs;
 use crate::config::check_server;
-use crate::loading::{self, Loaded};
+use crate::loading::{self, Loaded, Served};
+use crate::lora;
 use crate::metrics::{self, MetricsPage};
 use crate::model::ModelSource;
 use crate::signals::Signals;
@@ -57,6 +58,7 @@ pub(crate) fn serve(
     Targets::of(&args.server)?;
     let source = ModelSource::resolve(args.engine.model.as_deref())?;
     let name = args.server.served_model_name.clone().unwrap_or_else(|| source.default_name());
+    lora::check_names(&args.server.lora_modules, &name)?;
     let page = metrics::install(args.server.metrics_compat)?;
     // Registers every series before the first scrape can come.
     drop(EngineMetrics::new(&name));
@@ -94,7 +96,11 @@ impl Server<'_> {
         tracing::info!(http = %self.fronts.addresses.http, grpc = %self.fronts.addresses.grpc, model = self.name, "loading");
         let (args, name) = (self.args.engine.clone(), self.name.clone());
         let targets = Targets::of(&self.args.server)?;
-        let load = move || loading::load(&args, targets, source, &name, &Handle::current());
+        let lora_modules = self.args.server.lora_modules.clone();
+        let load = move || {
+            let served = Served { name: &name, lora_modules: &lora_modules };
+            loading::load(&args, targets, source, &served, &Handle::current())
+        };
         let mut load = tokio::task::spawn_blocking(load);
         let loaded = tokio::select! {
             loaded = &mut load => loaded.map_err(|panic| Failure(format!("loading failed: {panic}")))??,

@@ -79,8 +79,9 @@ async fn a_device_error_ends_streams_and_the_server() {
     let config = Config::resolve(&args.engine, checkpoint.spec(), &Machine::detect()).unwrap();
     let text = loading::load_text(&LocalModel::Demo, &args.engine).unwrap();
     let executor = Box::new(Broken { limits: loading::executor_limits(checkpoint.spec(), &config) });
+    let served = Served { name: "demo", lora_modules: &[] };
     let loaded =
-        loading::assemble("demo", &checkpoint, config, text, executor, "broken".into(), &Handle::current());
+        loading::assemble(&served, &checkpoint, config, text, executor, "broken".into(), &Handle::current());
     let loaded = loaded.unwrap();
     let signals = Signals::install().unwrap();
     let mut server = Server { args: &args, name: "demo".into(), start: Instant::now(), fronts, signals };

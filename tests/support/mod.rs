@@ -114,6 +114,7 @@ pub fn request(id: u64, prompt: &[u32], params: SamplingParams, block_size: u32)
         prompt: prompt.into(),
         block_hashes: BlockHasher::new(HASH_KEY, block_size).chain(CacheSalt(1), prompt).into(),
         salt: CacheSalt(1),
+        adapter: None,
         params: Arc::new(params),
         tenant: TenantId(0),
         priority: 0,

@@ -3,8 +3,8 @@
 use quire_core::{ExecError, HostCopy, LateInputs, ModelRunnerOutput, StepId, TensorView};
 
 use crate::{
-    AddNorm, AllGather, AllReduce, Attention, Embed, GraphKey, KvLayout, Linear, LinearSource, Logits, Mlp,
-    Moe, RopeAndCache, RopeTable, SeqState, StepInput,
+    AddLora, AddNorm, AllGather, AllReduce, Attention, Embed, GraphKey, KvLayout, Linear, LinearSource,
+    Logits, LoraSource, Mlp, Moe, RopeAndCache, RopeTable, SeqState, StepInput,
 };
 
 /// Why a backend could not load or run.
@@ -51,6 +51,8 @@ pub trait Backend: Sized + Send + 'static {
     type Buf: Send;
     /// A linear layer or embedding table with its bias, packed as the backend likes.
     type Weight: Send;
+    /// What the adapters add to one linear layer.
+    type Lora: Send;
     /// A norm's weight vector.
     type Norm: Send;
     /// Sine and cosine tables.
@@ -69,6 +71,12 @@ pub trait Backend: Sized + Send + 'static {
     /// # Errors
     /// Unsupported type or shape, or out of memory.
     fn load_linear(&mut self, source: &LinearSource<'_>) -> Result<Self::Weight, BackendError>;
+
+    /// Packs what the adapters add to one linear layer. Adapters are loaded at start, so that they lie at fixed addresses.
+    ///
+    /// # Errors
+    /// Parts that do not fit the layer, an unsupported type, or out of memory.
+    fn load_lora(&mut self, source: &LoraSource<'_>) -> Result<Self::Lora, BackendError>;
 
     /// Loads a norm's weight `[n]`.
     ///
@@ -158,6 +166,9 @@ pub trait Backend: Sized + Send + 'static {
 
     /// See [`Linear`].
     fn linear(&mut self, op: Linear<'_, Self>) -> Result<(), BackendError>;
+
+    /// See [`AddLora`]. Called only in steps in which a row has an adapter.
+    fn add_lora(&mut self, op: AddLora<'_, Self>) -> Result<(), BackendError>;
 
     /// See [`RopeAndCache`].
     fn rope_and_cache(&mut self, op: RopeAndCache<'_, Self>) -> Result<(), BackendError>;

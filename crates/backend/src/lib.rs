@@ -11,7 +11,7 @@
 //!   order;
 //! * nothing is allocated after start.
 //!
-//! Reading order: [`step_input`], [`ops`], [`backend`], [`mod@reference`] with [`sampling_rng`], [`quant`], [`conformance`];
+//! Reading order: [`step_input`], [`ops`], [`lora`], [`backend`], [`mod@reference`] with [`sampling_rng`], [`quant`], [`conformance`];
 //! [`convert`] helps to load, [`collective`] to compute on several ranks; [`fp8`] has the numbers of that type.
 #![forbid(unsafe_code)]
 
@@ -20,6 +20,7 @@ pub mod collective;
 pub mod conformance;
 pub mod convert;
 pub mod fp8;
+pub mod lora;
 pub mod ops;
 pub mod quant;
 pub mod reference;
@@ -28,9 +29,10 @@ pub mod step_input;
 
 pub use backend::{Backend, BackendError, BufRole};
 pub use collective::{CollectiveError, Communicator};
+pub use lora::{LoraPart, LoraSource};
 pub use ops::{
-    Activation, AddNorm, AllGather, AllReduce, Attention, AttnShape, Embed, GraphKey, KvLayerShape, KvLayout,
-    Linear, LinearPart, LinearSource, Logits, MAX_EXPERTS, Mlp, MlpShape, Moe, MoeScratch, RopeAndCache,
-    RopeTable,
+    Activation, AddLora, AddNorm, AllGather, AllReduce, Attention, AttnShape, Embed, GraphKey, KvLayerShape,
+    KvLayout, Linear, LinearPart, LinearSource, Logits, MAX_EXPERTS, Mlp, MlpShape, Moe, MoeScratch,
+    RopeAndCache, RopeTable,
 };
 pub use step_input::{LogitKind, LogitRow, ON_DEVICE, SeqState, StepBuffer, StepInput};

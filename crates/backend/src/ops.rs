@@ -155,6 +155,19 @@ pub struct Linear<'a, B: Backend> {
     pub out: &'a mut B::Buf,
 }
 
+/// `out[t] += scaling · B (A · x[t])`, with the factors of row `t`'s adapter; rows without one are left alone.
+///
+/// A row depends on its own adapter and values only, not on who else has which. `A · x` stays in f32. It is an operation of
+/// its own, behind [`Linear`], so that a step in which nobody has an adapter makes the same calls as without any.
+pub struct AddLora<'a, B: Backend> {
+    /// `[T, in_features]`.
+    pub x: &'a B::Buf,
+    /// The factors of all adapters.
+    pub lora: &'a B::Lora,
+    /// `[T, out_features]`, updated in place.
+    pub out: &'a mut B::Buf,
+}
+
 /// Per-head RMSNorm of q and k (if any), rotation of q and k by their positions, and k, v into the cache.
 pub struct RopeAndCache<'a, B: Backend> {
     /// `[T, qkv_size]`; the query and key parts are updated in place.
@@ -262,6 +275,10 @@ pub struct Mlp<'a, B: Backend> {
     pub down: &'a B::Weight,
     /// Nonlinearity.
     pub activation: Activation,
+    /// What rows with adapters add to the first layer, before the nonlinearity; see [`AddLora`].
+    pub up_lora: Option<&'a B::Lora>,
+    /// What they add to `down`.
+    pub down_lora: Option<&'a B::Lora>,
     /// `[T, up's out_features]` to work in.
     pub scratch: &'a mut B::Buf,
     /// `[T, hidden]`.

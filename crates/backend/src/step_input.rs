@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use quire_core::{BlockCopy, ExecError, SamplingParams, Slot, StepId, TokenId};
+use quire_core::{AdapterId, BlockCopy, ExecError, SamplingParams, Slot, StepId, TokenId};
 
 use crate::BackendError;
 
@@ -43,6 +43,8 @@ pub struct StepInput<'a> {
     pub seq_lens: &'a [u32],
     /// `[S]` slot of each sequence: index into `seqs`.
     pub seq_slots: &'a [Slot],
+    /// `[S]` the adapter of each sequence's rows; empty if none has one.
+    pub seq_adapters: &'a [Option<AdapterId>],
     /// `[S, max_blocks_per_seq]` row-major block ids (KV group 0). Entries past `seq_lens` or below a sliding window
     /// are stale and never read.
     pub block_tables: &'a [u32],
@@ -120,6 +122,8 @@ pub struct StepBuffer {
     pub cu_seqlens_q: Vec<u32>,
     /// `[S]`.
     pub seq_lens: Vec<u32>,
+    /// `[S]`, or empty.
+    pub seq_adapters: Vec<Option<AdapterId>>,
     /// `[S, max_blocks_per_seq]`.
     pub block_tables: Vec<u32>,
     /// Row length of `block_tables`.
@@ -142,6 +146,7 @@ impl StepBuffer {
         replace(&mut self.slot_mapping, input.slot_mapping);
         replace(&mut self.cu_seqlens_q, input.cu_seqlens_q);
         replace(&mut self.seq_lens, input.seq_lens);
+        replace(&mut self.seq_adapters, input.seq_adapters);
         replace(&mut self.block_tables, input.block_tables);
         self.max_blocks_per_seq = input.max_blocks_per_seq;
         replace(&mut self.logit_rows, input.logit_rows);
@@ -161,6 +166,11 @@ impl StepBuffer {
     /// The rows of sequence `s`.
     pub fn rows_of(&self, s: usize) -> std::ops::Range<usize> {
         self.cu_seqlens_q[s] as usize..self.cu_seqlens_q[s + 1] as usize
+    }
+
+    /// The adapter of sequence `s`.
+    pub fn adapter_of(&self, s: usize) -> Option<AdapterId> {
+        self.seq_adapters.get(s).copied().flatten()
     }
 
     /// The block table of sequence `s`.

@@ -42,6 +42,10 @@ id! {
     TenantId(u32)
 }
 id! {
+    /// A LoRA adapter, as an index into those that the model was loaded with.
+    AdapterId(u32)
+}
+id! {
     /// A point in time or a duration in microseconds. The epoch is the caller's (engine start, or 0 in a simulation).
     Micros(u64)
 }

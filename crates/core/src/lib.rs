@@ -31,7 +31,7 @@ pub use block_hash::{BlockHash, BlockHasher, CacheSalt};
 pub use constraint::TokenConstraint;
 pub use error::{ExecError, RequestError};
 pub use executor::{Executor, ExecutorLimits, LateInputs};
-pub use ids::{BlockId, HostBlockId, Micros, RequestId, Slot, StepId, TenantId, TokenId};
+pub use ids::{AdapterId, BlockId, HostBlockId, Micros, RequestId, Slot, StepId, TenantId, TokenId};
 pub use limits::Limits;
 pub use meter::Meter;
 pub use request::{FinishReason, Request, Usage};

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::{
-    BlockHash, CacheSalt, Limits, Micros, RequestError, RequestId, SamplingParams, TenantId, TokenId,
+    AdapterId, BlockHash, CacheSalt, Limits, Micros, RequestError, RequestId, SamplingParams, TenantId,
+    TokenId,
 };
 
 /// One validated request.
@@ -17,6 +18,8 @@ pub struct Request {
     pub block_hashes: Arc<[BlockHash]>,
     /// Namespace of the prefix cache.
     pub salt: CacheSalt,
+    /// Which adapter is put on the model; `None`: none. Blocks of one must never serve another: it is part of `salt`.
+    pub adapter: Option<AdapterId>,
     /// How to sample.
     pub params: Arc<SamplingParams>,
     /// Who asks.

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::{BlockId, HostBlockId, RequestId, SamplingParams, Slot, StepId, TokenId};
+use crate::{AdapterId, BlockId, HostBlockId, RequestId, SamplingParams, Slot, StepId, TokenId};
 
 /// What to run in one step.
 #[derive(Debug, Default)]
@@ -69,6 +69,8 @@ pub struct NewSeq {
     pub prompt_len: u32,
     /// How to sample.
     pub params: Arc<SamplingParams>,
+    /// Which adapter is put on the model for it, if any.
+    pub adapter: Option<AdapterId>,
     /// The key of its random stream.
     pub seed: u64,
     /// One block table per KV group (one group today). A table may hold stale ids where a sliding window has passed.

@@ -101,7 +101,17 @@ fn feed_forward(backend: &mut CpuBackend, rows: u32) -> Result<(), BackendError>
     report("mlp", 3 * HIDDEN * INTERMEDIATE, rows, 10, |form, layer| {
         let (up, down) = &weights[form][layer];
         let (scratch, out, activation) = (&mut scratch, &mut out, Activation::Silu);
-        backend.mlp(Mlp { x: &x, shape: MlpShape::Gated, up, down, activation, scratch, out })
+        backend.mlp(Mlp {
+            x: &x,
+            shape: MlpShape::Gated,
+            up,
+            down,
+            activation,
+            up_lora: None,
+            down_lora: None,
+            scratch,
+            out,
+        })
     })
 }
 
@@ -311,6 +321,7 @@ fn prepare(backend: &mut CpuBackend, seqs: u32, rows: u32, context: u32) -> Resu
         cu_seqlens_q: &(0..=seqs).map(|s| s * rows).collect::<Vec<_>>(),
         seq_lens: &vec![context; seqs as usize],
         seq_slots: &(0..seqs).map(Slot).collect::<Vec<_>>(),
+        seq_adapters: &[],
         block_tables: &(0..seqs * max_blocks_per_seq).collect::<Vec<_>>(),
         max_blocks_per_seq,
         logit_rows: &[],

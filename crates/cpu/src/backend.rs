@@ -2,9 +2,9 @@
 
 use quire_backend::convert::to_f32;
 use quire_backend::{
-    AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Communicator, Embed, GraphKey,
-    KvLayout, Linear, LinearSource, LogitKind, LogitRow, Logits, Mlp, MlpShape, Moe, MoeScratch,
-    RopeAndCache, RopeTable, SeqState, StepBuffer, StepInput,
+    AddLora, AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Communicator, Embed,
+    GraphKey, KvLayout, Linear, LinearSource, LogitKind, LogitRow, Logits, LoraSource, Mlp, MlpShape, Moe,
+    MoeScratch, RopeAndCache, RopeTable, SeqState, StepBuffer, StepInput,
 };
 use quire_core::{
     DType, ExecError, HostCopy, LateInputs, ModelRunnerOutput, Slot, StepId, TensorView, TokenId,
@@ -17,7 +17,8 @@ use crate::kv::{CpuKv, KvLayer};
 use crate::ops::attention::attention;
 use crate::ops::embed::embed_row;
 use crate::ops::linear::{Input, Inputs, Rows, linear};
-use crate::ops::mlp::{MlpArgs, mlp};
+use crate::ops::lora::{CpuLora, LoraRows, add_lora};
+use crate::ops::mlp::{MlpArgs, MlpLora, mlp};
 use crate::ops::moe::{MoeArgs, Routing, moe};
 use crate::ops::norm::AddNormRow;
 use crate::ops::paged::{Workspace, paged_attention};
@@ -84,6 +85,7 @@ pub struct CpuBackend {
     attention: Workspace,
     communicator: Communicator,
     routing: Routing,
+    lora_rows: LoraRows,
 }
 
 /// What `sample` found for one logit row.
@@ -112,6 +114,7 @@ impl CpuBackend {
             attention: Workspace::default(),
             communicator: Communicator::default(),
             routing: Routing::default(),
+            lora_rows: LoraRows::default(),
         })
     }
 
@@ -152,6 +155,7 @@ fn expect_shape(op: &str, buf: &CpuBuf, rows: usize, cols: usize) -> Result<(), 
 impl Backend for CpuBackend {
     type Buf = CpuBuf;
     type Weight = CpuWeight;
+    type Lora = CpuLora;
     type Norm = Vec<f32>;
     type Rope = CpuRope;
     type Kv = CpuKv;
@@ -167,6 +171,10 @@ impl Backend for CpuBackend {
 
     fn load_linear(&mut self, source: &LinearSource<'_>) -> Result<CpuWeight, BackendError> {
         CpuWeight::load(&mut self.pool, self.precision, self.prepacked.as_ref(), source)
+    }
+
+    fn load_lora(&mut self, source: &LoraSource<'_>) -> Result<CpuLora, BackendError> {
+        CpuLora::load(source)
     }
 
     fn load_norm(&mut self, name: &str, weight: TensorView<'_>) -> Result<Vec<f32>, BackendError> {
@@ -207,6 +215,7 @@ impl Backend for CpuBackend {
         if rows != tokens || self.step.positions.len() != tokens || self.step.slot_mapping.len() != tokens {
             return Err(failed(format!("step {}: its arrays disagree about {tokens} tokens", input.step)));
         }
+        self.lora_rows.prepare(&self.step);
         Ok(())
     }
 
@@ -300,6 +309,13 @@ impl Backend for CpuBackend {
         linear(&mut self.pool, self.isa, op.weight, x, &mut self.inputs[0], op.out.shared())
     }
 
+    fn add_lora(&mut self, op: AddLora<'_, Self>) -> Result<(), BackendError> {
+        let tokens = self.step.num_tokens();
+        expect_shape("add_lora input", op.x, tokens, op.lora.in_features)?;
+        expect_shape("add_lora output", op.out, tokens, op.lora.out_features)?;
+        add_lora(&mut self.pool, self.isa, op.lora, op.x, &mut self.lora_rows, op.out.shared())
+    }
+
     fn rope_and_cache(&mut self, op: RopeAndCache<'_, Self>) -> Result<(), BackendError> {
         let RopeAndCache { qkv, shape, qk_norm, eps, rope, kv, layer } = op;
         let (step, isa) = (&self.step, self.isa);
@@ -343,7 +359,7 @@ impl Backend for CpuBackend {
     }
 
     fn mlp(&mut self, op: Mlp<'_, Self>) -> Result<(), BackendError> {
-        let Mlp { x, shape, up, down, activation, scratch, out } = op;
+        let Mlp { x, shape, up, down, activation, up_lora, down_lora, scratch, out } = op;
         let tokens = self.step.num_tokens();
         expect_shape("mlp input", x, tokens, up.in_features)?;
         expect_shape("mlp scratch", scratch, tokens, up.out_features)?;
@@ -354,7 +370,8 @@ impl Backend for CpuBackend {
         }
         expect_shape("mlp output", out, tokens, down.out_features)?;
         let out = out.shared();
-        let args = MlpArgs { x, tokens, shape, up, down, activation, scratch, out };
+        let lora = MlpLora { up: up_lora, down: down_lora, rows: &mut self.lora_rows };
+        let args = MlpArgs { x, tokens, shape, up, down, activation, lora, scratch, out };
         mlp(&mut self.pool, self.isa, args, &mut self.inputs)
     }
 

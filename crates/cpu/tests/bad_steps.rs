@@ -53,6 +53,7 @@ impl Fixture {
             cu_seqlens_q: &[0, 2],
             seq_lens: &[2],
             seq_slots: &[Slot(0)],
+            seq_adapters: &[],
             block_tables: &[block],
             max_blocks_per_seq: 1,
             logit_rows: &[],

@@ -86,6 +86,7 @@ fn prepare(backend: &mut CpuBackend, rows: u32) -> Result<(), BackendError> {
         cu_seqlens_q: &[0, rows],
         seq_lens: &[CONTEXT],
         seq_slots: &[Slot(0)],
+        seq_adapters: &[],
         block_tables: &blocks,
         max_blocks_per_seq: blocks.len() as u32,
         logit_rows: &logit_rows,

@@ -4,8 +4,9 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use quire_backend::{
-    AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout,
-    Linear, LinearSource, Logits, Mlp, Moe, RopeAndCache, RopeTable, SeqState, StepInput,
+    AddLora, AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Embed, GraphKey,
+    KvLayout, Linear, LinearSource, Logits, LoraSource, Mlp, Moe, RopeAndCache, RopeTable, SeqState,
+    StepInput,
 };
 use quire_core::{ExecError, LateInputs, ModelRunnerOutput, StepId, TensorView};
 
@@ -17,6 +18,7 @@ use crate::driver::{
     Arena, Context, CudaError, DeviceSlice, Graph, LaunchShape, Modules, Pinned, Stream, Unavailable,
 };
 use crate::kernels::{DECODE_ROWS, Kernels};
+use crate::lora::{CudaLora, LoraStep};
 use crate::memory_use::Ledger;
 use crate::moe::Routing;
 use crate::nccl::Communicator;
@@ -72,6 +74,7 @@ pub struct Cuda {
     /// Logits of all ranks, one rank after the other.
     pub(crate) logit_parts: DeviceSlice,
     pub(crate) routing: Routing,
+    pub(crate) lora: LoraStep,
 
     pub(crate) layout: Layout,
     /// Rows that are launched: the step's, or those of its bucket.
@@ -214,6 +217,7 @@ impl Cuda {
             quantized_rows: QuantizedRows::default(),
             logit_parts: null,
             routing: Routing::empty(),
+            lora: LoraStep::empty(),
             layout: Layout::new(0, 0),
             rows: 0,
             logit_launch_rows: 0,
@@ -346,7 +350,8 @@ impl Cuda {
         if self.page_tokens > 0 {
             self.slots.table_changes(input, self.page_tokens, &mut self.entries);
         }
-        self.send_step()
+        self.send_step()?;
+        self.send_adapters(input)
     }
 
     fn pack_copies(&mut self, input: &StepInput<'_>) {
@@ -493,6 +498,7 @@ impl Drop for Cuda {
 impl Backend for Cuda {
     type Buf = CudaBuf;
     type Weight = CudaWeight;
+    type Lora = CudaLora;
     type Norm = CudaNorm;
     type Rope = CudaRope;
     type Kv = CudaKv;
@@ -505,6 +511,10 @@ impl Backend for Cuda {
 
     fn load_linear(&mut self, source: &LinearSource<'_>) -> Result<CudaWeight, BackendError> {
         self.linear_from(source)
+    }
+
+    fn load_lora(&mut self, source: &LoraSource<'_>) -> Result<CudaLora, BackendError> {
+        self.lora_from(source)
     }
 
     fn load_norm(&mut self, name: &str, weight: TensorView<'_>) -> Result<CudaNorm, BackendError> {
@@ -566,6 +576,11 @@ impl Backend for Cuda {
     fn linear(&mut self, op: Linear<'_, Self>) -> Result<(), BackendError> {
         self.alive()?;
         self.linear_rows(&op)
+    }
+
+    fn add_lora(&mut self, op: AddLora<'_, Self>) -> Result<(), BackendError> {
+        self.alive()?;
+        self.add_lora_rows(&op)
     }
 
     fn rope_and_cache(&mut self, op: RopeAndCache<'_, Self>) -> Result<(), BackendError> {

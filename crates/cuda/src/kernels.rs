@@ -7,9 +7,9 @@ use crate::int_weights::{Bits, PANEL};
 use crate::params::{
     ActParams, AddNormParams, AttentionParams, AttentionPlanParams, AttentionSm90aParams, CopyPagesParams,
     CountTokensParams, EmbedParams, Fp8EmbedParams, Fp8QuantizeParams, GatherRowsParams, GemvParams,
-    IntEmbedParams, IntGemmParams, LogitsParams, LogprobsParams, MoeCombineParams, MoeGemmParams,
-    MoeIntParams, MoeRouteParams, MoeSortParams, QuantizeParams, RopeCacheParams, SampleParams,
-    SoftCapParams, StepPlanParams, UpdateTablesParams,
+    IntEmbedParams, IntGemmParams, LogitsParams, LogprobsParams, LoraExpandParams, LoraShrinkParams,
+    MoeCombineParams, MoeGemmParams, MoeIntParams, MoeRouteParams, MoeSortParams, QuantizeParams,
+    RopeCacheParams, SampleParams, SoftCapParams, StepPlanParams, UpdateTablesParams,
 };
 
 const ROW_THREADS: u32 = 256;
@@ -91,6 +91,13 @@ pub struct MoeIntKernels {
     pub down: Function<MoeIntParams>,
 }
 
+/// LoRA adapters.
+#[derive(Debug)]
+pub struct LoraKernels {
+    pub shrink: Function<LoraShrinkParams>,
+    pub expand: Function<LoraExpandParams>,
+}
+
 /// Every kernel of one activation type.
 #[derive(Debug)]
 pub struct Kernels {
@@ -104,6 +111,10 @@ pub struct Kernels {
     gemv: Function<GemvParams>,
     gemv_into_f32: Function<GemvParams>,
     pub moe: MoeKernels,
+    /// A row a block.
+    lora: LoraKernels,
+    /// [`LORA_ROWS`] rows a block.
+    lora_tiles: LoraKernels,
     pub gather_rows: Function<GatherRowsParams>,
     pub quantize: Function<QuantizeParams>,
     pub quantize_fp8: Function<Fp8QuantizeParams>,
@@ -158,6 +169,8 @@ impl Kernels {
             gemv: modules.function(&format!("quire_gemv_{act}"), 0)?,
             gemv_into_f32: modules.function(&format!("quire_gemv_{act}_f32"), 0)?,
             moe: MoeKernels::find(modules, act)?,
+            lora: LoraKernels::find(modules, act)?,
+            lora_tiles: LoraKernels::find(modules, &format!("{act}_8"))?,
             gather_rows: modules.function(&format!("quire_gather_rows_{act}"), 0)?,
             quantize: modules.function(&format!("quire_quantize_{act}"), 0)?,
             quantize_fp8: modules.function(&format!("quire_quantize_fp8_{act}"), 0)?,
@@ -234,6 +247,11 @@ impl Kernels {
         }
     }
 
+    /// Those of adapters, and their blocks of rows. Rows of different sequences rarely have much to share.
+    pub fn lora(&self, is_decode: bool, rows: usize) -> (&LoraKernels, usize) {
+        if is_decode { (&self.lora, rows) } else { (&self.lora_tiles, rows.div_ceil(LORA_ROWS)) }
+    }
+
     /// One warp a group of inputs.
     pub fn quantize_shape(rows: usize, groups: usize) -> LaunchShape {
         by_rows(rows, groups.div_ceil(INT_THREADS as usize / 32), INT_THREADS)
@@ -271,6 +289,29 @@ impl Kernels {
 /// Rows that `quire_gemv_*` takes at most, and outputs of one of its blocks.
 pub const SMALL_ROWS: usize = 8;
 const GEMV_OUTPUTS: usize = 32;
+
+/// Rows of a block of the kernels for adapters, those for prompts.
+const LORA_ROWS: usize = 8;
+/// Rows of A, and columns, of a block.
+const LORA_RANKS: usize = 8;
+const LORA_COLUMNS: usize = 256;
+
+impl LoraKernels {
+    fn find(modules: &Modules, suffix: &str) -> Result<Self, CudaError> {
+        Ok(Self {
+            shrink: modules.function(&format!("quire_lora_shrink_{suffix}"), 0)?,
+            expand: modules.function(&format!("quire_lora_expand_{suffix}"), 0)?,
+        })
+    }
+
+    pub fn shrink_shape(blocks: usize, max_rank: usize) -> LaunchShape {
+        by_rows(blocks, max_rank.div_ceil(LORA_RANKS), ROW_THREADS)
+    }
+
+    pub fn expand_shape(blocks: usize, out_features: usize) -> LaunchShape {
+        by_rows(blocks, out_features.div_ceil(LORA_COLUMNS), ROW_THREADS)
+    }
+}
 
 /// Slots of a tile of the experts' products.
 pub const MOE_TILE_ROWS: usize = 64;

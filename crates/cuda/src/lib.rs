@@ -11,7 +11,7 @@
 //! * once the device has failed, every call fails with the first error.
 //!
 //! Reading order: [`driver`], [`blaslt`], [`params`], `kernels.rs`, `backend.rs` (a step), `step.rs` and `slots.rs` (what
-//! is sent), `ops.rs`, `quantized.rs`, `fp8.rs`, `moe.rs`, `attention.rs`, `sampling.rs` (what is launched), `load.rs`
+//! is sent), `ops.rs`, `lora.rs`, `quantized.rs`, `fp8.rs`, `moe.rs`, `attention.rs`, `sampling.rs` (what is launched), `load.rs`
 //! and `buffers.rs`; `nccl.rs` and `ranks.rs` for several GPUs; `memory_use.rs` and `timing.rs`.
 
 mod attention;
@@ -23,6 +23,7 @@ mod fp8;
 pub mod int_weights;
 mod kernels;
 mod load;
+mod lora;
 mod memory_use;
 mod moe;
 mod nccl;
@@ -41,6 +42,7 @@ mod timing;
 pub use backend::Cuda;
 pub use buffers::{CudaBuf, CudaKv, CudaNorm, CudaRope, CudaWeight};
 pub use driver::{Unavailable, probe};
+pub use lora::CudaLora;
 pub use memory_use::MemoryUse;
 pub use options::{CudaOptions, KernelSet};
 pub use timing::Peaks;

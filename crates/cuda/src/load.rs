@@ -171,7 +171,7 @@ impl Cuda {
     }
 
     /// Rounds and uploads numbers.
-    fn store(
+    pub(crate) fn store(
         &mut self,
         what: &str,
         mut values: impl Iterator<Item = f32>,

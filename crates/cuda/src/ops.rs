@@ -273,6 +273,9 @@ impl Cuda {
         self.expect("mlp output", op.out, rows, op.down.out_features, act)?;
         let hidden = self.mlp_hidden(width)?;
         self.product(op.x.slice, op.up, op.scratch, self.token_rows())?;
+        if let Some(lora) = op.up_lora {
+            self.add_lora_to(op.x.slice, lora, op.scratch)?;
+        }
         let params = ActParams {
             r#in: op.scratch.slice.address(),
             out: hidden.address(),
@@ -285,7 +288,8 @@ impl Cuda {
         let (kernel, shape) = self.kernels.act(rows, width);
         let launched = self.launch(kernel, shape, &params);
         self.check(launched)?;
-        self.product(hidden, op.down, op.out, self.token_rows())
+        self.product(hidden, op.down, op.out, self.token_rows())?;
+        op.down_lora.map_or(Ok(()), |lora| self.add_lora_to(hidden, lora, op.out))
     }
 
     /// Room for what a feed-forward layer's nonlinearity gives, made at the first use.

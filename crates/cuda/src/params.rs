@@ -239,6 +239,43 @@ params! {
         num_items: i32,
         reserved: [i32; 4],
     }
+    /// What an adapter adds to some outputs of a layer.
+    LoraPartEntry = "QuireLoraPart" {
+        b: u64,
+        first: i32,
+        count: i32,
+        rank_begin: i32,
+        rank: i32,
+        scaling: f32,
+        reserved: i32,
+    }
+    /// An adapter of one layer.
+    LoraAdapterEntry = "QuireLoraAdapter" {
+        a: u64,
+        rank: i32,
+        num_parts: i32,
+        parts: [LoraPartEntry; 3],
+    }
+    /// `quire_lora_shrink_*`.
+    LoraShrinkParams = "QuireLoraShrinkParams" {
+        x: u64,
+        adapters: u64,
+        row_adapters: u64,
+        out: u64,
+        num_rows: u64,
+        in_features: i32,
+        stride: i32,
+    }
+    /// `quire_lora_expand_*`.
+    LoraExpandParams = "QuireLoraExpandParams" {
+        x: u64,
+        adapters: u64,
+        row_adapters: u64,
+        out: u64,
+        num_rows: u64,
+        out_features: i32,
+        stride: i32,
+    }
     /// `quire_quantize_fp8_*`.
     Fp8QuantizeParams = "QuireFp8QuantizeParams" {
         x: u64,

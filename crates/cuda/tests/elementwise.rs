@@ -116,6 +116,7 @@ fn step<'a>(token_ids: &'a [u32], positions: &'a [u32], slot_mapping: &'a [u32])
         cu_seqlens_q: &[0],
         seq_lens: &[],
         seq_slots: &[] as &[Slot],
+        seq_adapters: &[],
         block_tables: &[],
         max_blocks_per_seq: 0,
         logit_rows: &[],

@@ -2,6 +2,8 @@
 //! embedded model against the reference backend, two steps in flight, what a step launches, and how failure ends.
 
 mod common;
+#[path = "end_to_end/lora.rs"]
+mod lora;
 #[path = "end_to_end/memory.rs"]
 mod memory;
 #[path = "end_to_end/precision.rs"]

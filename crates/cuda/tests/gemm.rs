@@ -190,6 +190,7 @@ fn reference(bits: Bits, weight: &[f32], bias: &[f32], x: &[f32], [n, k, rows]: 
         cu_seqlens_q: &numbers,
         seq_lens: &vec![1; rows],
         seq_slots: &slots,
+        seq_adapters: &[],
         block_tables: &numbers[..rows],
         max_blocks_per_seq: 1,
         logit_rows: &[],

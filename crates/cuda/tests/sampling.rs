@@ -76,6 +76,7 @@ fn reference(cases: &[Case]) -> Vec<Answer> {
         cu_seqlens_q: &[0],
         seq_lens: &[],
         seq_slots: &[],
+        seq_adapters: &[],
         block_tables: &[],
         max_blocks_per_seq: 0,
         logit_rows: &rows,

@@ -8,8 +8,8 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use quire_core::{
-    BlockHasher, CacheSalt, FinishReason, Limits, Micros, Request, RequestError, RequestId, SamplingParams,
-    TenantId, TenantShare, TokenId,
+    AdapterId, BlockHasher, CacheSalt, FinishReason, Limits, Micros, Request, RequestError, RequestId,
+    SamplingParams, TenantId, TenantShare, TokenId,
 };
 use tokio::sync::Notify;
 
@@ -32,6 +32,8 @@ pub struct RequestSpec {
     pub tenant: TenantId,
     /// Higher runs first; 0 is normal.
     pub priority: i8,
+    /// Which adapter is put on the model, if any. Its blocks have a namespace of their own within that of `cache_salt`.
+    pub adapter: Option<AdapterId>,
     /// Namespace of the prefix cache; `None` neither reads nor fills it.
     pub cache_salt: Option<CacheSalt>,
     /// The conversation that it is a turn of, if the client named one: what its last turn began with is not hashed again.
@@ -204,12 +206,13 @@ impl EngineClient {
         let shared = &self.shared;
         let now = shared.now();
         let n = spec.params.n;
-        let salt = spec.cache_salt.unwrap_or_default();
+        let salt = salt_with(&shared.hasher, spec.cache_salt.unwrap_or_default(), spec.adapter);
         let mut request = Request {
             id: RequestId(shared.next_id.fetch_add(1, Ordering::Relaxed)),
             block_hashes: Arc::from([]),
             prompt: spec.prompt,
             salt,
+            adapter: spec.adapter,
             params: spec.params,
             tenant: spec.tenant,
             priority: spec.priority,
@@ -412,4 +415,13 @@ impl Drop for RequestHandle {
             let _ = self.inbox.send(Command::Finish { id: self.id, index: None, reason });
         }
     }
+}
+
+/// The namespace of the blocks of a model with an adapter: keys and values of one never serve another.
+fn salt_with(hasher: &BlockHasher, salt: CacheSalt, adapter: Option<AdapterId>) -> CacheSalt {
+    let Some(AdapterId(id)) = adapter else { return salt };
+    let mut namespace = b"adapter".to_vec();
+    namespace.extend(id.to_le_bytes());
+    namespace.extend(salt.0.to_le_bytes());
+    hasher.salt(&namespace)
 }

@@ -305,6 +305,7 @@ mod tests {
             prompt: Arc::from([1, 2, 3]),
             block_hashes: Arc::from([]),
             salt: CacheSalt(0),
+            adapter: None,
             params: Arc::new(SamplingParams::greedy(max_tokens)),
             tenant: TenantId(0),
             priority: 0,

@@ -449,6 +449,7 @@ mod tests {
             prompt: Arc::from([1, 2, 3]),
             block_hashes: Arc::from([]),
             salt: CacheSalt(0),
+            adapter: None,
             params: Arc::new(SamplingParams { n, max_tokens: 9, ..SamplingParams::default() }),
             tenant: TenantId(0),
             priority: 0,

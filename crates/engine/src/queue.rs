@@ -106,6 +106,7 @@ mod tests {
             tenant: TenantId(0),
             priority,
             cache_salt: None,
+            adapter: None,
             session: None,
             timeout: None,
         })

@@ -325,6 +325,7 @@ mod tests {
             prompt: Arc::from([1, 2, 3]),
             block_hashes: Arc::from([]),
             salt: CacheSalt(0),
+            adapter: None,
             params: Arc::new(SamplingParams { n, ..SamplingParams::greedy(4) }),
             tenant: TenantId(tenant),
             priority: 0,

@@ -125,6 +125,7 @@ impl InferenceService {
         generate.cache_namespace = access.cache_namespace();
         generate.default_max_tokens = tenant.default_max_tokens(generate.sampling.n.unwrap_or(1));
         generate.timeout = timeout;
+        generate.adapter = llm.adapter(&model);
         let prepared = llm.prepare(generate).await.map_err(|error| status::of(&error))?;
         let mut demand = Demand::default();
         demand.add(prepared.prompt_tokens(), prepared.n(), prepared.max_tokens());

@@ -43,7 +43,7 @@ const ABSENT_APIS: [(&str, &str); 10] = [
     ("/v1/audio", "audio is"),
     ("/v1/images", "image generation is"),
     ("/v1/batches", "the Batches API is"),
-    ("/v1/load_lora_adapter", "LoRA adapters are"),
+    ("/v1/load_lora_adapter", "loading LoRA adapters while the server runs is"),
 ];
 
 impl ApiError {

@@ -13,6 +13,7 @@ const KEYED: Setup = Setup {
     keep_alive: std::time::Duration::from_secs(10),
     fails_at: None,
     metrics_without_key: false,
+    adapters: &[],
 };
 
 const OPEN: [(Method, &str); 6] = [

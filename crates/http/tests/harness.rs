@@ -1,6 +1,6 @@
 //! A server without a socket, and what to ask it.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use axum::Router;
@@ -8,8 +8,8 @@ use axum::body::Body;
 use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use quire_core::{
-    BlockHasher, ExecError, Executor, ExecutorLimits, LateInputs, Limits, ModelRunnerOutput, SchedulerOutput,
-    StepId,
+    AdapterId, BlockHasher, ExecError, Executor, ExecutorLimits, LateInputs, Limits, ModelRunnerOutput,
+    SchedulerOutput, StepId,
 };
 use quire_engine::{Engine, EngineConfig};
 use quire_http::{AppState, HttpConfig, router};
@@ -43,6 +43,8 @@ pub struct Setup {
     /// The device fails at this step.
     pub fails_at: Option<u64>,
     pub metrics_without_key: bool,
+    /// Their names.
+    pub adapters: &'static [&'static str],
 }
 
 impl Default for Setup {
@@ -56,6 +58,7 @@ impl Default for Setup {
             keep_alive: Duration::from_secs(10),
             fails_at: None,
             metrics_without_key: false,
+            adapters: &[],
         }
     }
 }
@@ -64,6 +67,8 @@ pub struct Server {
     pub state: AppState,
     pub llm: Llm,
     pub app: Router,
+    /// Those of the sequences that entered the batch, in order.
+    pub seen_adapters: SeenAdapters,
     _engine: Engine,
 }
 
@@ -105,9 +110,12 @@ pub fn data_of(body: &str) -> Vec<String> {
     events.map(|event| event.strip_prefix("data: ").expect("only data events").to_owned()).collect()
 }
 
+pub type SeenAdapters = Arc<Mutex<Vec<Option<AdapterId>>>>;
+
 /// A mock that may fail.
 struct TestExecutor {
     mock: MockExecutor,
+    seen_adapters: SeenAdapters,
     fails_at: Option<u64>,
     steps: u64,
 }
@@ -122,6 +130,7 @@ impl Executor for TestExecutor {
         if Some(self.steps) == self.fails_at {
             return Err(ExecError { device: "test".into(), message: "failed on purpose".into() });
         }
+        self.seen_adapters.lock().unwrap().extend(plan.new.iter().map(|new| new.adapter));
         self.mock.submit(plan)
     }
 
@@ -134,7 +143,7 @@ impl Executor for TestExecutor {
     }
 }
 
-fn start_engine(setup: &Setup) -> Engine {
+fn start_engine(setup: &Setup, seen_adapters: SeenAdapters) -> Engine {
     let limits = ExecutorLimits {
         block_size: 16,
         num_blocks: setup.num_blocks,
@@ -163,7 +172,7 @@ fn start_engine(setup: &Setup) -> Engine {
         hasher,
         model_name: MODEL.into(),
     };
-    let executor = TestExecutor { mock, fails_at: setup.fails_at, steps: 0 };
+    let executor = TestExecutor { mock, seen_adapters, fails_at: setup.fails_at, steps: 0 };
     Engine::start(config, Box::new(executor), &tokio::runtime::Handle::current()).unwrap()
 }
 
@@ -193,8 +202,10 @@ impl Server {
 
     /// With an audit log, too.
     pub fn audited(setup: &Setup, tenancy: Tenancy, audit: AuditLog) -> Self {
-        let engine = start_engine(setup);
+        let seen_adapters = SeenAdapters::default();
+        let engine = start_engine(setup, seen_adapters.clone());
         let llm = Llm::new(LlmConfig {
+            adapters: setup.adapters.iter().map(|&name| name.into()).collect(),
             served_model_names: vec![MODEL.into(), "org/alias".into()],
             engine: engine.client(),
             tokenizer: TOKENIZER.clone(),
@@ -204,7 +215,7 @@ impl Server {
         });
         let state = loading_with(setup, tenancy, audit);
         state.lifecycle().ready(llm.clone());
-        Self { app: router(state.clone()), state, llm, _engine: engine }
+        Self { app: router(state.clone()), state, llm, seen_adapters, _engine: engine }
     }
 
     pub async fn get(&self, path: &str) -> Answer {

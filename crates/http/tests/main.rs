@@ -11,6 +11,7 @@ mod completions;
 mod errors;
 mod harness;
 mod lifecycle;
+mod lora;
 #[path = "../../tenancy/tests/support/redis.rs"]
 mod redis;
 mod sockets;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use quire_core::metric_names::TOKENIZE_SECONDS;
-use quire_core::{CacheSalt, Meter, Micros, RequestError, SamplingParams, TokenId};
+use quire_core::{AdapterId, CacheSalt, Meter, Micros, RequestError, SamplingParams, TokenId};
 use quire_engine::{EngineClient, Origin, RequestSpec};
 use quire_tokenizer::{ChatInput, ChatTemplate, TemplateError, Tokenizer};
 use serde_json::{Value, json};
@@ -38,6 +38,8 @@ const INLINE_TOKENS: usize = 1 << 16;
 pub struct LlmConfig {
     /// The names under which the model is served, the main one first; at least one.
     pub served_model_names: Vec<String>,
+    /// The names of the adapters that the engine's model was loaded with, by [`AdapterId`]; none of them is one of those.
+    pub adapters: Vec<String>,
     /// The engine that runs it.
     pub engine: EngineClient,
     /// Its tokenizer.
@@ -57,7 +59,9 @@ pub struct Llm {
 }
 
 struct Inner {
+    /// The model's own, then the adapters'.
     names: Vec<String>,
+    first_adapter: usize,
     created: u64,
     engine: EngineClient,
     tokenizer: Tokenizer,
@@ -83,7 +87,8 @@ impl Llm {
         let max_waiting = limits.max_num_seqs.saturating_add(limits.max_queued_requests);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let inner = Inner {
-            names: config.served_model_names,
+            first_adapter: config.served_model_names.len(),
+            names: [config.served_model_names, config.adapters].concat(),
             created: now.as_secs(),
             tokenizer: config.tokenizer,
             chat_template: config.chat_template,
@@ -97,7 +102,7 @@ impl Llm {
         Self { inner: Arc::new(inner) }
     }
 
-    /// The names under which the model is served, the main one first.
+    /// The names under which the model is served, the main one first, then those of its adapters.
     pub fn names(&self) -> &[String] {
         &self.inner.names
     }
@@ -110,6 +115,12 @@ impl Llm {
     /// Whether requests for `model` are for this one.
     pub fn serves(&self, model: &str) -> bool {
         self.inner.names.iter().any(|name| name == model)
+    }
+
+    /// Which adapter a name means; `None`: the model as it is.
+    pub fn adapter(&self, name: &str) -> Option<AdapterId> {
+        let adapters = &self.inner.names[self.inner.first_adapter..];
+        adapters.iter().position(|adapter| adapter == name).map(|id| AdapterId(id as u32))
     }
 
     /// When the model was loaded, in seconds since 1970.
@@ -297,6 +308,7 @@ impl Llm {
                 name as u64
             }),
             cache_salt: Some(self.salt(&request)),
+            adapter: request.adapter,
             timeout,
         };
         let handle = inner.engine.submit_from(spec, origin)?;

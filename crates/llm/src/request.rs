@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use quire_core::{TenantId, TokenId};
+use quire_core::{AdapterId, TenantId, TokenId};
 use serde_json::{Map, Value, json};
 
 /// One request. [`GenerateRequest::new`] gives the defaults; set what the client set.
@@ -39,6 +39,8 @@ pub struct GenerateRequest {
     pub request_id: Option<Arc<str>>,
     /// Who asks.
     pub tenant: TenantId,
+    /// Which adapter is put on the model, if any: see [`crate::Llm::adapter`].
+    pub adapter: Option<AdapterId>,
     /// The prefix-cache namespace of whoever asks; requests share cached prefixes only if this and `cache_salt` are equal.
     pub cache_namespace: Vec<u8>,
     /// Bounds an answer whose client names no `max_tokens`.
@@ -109,6 +111,7 @@ impl GenerateRequest {
             return_token_ids: false,
             request_id: None,
             tenant: TenantId::default(),
+            adapter: None,
             cache_namespace: Vec::new(),
             default_max_tokens: None,
             priority: 0,

@@ -12,6 +12,7 @@ use crate::dummy;
 use crate::error::{ModelError, Result};
 use crate::experts;
 use crate::generation::GenerationConfig;
+use crate::lora::LoraAdapter;
 use crate::spec::{Head, ModelSpec};
 use crate::store::{Store, Stored, read_json};
 use crate::tensor::Tensor;
@@ -29,6 +30,8 @@ pub struct Checkpoint {
     ignored: Vec<String>,
     /// Text of `config.json`, if there is a directory that has one.
     config_json: Option<String>,
+    /// By [`quire_core::AdapterId`].
+    adapters: Vec<LoraAdapter>,
 }
 
 #[derive(Debug)]
@@ -102,7 +105,13 @@ impl Checkpoint {
             weights: Weights::Dummy { seed },
             ignored: Vec::new(),
             config_json: None,
+            adapters: Vec::new(),
         }
+    }
+
+    /// The model with these adapters to be put on it, one at a time; their places are their ids.
+    pub fn with_adapters(self, adapters: Vec<LoraAdapter>) -> Self {
+        Self { adapters, ..self }
     }
 
     fn assemble(mut spec: ModelSpec, generation_config: GenerationConfig, mut store: Store) -> Result<Self> {
@@ -112,12 +121,22 @@ impl Checkpoint {
         spec.dtype = dtype(&embedding(&spec, names, &store)?)?;
         add_eos(&mut spec, &generation_config);
         let weights = Weights::Stored(store);
-        Ok(Self { spec, generation_config, names, weights, ignored, config_json: None })
+        Ok(Self { spec, generation_config, names, weights, ignored, config_json: None, adapters: Vec::new() })
     }
 
     /// What the model is.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    /// The adapters of this model, by [`quire_core::AdapterId`].
+    pub fn adapters(&self) -> &[LoraAdapter] {
+        &self.adapters
+    }
+
+    /// What its family calls the tensors.
+    pub(crate) fn names(&self) -> &'static WeightNames {
+        self.names
     }
 
     /// The sampling its authors recommend.
@@ -253,7 +272,9 @@ fn read_configs(path: &Path) -> Result<(String, ModelSpec, GenerationConfig)> {
     let config = path.join("config.json");
     if !config.is_file() {
         let detail = match path.join("adapter_config.json").is_file() {
-            true => "holds a LoRA adapter; LoRA is not supported yet, merge it into its base model first",
+            true => {
+                "holds a LoRA adapter; serve its base model, with --lora-modules NAME=PATH for the adapter"
+            }
             false => "holds no config.json; a directory in Hugging Face layout is needed",
         };
         return Err(ModelError::NotACheckpoint { path: path.to_owned(), detail: detail.to_owned() });
@@ -303,7 +324,7 @@ fn missing(name: &str) -> ModelError {
     ModelError::Mismatch(format!("the model has no tensor `{name}`"))
 }
 
-fn borrow(stored: Stored<'_>) -> Result<Tensor<'_>> {
+pub(crate) fn borrow(stored: Stored<'_>) -> Result<Tensor<'_>> {
     Ok(Tensor { dtype: dtype(&stored)?, shape: stored.shape.into(), data: stored.data.into() })
 }
 

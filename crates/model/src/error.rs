@@ -17,7 +17,7 @@ pub enum ModelError {
     /// A JSON file of the checkpoint is not JSON, or one of its fields has a value that makes no sense.
     #[error("{file}: {detail}")]
     Config {
-        /// `config.json`, `generation_config.json` or `model.safetensors.index.json`.
+        /// `config.json`, `generation_config.json`, `model.safetensors.index.json` or `adapter_config.json`.
         file: &'static str,
         /// The field, its value and the values allowed.
         detail: String,
@@ -40,6 +40,14 @@ pub enum ModelError {
         file: String,
         /// The tensor, the offsets, and the rule they break.
         detail: String,
+    },
+    /// A LoRA adapter cannot be used.
+    #[error("{path}: {source}", path = path.display())]
+    Adapter {
+        /// Its directory.
+        path: PathBuf,
+        /// What is wrong in it.
+        source: Box<ModelError>,
     },
     /// The tensors in the files are not those that `config.json` describes.
     #[error("{0}")]

@@ -9,7 +9,7 @@
 //!
 //! Reading order: [`spec`] (what a model is), [`weights`] (its tensors), `arch/llama.rs` and `arch/mod.rs` (from
 //! `config.json`), [`rope`]; then [`checkpoint`], with `safetensors.rs`, `store.rs` and `experts.rs` below it;
-//! [`memory`].
+//! [`memory`], and [`lora`] for adapters.
 #![deny(unsafe_code)]
 
 mod arch;
@@ -20,6 +20,7 @@ mod dummy;
 pub mod error;
 mod experts;
 pub mod generation;
+pub mod lora;
 pub mod memory;
 mod mmap;
 pub mod rope;
@@ -32,6 +33,7 @@ pub mod weights;
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use error::{ModelError, Result};
 pub use generation::GenerationConfig;
+pub use lora::{LORA_TARGETS, LoraAdapter, LoraPair, MAX_LORA_RANK};
 pub use rope::{RopeScaling, RopeSpec};
 pub use spec::{
     Activation, DenseFfn, Ffn, FfnShape, GqaSpec, Head, KvGroupSpec, LayerSpec, Mixer, ModelSpec, MoeFfn,

@@ -49,8 +49,13 @@ impl Store {
         if !dir.join(SINGLE).is_file() {
             return Err(no_weights(dir));
         }
+        Self::open_file(dir, SINGLE)
+    }
+
+    /// Maps one safetensors file of a directory.
+    pub fn open_file(dir: &Path, file: &str) -> Result<Self> {
         let mut store = Self { files: Vec::new(), tensors: BTreeMap::new() };
-        store.add(SINGLE.to_owned(), Bytes::Mapped(Mmap::open(&dir.join(SINGLE))?))?;
+        store.add(file.to_owned(), Bytes::Mapped(Mmap::open(&dir.join(file))?))?;
         Ok(store)
     }
 

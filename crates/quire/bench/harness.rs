@@ -291,6 +291,7 @@ impl Harness {
             prompt: Arc::clone(prompt),
             block_hashes: hashes.into(),
             salt: space,
+            adapter: None,
             params: Arc::clone(params),
             tenant: TenantId(0),
             priority: 0,

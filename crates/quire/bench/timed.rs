@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use quire_backend::quant::row_bytes;
 use quire_backend::{
-    AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Embed, GraphKey, KvLayout,
-    Linear, LinearSource, Logits, Mlp, Moe, MoeScratch, RopeAndCache, RopeTable, SeqState, StepInput,
+    AddLora, AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Embed, GraphKey,
+    KvLayout, Linear, LinearSource, Logits, LoraSource, Mlp, Moe, MoeScratch, RopeAndCache, RopeTable,
+    SeqState, StepInput,
 };
 use quire_core::{HostCopy, LateInputs, ModelRunnerOutput, StepId, TensorView};
 
@@ -203,6 +204,7 @@ fn stored_bytes(source: &LinearSource<'_>) -> f64 {
 impl<B: Backend, W: Watch<B>> Backend for Timed<B, W> {
     type Buf = B::Buf;
     type Weight = TimedWeight<B::Weight>;
+    type Lora = B::Lora;
     type Norm = B::Norm;
     type Rope = B::Rope;
     type Kv = B::Kv;
@@ -222,6 +224,10 @@ impl<B: Backend, W: Watch<B>> Backend for Timed<B, W> {
             bytes: stored_bytes(source),
             inner: self.inner.load_linear(source)?,
         })
+    }
+
+    fn load_lora(&mut self, source: &LoraSource<'_>) -> Result<Self::Lora, BackendError> {
+        self.inner.load_lora(source)
     }
 
     fn load_norm(&mut self, name: &str, weight: TensorView<'_>) -> Result<Self::Norm, BackendError> {
@@ -298,6 +304,12 @@ impl<B: Backend, W: Watch<B>> Backend for Timed<B, W> {
         self.time(kind, work, |inner| inner.linear(Linear { x, weight: &weight.inner, out }))
     }
 
+    /// No benchmark by operation has adapters.
+    fn add_lora(&mut self, op: AddLora<'_, Self>) -> Result<(), BackendError> {
+        let AddLora { x, lora, out } = op;
+        self.inner.add_lora(AddLora { x, lora, out })
+    }
+
     fn rope_and_cache(&mut self, op: RopeAndCache<'_, Self>) -> Result<(), BackendError> {
         let RopeAndCache { qkv, shape, qk_norm, eps, rope, kv, layer } = op;
         self.time(Op::Rope, Work::default(), |inner| {
@@ -314,11 +326,13 @@ impl<B: Backend, W: Watch<B>> Backend for Timed<B, W> {
     }
 
     fn mlp(&mut self, op: Mlp<'_, Self>) -> Result<(), BackendError> {
-        let Mlp { x, shape, up, down, activation, scratch, out } = op;
+        let Mlp { x, shape, up, down, activation, up_lora, down_lora, scratch, out } = op;
         let mut work = up.work(self.positions.len());
         work.add(down.work(self.positions.len()));
         let (up, down) = (&up.inner, &down.inner);
-        self.time(Op::Mlp, work, |inner| inner.mlp(Mlp { x, shape, up, down, activation, scratch, out }))
+        self.time(Op::Mlp, work, |inner| {
+            inner.mlp(Mlp { x, shape, up, down, activation, up_lora, down_lora, scratch, out })
+        })
     }
 
     fn moe(&mut self, op: Moe<'_, Self>) -> Result<(), BackendError> {

@@ -4,8 +4,8 @@
 //! never move, so that the same calls can be recorded once and replayed.
 
 use quire_backend::{
-    Activation, AddNorm, AllGather, AllReduce, Attention, AttnShape, Backend, BackendError, Embed, Linear,
-    Logits, Mlp, MlpShape, Moe, RopeAndCache,
+    Activation, AddLora, AddNorm, AllGather, AllReduce, Attention, AttnShape, Backend, BackendError, Embed,
+    Linear, Logits, Mlp, MlpShape, Moe, RopeAndCache,
 };
 
 use crate::workspace::Workspace;
@@ -53,6 +53,9 @@ pub(crate) struct AttnLayer<B: Backend> {
     /// Query, key and value rows in one.
     pub qkv: B::Weight,
     pub o: B::Weight,
+    /// What adapters add to `qkv` and `o`; `None`: nothing.
+    pub qkv_lora: Option<B::Lora>,
+    pub o_lora: Option<B::Lora>,
     pub qk_norm: Option<(B::Norm, B::Norm)>,
     /// Index into [`Decoder::ropes`].
     pub rope: usize,
@@ -67,6 +70,9 @@ pub(crate) struct MlpLayer<B: Backend> {
     /// Gate and up rows in one, if there is a gate.
     pub up: B::Weight,
     pub down: B::Weight,
+    /// What adapters add to `up` and `down`.
+    pub up_lora: Option<B::Lora>,
+    pub down_lora: Option<B::Lora>,
     pub shape: MlpShape,
     pub activation: Activation,
 }
@@ -82,6 +88,14 @@ pub(crate) struct MoeLayer<B: Backend> {
     pub activation: Activation,
 }
 
+/// What a pass asks for beyond its rows; the launches depend on nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PassKind {
+    pub wants_logits: bool,
+    /// Whether a row has an adapter.
+    pub has_adapters: bool,
+}
+
 impl<B: Backend> Decoder<B> {
     /// The pass prepared last, from its tokens to its logits (none are computed if it wants none).
     pub(crate) fn forward(
@@ -89,24 +103,24 @@ impl<B: Backend> Decoder<B> {
         backend: &mut B,
         ws: &mut Workspace<B>,
         kv: &mut B::Kv,
-        wants_logits: bool,
+        kind: PassKind,
     ) -> Result<(), BackendError> {
         backend.embed(Embed { table: &self.embed, scale: self.embed_scale, out: &mut ws.residual })?;
         let mut delta = Delta::None;
         for (index, layer) in self.layers.iter().enumerate() {
             let (post_attn, post_ffn) = layer.post_norms.as_ref().map(|(attn, ffn)| (attn, ffn)).unzip();
             self.add_norm(backend, ws, &layer.attn_norm, &delta)?;
-            self.attention(backend, ws, kv, &layer.attn, index)?;
+            self.attention(backend, ws, kv, (index, &layer.attn), kind)?;
             backend.all_reduce(AllReduce { buf: &mut ws.delta })?;
             self.add_norm(backend, ws, &layer.mlp_norm, &Delta::Some(post_attn))?;
             match &layer.ffn {
-                FfnLayer::Dense(mlp) => self.mlp(backend, ws, mlp)?,
+                FfnLayer::Dense(mlp) => self.mlp(backend, ws, mlp, kind)?,
                 FfnLayer::Moe(moe) => self.moe(backend, ws, moe)?,
             }
             backend.all_reduce(AllReduce { buf: &mut ws.delta })?;
             delta = Delta::Some(post_ffn);
         }
-        if !wants_logits {
+        if !kind.wants_logits {
             return Ok(());
         }
         self.add_norm(backend, ws, &self.final_norm, &delta)?;
@@ -146,10 +160,13 @@ impl<B: Backend> Decoder<B> {
         backend: &mut B,
         ws: &mut Workspace<B>,
         kv: &mut B::Kv,
-        attn: &AttnLayer<B>,
-        index: usize,
+        (index, attn): (usize, &AttnLayer<B>),
+        kind: PassKind,
     ) -> Result<(), BackendError> {
         backend.linear(Linear { x: &ws.hidden, weight: &attn.qkv, out: &mut ws.qkv })?;
+        if let (Some(lora), true) = (&attn.qkv_lora, kind.has_adapters) {
+            backend.add_lora(AddLora { x: &ws.hidden, lora, out: &mut ws.qkv })?;
+        }
         backend.rope_and_cache(RopeAndCache {
             qkv: &mut ws.qkv,
             shape: attn.shape,
@@ -170,17 +187,31 @@ impl<B: Backend> Decoder<B> {
             layer: index,
             out: &mut ws.attn,
         })?;
-        backend.linear(Linear { x: &ws.attn, weight: &attn.o, out: &mut ws.delta })
+        backend.linear(Linear { x: &ws.attn, weight: &attn.o, out: &mut ws.delta })?;
+        match &attn.o_lora {
+            Some(lora) if kind.has_adapters => {
+                backend.add_lora(AddLora { x: &ws.attn, lora, out: &mut ws.delta })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// `hidden` to `delta`.
-    fn mlp(&self, backend: &mut B, ws: &mut Workspace<B>, mlp: &MlpLayer<B>) -> Result<(), BackendError> {
+    fn mlp(
+        &self,
+        backend: &mut B,
+        ws: &mut Workspace<B>,
+        mlp: &MlpLayer<B>,
+        kind: PassKind,
+    ) -> Result<(), BackendError> {
         backend.mlp(Mlp {
             x: &ws.hidden,
             shape: mlp.shape,
             up: &mlp.up,
             down: &mlp.down,
             activation: mlp.activation,
+            up_lora: mlp.up_lora.as_ref().filter(|_| kind.has_adapters),
+            down_lora: mlp.down_lora.as_ref().filter(|_| kind.has_adapters),
             scratch: ws.mlp.as_mut().expect("a model with dense layers has room for them"),
             out: &mut ws.delta,
         })

@@ -1,7 +1,7 @@
 //! What can go wrong: at start ([`RunnerError`]), and with a plan ([`PlanError`]).
 
 use quire_backend::BackendError;
-use quire_core::{BlockId, HostBlockId, Slot, StepId};
+use quire_core::{AdapterId, BlockId, HostBlockId, Slot, StepId};
 use quire_model::ModelError;
 
 /// Why a model could not be made ready to run.
@@ -65,6 +65,8 @@ pub(crate) enum PlanError {
         "slot {slot}: {tokens} tokens, of which {prompt_len} are prompt; at most {max_model_len} are possible"
     )]
     BadLength { slot: Slot, tokens: usize, prompt_len: u32, max_model_len: u32 },
+    #[error("slot {slot}: adapter {adapter} does not exist; there are {adapters}")]
+    NoSuchAdapter { slot: Slot, adapter: AdapterId, adapters: usize },
     #[error("slot {slot}: block {block} is outside the pool of {num_blocks} blocks")]
     NoSuchBlock { slot: Slot, block: BlockId, num_blocks: u32 },
     #[error("slot {slot}: a table of more than {max} blocks")]

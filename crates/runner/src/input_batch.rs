@@ -3,7 +3,7 @@
 //! What the scheduler repeats in every row (how many tokens are computed) is not kept a second time here.
 
 use quire_backend::SeqState;
-use quire_core::{GrownTable, ModelRunnerOutput, NewSeq, SchedulerOutput, Slot, TokenId};
+use quire_core::{AdapterId, GrownTable, ModelRunnerOutput, NewSeq, SchedulerOutput, Slot, TokenId};
 
 use crate::RunnerConfig;
 use crate::block_tables::BlockTables;
@@ -22,10 +22,13 @@ pub(crate) struct InputBatch {
     /// Token buffers of sequences that left, to be used again. At most one per slot.
     spare_tokens: Vec<Vec<TokenId>>,
     max_model_len: u32,
+    /// By slot.
+    adapters: Vec<Option<AdapterId>>,
+    num_adapters: usize,
 }
 
 impl InputBatch {
-    pub fn new(config: &RunnerConfig, num_groups: usize) -> Self {
+    pub fn new(config: &RunnerConfig, num_groups: usize, num_adapters: usize) -> Self {
         let table = || BlockTables::new(config.max_num_seqs, config.max_blocks_per_seq(), config.num_blocks);
         Self {
             seqs: (0..config.max_num_seqs).map(|_| None).collect(),
@@ -34,6 +37,8 @@ impl InputBatch {
             tables: (0..num_groups).map(|_| table()).collect(),
             spare_tokens: Vec::with_capacity(config.max_num_seqs as usize),
             max_model_len: config.max_model_len,
+            adapters: vec![None; config.max_num_seqs as usize],
+            num_adapters,
         }
     }
 
@@ -90,6 +95,16 @@ impl InputBatch {
         self.tables[0].row(slot)
     }
 
+    /// The adapter of the sequence in a slot.
+    pub fn adapter(&self, slot: Slot) -> Option<AdapterId> {
+        self.adapters.get(slot.0 as usize).copied().flatten()
+    }
+
+    /// How many adapters there are.
+    pub fn num_adapters(&self) -> usize {
+        self.num_adapters
+    }
+
     fn seq_mut(&mut self, slot: Slot) -> Result<&mut SeqState, PlanError> {
         self.entry(slot)?.as_mut().ok_or(PlanError::SlotEmpty(slot))
     }
@@ -117,6 +132,10 @@ impl InputBatch {
             let (prompt_len, max_model_len) = (new.prompt_len, self.max_model_len);
             return Err(PlanError::BadLength { slot, tokens: num_tokens, prompt_len, max_model_len });
         }
+        if let Some(adapter) = new.adapter.filter(|adapter| adapter.0 as usize >= self.num_adapters) {
+            return Err(PlanError::NoSuchAdapter { slot, adapter, adapters: self.num_adapters });
+        }
+        self.adapters[slot.0 as usize] = new.adapter;
         if new.block_tables.len() != self.tables.len() {
             let (given, expected) = (new.block_tables.len(), self.tables.len());
             return Err(PlanError::WrongGroups { slot, given, expected });
@@ -162,7 +181,7 @@ mod tests {
             kv_dtype: DType::F32,
             quant: QuantFormat::None,
         };
-        InputBatch::new(&config, 1)
+        InputBatch::new(&config, 1, 1)
     }
 
     fn new_seq(slot: u32, tokens: &[TokenId], blocks: &[u32]) -> NewSeq {
@@ -173,6 +192,7 @@ mod tests {
             tokens: tokens.into(),
             prompt_len: tokens.len() as u32,
             params: Arc::new(SamplingParams::greedy(100)),
+            adapter: None,
             seed: 5,
             block_tables: vec![blocks.iter().copied().map(BlockId).collect()],
             num_computed_tokens: 0,
@@ -253,6 +273,9 @@ mod tests {
         let groups = PlanError::WrongGroups { slot: Slot(0), given: 2, expected: 1 };
         assert_eq!(apply(&[plan(&[], &[two_groups], &[])]), groups);
         let group = GrownTable { group: 1, ..grown(0, 1) };
+        let stranger = NewSeq { adapter: Some(AdapterId(1)), ..new_seq(0, &[7], &[]) };
+        let no_adapter = PlanError::NoSuchAdapter { slot: Slot(0), adapter: AdapterId(1), adapters: 1 };
+        assert_eq!(apply(&[plan(&[], &[stranger], &[])]), no_adapter);
         let no_group = PlanError::NoSuchGroup { group: 1, groups: 1 };
         assert_eq!(apply(&[plan(&[], &[new_seq(0, &[7], &[])], &[group])]), no_group);
     }

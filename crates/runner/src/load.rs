@@ -2,11 +2,13 @@
 //!
 //! What a family does differently is in the spec or already folded into the tensors; nothing is decided here.
 
-use quire_backend::{Activation, AttnShape, Backend, LinearPart, LinearSource, MlpShape, RopeTable};
+use quire_backend::{
+    Activation, AttnShape, Backend, LinearPart, LinearSource, LoraPart, LoraSource, MlpShape, RopeTable,
+};
 use quire_core::{QuantFormat, Shard};
 use quire_model::{
-    Checkpoint, DenseFfn, Ffn, FfnShape, GlobalTensor, GqaSpec, Head, LayerSpec, LayerTensor, Mixer,
-    ModelError, ModelSpec, MoeFfn, NormPlacement, QkNorm, RopeSpec, Tensor,
+    Checkpoint, DenseFfn, Ffn, FfnShape, GlobalTensor, GqaSpec, Head, LayerSpec, LayerTensor, LoraPair,
+    Mixer, ModelError, ModelSpec, MoeFfn, NormPlacement, QkNorm, RopeSpec, Tensor,
 };
 
 use crate::decoder::{AttnLayer, Decoder, DecoderLayer, FfnLayer, MlpLayer, MoeLayer};
@@ -120,6 +122,34 @@ fn own_part<'a>((tensor, part): &'a Piece<'_>) -> Tensor<'a> {
     part.cut(tensor)
 }
 
+/// This rank's part of what an adapter adds to a linear layer.
+struct OwnPair<'a> {
+    first: usize,
+    a: Tensor<'a>,
+    b: Tensor<'a>,
+    scaling: f32,
+}
+
+impl OwnPair<'_> {
+    fn view(&self) -> LoraPart<'_> {
+        LoraPart { first: self.first, a: self.a.view(), b: self.b.view(), scaling: self.scaling }
+    }
+}
+
+/// Of a layer split by its outputs a rank has rows of `B`, of one split by its inputs columns of `A`.
+fn pair_of_rank<'a>(pair: &LoraPair<'a>, part: &Part) -> (Tensor<'a>, Tensor<'a>) {
+    match part {
+        Part::Whole => (pair.a.clone(), pair.b.clone()),
+        Part::Rows(_) => (pair.a.clone(), owned(part.cut(&pair.b))),
+        Part::Columns(_) => (owned(part.cut(&pair.a)), pair.b.clone()),
+    }
+}
+
+fn owned(tensor: Tensor<'_>) -> Tensor<'static> {
+    let Tensor { dtype, shape, data } = tensor;
+    Tensor { dtype, shape: shape.into_owned().into(), data: data.into_owned().into() }
+}
+
 struct Loader<'a, B: Backend> {
     backend: &'a mut B,
     checkpoint: &'a Checkpoint,
@@ -163,6 +193,8 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(AttnLayer {
             qkv: self.layer_linear(layer, "qkv", &qkv, gqa.qkv_bias)?,
             o: self.layer_linear(layer, "o", &[(O, OBias)], gqa.out_bias)?,
+            qkv_lora: self.lora(layer, "qkv", &[Q, K, V])?,
+            o_lora: self.lora(layer, "o", &[O])?,
             qk_norm: match gqa.qk_norm {
                 QkNorm::None => None,
                 QkNorm::PerHead => Some((self.layer_norm(layer, QNorm)?, self.layer_norm(layer, KNorm)?)),
@@ -181,13 +213,15 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     fn mlp(&mut self, layer: usize, ffn: &DenseFfn) -> Result<MlpLayer<B>, RunnerError> {
         use LayerTensor::{Down, DownBias, Gate, GateBias, Up, UpBias};
-        let (shape, up): (_, &[_]) = match ffn.shape {
-            FfnShape::Gated => (MlpShape::Gated, &[(Gate, GateBias), (Up, UpBias)]),
-            FfnShape::Plain => (MlpShape::Plain, &[(Up, UpBias)]),
+        let (shape, up, targets): (_, &[_], &[_]) = match ffn.shape {
+            FfnShape::Gated => (MlpShape::Gated, &[(Gate, GateBias), (Up, UpBias)], &[Gate, Up]),
+            FfnShape::Plain => (MlpShape::Plain, &[(Up, UpBias)], &[Up]),
         };
         Ok(MlpLayer {
             up: self.layer_linear(layer, "up", up, ffn.bias)?,
             down: self.layer_linear(layer, "down", &[(Down, DownBias)], ffn.bias)?,
+            up_lora: self.lora(layer, "up", targets)?,
+            down_lora: self.lora(layer, "down", &[Down])?,
             shape,
             activation: activation(ffn.activation),
         })
@@ -238,6 +272,40 @@ impl<'a, B: Backend> Loader<'a, B> {
             pieces.extend(self.piece(layer, weight)?.map(|weight| (weight, bias)));
         }
         self.linear(&format!("layers.{layer}.{name}"), &pieces, self.quant)
+    }
+
+    /// What the adapters add to a linear layer of these merged parts; `None` if none of them adapts it.
+    fn lora(
+        &mut self,
+        layer: usize,
+        name: &str,
+        targets: &[LayerTensor],
+    ) -> Result<Option<B::Lora>, RunnerError> {
+        let shapes = self.rank_spec.layer_tensors(layer);
+        let (mut out_features, mut in_features) = (0, 0);
+        let mut own: Vec<Vec<OwnPair<'_>>> = self.checkpoint.adapters().iter().map(|_| Vec::new()).collect();
+        for &target in targets {
+            let Some((_, shape)) = shapes.iter().find(|(tensor, _)| *tensor == target) else { continue };
+            let part = Part::of_layer_tensor(self.checkpoint.spec(), layer, target, self.shard);
+            for (pairs, adapter) in own.iter_mut().zip(self.checkpoint.adapters()) {
+                if let Some(pair) = adapter.pair(layer, target)? {
+                    let (a, b) = pair_of_rank(&pair, part.as_ref().unwrap_or(&Part::Whole));
+                    pairs.push(OwnPair { first: out_features, a, b, scaling: adapter.scaling() });
+                }
+            }
+            (out_features, in_features) = (out_features + shape[0], shape[1]);
+        }
+        if own.iter().all(Vec::is_empty) {
+            return Ok(None);
+        }
+        let adapters: Vec<_> = own.iter().map(|pairs| pairs.iter().map(OwnPair::view).collect()).collect();
+        let name = &format!("layers.{layer}.{name}");
+        Ok(Some(self.backend.load_lora(&LoraSource {
+            name,
+            in_features,
+            out_features,
+            adapters: &adapters,
+        })?))
     }
 
     fn global_linear(

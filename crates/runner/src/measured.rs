@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use quire_backend::{Backend, BackendError};
 use quire_core::{
-    BlockId, ExecError, Executor, LateInputs, LogitRows, ModelRunnerOutput, NewSeq, RequestId,
+    AdapterId, BlockId, ExecError, Executor, LateInputs, LogitRows, ModelRunnerOutput, NewSeq, RequestId,
     SamplingParams, Scheduled, SchedulerOutput, Slot, StepId,
 };
 use quire_model::Checkpoint;
@@ -61,7 +61,7 @@ impl<B: Backend> ModelRunner<B> {
         let spec = checkpoint.spec();
         self.kv_layout = kv_layout(spec, config);
         self.kv = self.backend.alloc_kv(&self.kv_layout)?;
-        self.batch = InputBatch::new(config, self.limits.kv_groups.len());
+        self.batch = InputBatch::new(config, self.limits.kv_groups.len(), checkpoint.adapters().len());
         self.memory = MemoryPlan::new(spec, config);
         self.limits.num_blocks = config.num_blocks;
         let pool = u64::from(config.num_blocks) * u64::from(config.block_size);
@@ -69,28 +69,39 @@ impl<B: Backend> ModelRunner<B> {
         Ok(())
     }
 
+    /// Without adapters, and with one if there are any.
+    fn adapters_at_start(&self) -> impl Iterator<Item = Option<AdapterId>> + use<B> {
+        let first = (self.batch.num_adapters() > 0).then_some(AdapterId(0));
+        [None].into_iter().chain(first.map(Some))
+    }
+
     /// The most rows with the most logits, then the longest sequence.
     fn run_largest_steps(&mut self) -> Result<(), ExecError> {
         let limits = &self.limits;
         let longest = Row { len: limits.max_model_len, new: 1 };
         let rows = largest_step(limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len);
-        self.run_step_at_start(&rows)?;
-        self.run_step_at_start(&[longest])
+        for adapter in self.adapters_at_start() {
+            self.run_step_at_start(&rows, adapter)?;
+            self.run_step_at_start(&[longest], adapter)?;
+        }
+        Ok(())
     }
 
     /// Each size twice: a backend makes what is missing, then records.
     fn run_decode_steps(&mut self) -> Result<(), ExecError> {
         for rows in self.backend.recorded_rows(self.limits.max_num_seqs as usize) {
-            for _ in 0..2 {
-                self.run_step_at_start(&vec![Row { len: 1, new: 1 }; rows])?;
+            for adapter in self.adapters_at_start() {
+                for _ in 0..2 {
+                    self.run_step_at_start(&vec![Row { len: 1, new: 1 }; rows], adapter)?;
+                }
             }
         }
         Ok(())
     }
 
     /// Sequences of one step, all of them in block 0, whose content nobody will read.
-    fn run_step_at_start(&mut self, rows: &[Row]) -> Result<(), ExecError> {
-        let step = self.submit(Arc::new(self.plan_at_start(rows)))?;
+    fn run_step_at_start(&mut self, rows: &[Row], adapter: Option<AdapterId>) -> Result<(), ExecError> {
+        let step = self.submit(Arc::new(self.plan_at_start(rows, adapter)))?;
         self.sample(step, &LateInputs::default())?;
         self.collect(step, &mut ModelRunnerOutput::default())?;
         let freed = (0..rows.len() as u32).map(Slot).collect();
@@ -98,7 +109,7 @@ impl<B: Backend> ModelRunner<B> {
         left.map_err(|error| self.bad_plan(&error))
     }
 
-    fn plan_at_start(&self, rows: &[Row]) -> SchedulerOutput {
+    fn plan_at_start(&self, rows: &[Row], adapter: Option<AdapterId>) -> SchedulerOutput {
         // With everything that takes memory: counts of tokens, alternatives.
         let params = Arc::new(SamplingParams {
             max_tokens: 1,
@@ -114,6 +125,7 @@ impl<B: Backend> ModelRunner<B> {
             tokens: vec![0; row.len as usize].into(),
             prompt_len: row.len,
             params: Arc::clone(&params),
+            adapter,
             seed: 0,
             block_tables: vec![table(row); self.limits.kv_groups.len()],
             num_computed_tokens: row.len - row.new,

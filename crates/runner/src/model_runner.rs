@@ -13,7 +13,7 @@ use quire_core::{
 };
 use quire_model::Checkpoint;
 
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, PassKind};
 use crate::error::PlanError;
 use crate::input_batch::InputBatch;
 use crate::load::load_decoder;
@@ -25,6 +25,8 @@ use crate::{LoadProgress, MemoryPlan, RunnerConfig, RunnerError};
 
 /// Steps of decoding alone: the same launches, on a number of rows that the backend rounds up as it likes.
 const DECODE: GraphKey = GraphKey(0);
+/// The same where a row has an adapter.
+const DECODE_WITH_ADAPTERS: GraphKey = GraphKey(1);
 /// With one step computing, another one ready behind it.
 const PIPELINE: u32 = 2;
 const NOT_SAMPLED: &str = "`sample` was not called for it";
@@ -97,7 +99,7 @@ impl<B: Backend> ModelRunner<B> {
         let kv = backend.alloc_kv(&kv_layout)?;
         let kv_groups: Vec<_> = spec.kv_groups().iter().map(|group| group.window).collect();
         Ok(Self {
-            batch: InputBatch::new(config, kv_groups.len()),
+            batch: InputBatch::new(config, kv_groups.len(), checkpoint.adapters().len()),
             pass: Pass::new(config),
             limits: ExecutorLimits {
                 block_size: config.block_size,
@@ -167,8 +169,10 @@ impl<B: Backend> ModelRunner<B> {
         let input = self.pass.as_step_input(plan.step, self.batch.seqs());
         let has_copies = !input.block_copies.is_empty();
         let has_tokens = input.num_tokens() > 0;
-        let wants_logits = !input.logit_rows.is_empty();
-        let key = self.pass.is_decode().then_some(DECODE);
+        let has_adapters = self.pass.has_adapters();
+        let kind = PassKind { wants_logits: !input.logit_rows.is_empty(), has_adapters };
+        let decode = if has_adapters { DECODE_WITH_ADAPTERS } else { DECODE };
+        let key = self.pass.is_decode().then_some(decode);
         self.backend.prepare(&input)?;
         let (to_host, to_device) = (&plan.copies_to_host, &plan.copies_to_device);
         if is_first && !(to_host.is_empty() && to_device.is_empty()) {
@@ -181,7 +185,7 @@ impl<B: Backend> ModelRunner<B> {
             return Ok(());
         }
         let Self { backend, decoder, workspace, kv, .. } = self;
-        backend.run(key, |backend| decoder.forward(backend, workspace, kv, wants_logits))
+        backend.run(key, |backend| decoder.forward(backend, workspace, kv, kind))
     }
 
     fn sample_pass(&mut self) -> Result<(), ExecError> {
@@ -345,6 +349,7 @@ mod tests {
             tokens: (0..len as TokenId).map(|i| (i * i + 3) % 50).collect(),
             prompt_len: len,
             params: Arc::new(params.clone()),
+            adapter: None,
             seed: 0,
             block_tables: vec![vec![BlockId(slot as u32)]],
             num_computed_tokens: 0,

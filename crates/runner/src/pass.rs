@@ -2,7 +2,7 @@
 //! holds (log-probabilities of long prompts); then it is cut, in order, into several.
 
 use quire_backend::{LogitKind, LogitRow, ON_DEVICE, SeqState, StepInput};
-use quire_core::{BlockCopy, LogitRows, Scheduled, SchedulerOutput, Slot, StepId, TokenId};
+use quire_core::{AdapterId, BlockCopy, LogitRows, Scheduled, SchedulerOutput, Slot, StepId, TokenId};
 
 use crate::RunnerConfig;
 use crate::error::PlanError;
@@ -33,6 +33,7 @@ pub(crate) struct Pass {
     cu_seqlens_q: Vec<u32>,
     seq_lens: Vec<u32>,
     seq_slots: Vec<Slot>,
+    seq_adapters: Vec<Option<AdapterId>>,
     block_tables: Vec<u32>,
     logit_rows: Vec<LogitRow>,
     block_copies: Vec<BlockCopy>,
@@ -54,6 +55,7 @@ impl Pass {
             cu_seqlens_q: Vec::with_capacity(seqs + 1),
             seq_lens: Vec::with_capacity(seqs),
             seq_slots: Vec::with_capacity(seqs),
+            seq_adapters: Vec::with_capacity(seqs),
             block_tables: Vec::with_capacity(seqs * config.max_blocks_per_seq() as usize),
             logit_rows: Vec::with_capacity(max_logit_rows),
             block_copies: Vec::new(),
@@ -128,6 +130,7 @@ impl Pass {
             cu_seqlens_q: &self.cu_seqlens_q,
             seq_lens: &self.seq_lens,
             seq_slots: &self.seq_slots,
+            seq_adapters: &self.seq_adapters,
             block_tables: &self.block_tables,
             max_blocks_per_seq: self.max_blocks_per_seq,
             logit_rows: &self.logit_rows,
@@ -145,6 +148,11 @@ impl Pass {
             && self.block_copies.is_empty()
     }
 
+    /// Whether a row has an adapter.
+    pub fn has_adapters(&self) -> bool {
+        self.seq_adapters.iter().any(Option::is_some)
+    }
+
     /// Rows of logits in this pass.
     pub fn num_logit_rows(&self) -> usize {
         self.logit_rows.len()
@@ -158,6 +166,7 @@ impl Pass {
         self.cu_seqlens_q.push(0);
         self.seq_lens.clear();
         self.seq_slots.clear();
+        self.seq_adapters.clear();
         self.block_tables.clear();
         self.logit_rows.clear();
         self.block_copies.clear();
@@ -200,6 +209,7 @@ impl Pass {
         self.cu_seqlens_q.push(self.token_ids.len() as u32);
         self.seq_lens.push(end);
         self.seq_slots.push(row.slot);
+        self.seq_adapters.push(batch.adapter(row.slot));
         let used = end.div_ceil(self.block_size) as usize;
         self.block_tables.extend_from_slice(&table[..used]);
         self.block_tables.resize(self.seq_slots.len() * self.max_blocks_per_seq as usize, 0);
@@ -246,6 +256,7 @@ mod tests {
             tokens: (0..len).map(|i| 100 * slot as u32 + i).collect(),
             prompt_len: len,
             params: Arc::new(SamplingParams::greedy(8)),
+            adapter: None,
             seed: 0,
             block_tables: vec![(0..len.div_ceil(4)).map(|i| BlockId(10 * slot as u32 + 3 - i)).collect()],
             num_computed_tokens: 0,
@@ -260,7 +271,7 @@ mod tests {
     fn set_up(lens: &[u32], scheduled: &[Scheduled]) -> (Pass, InputBatch, SchedulerOutput) {
         let mut plan = plan(lens);
         plan.scheduled = scheduled.to_vec();
-        let mut batch = InputBatch::new(&CONFIG, 1);
+        let mut batch = InputBatch::new(&CONFIG, 1, 0);
         batch.apply(&plan).unwrap();
         (Pass::new(&CONFIG), batch, plan)
     }

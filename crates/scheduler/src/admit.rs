@@ -245,6 +245,7 @@ impl Scheduler {
             tokens: known_tokens(&data.prompt, &data.generated),
             prompt_len: data.prompt_len(),
             params: data.params.clone(),
+            adapter: data.adapter,
             seed: data.params.seed_of(hot.index),
             block_tables: vec![data.table.blocks.clone()],
             num_computed_tokens: hot.num_computed_tokens,

@@ -288,6 +288,7 @@ mod tests {
             prompt: vec![0; prompt_len].into(),
             block_hashes: Arc::from([]),
             salt: CacheSalt(0),
+            adapter: None,
             params: Arc::new(SamplingParams::default()),
             tenant: TenantId(0),
             priority: 0,

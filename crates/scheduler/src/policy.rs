@@ -85,6 +85,7 @@ mod tests {
             prompt: Arc::from([1]),
             block_hashes: Arc::from([]),
             salt: CacheSalt(0),
+            adapter: None,
             params: Arc::new(SamplingParams::default()),
             tenant: TenantId(0),
             priority,

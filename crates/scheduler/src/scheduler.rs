@@ -406,6 +406,7 @@ impl Scheduler {
                 Arc::default()
             },
             salt: request.salt,
+            adapter: request.adapter,
             params: request.params.clone(),
             generated: Vec::new(),
             later_hashes: Vec::new(),

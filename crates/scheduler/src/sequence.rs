@@ -8,7 +8,8 @@
 use std::sync::Arc;
 
 use quire_core::{
-    BlockHash, BlockHasher, BlockId, CacheSalt, RequestId, SamplingParams, TenantId, TokenId, Usage,
+    AdapterId, BlockHash, BlockHasher, BlockId, CacheSalt, RequestId, SamplingParams, TenantId, TokenId,
+    Usage,
 };
 
 use crate::kv_cache::BlockTable;
@@ -166,6 +167,7 @@ pub(crate) struct SequenceData {
     pub(crate) prompt: Arc<[TokenId]>,
     pub(crate) prompt_hashes: Arc<[BlockHash]>,
     pub(crate) salt: CacheSalt,
+    pub(crate) adapter: Option<AdapterId>,
     pub(crate) params: Arc<SamplingParams>,
     /// Accepted tokens but for those in the tail ([`SequenceTable::flush_tail`]); survive preemption.
     pub(crate) generated: Vec<TokenId>,

@@ -58,6 +58,7 @@ impl Rig {
             block_hashes: self.hasher.chain(salt, &prompt).into(),
             prompt: prompt.into(),
             salt,
+            adapter: None,
             params: Arc::new(params),
             tenant: TenantId(0),
             priority: 0,

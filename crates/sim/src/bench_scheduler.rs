@@ -211,6 +211,7 @@ impl Rig {
             block_hashes: self.hasher.chain(salt, &prompt).into(),
             prompt,
             salt,
+            adapter: None,
             params: Arc::new(SamplingParams {
                 stop_token_ids: vec![1, 2],
                 ..SamplingParams::greedy(max_tokens)

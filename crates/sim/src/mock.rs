@@ -180,6 +180,7 @@ mod tests {
                 prompt: (0..40).collect(),
                 block_hashes: Arc::from([]),
                 salt: CacheSalt(0),
+                adapter: None,
                 params: Arc::new(params),
                 tenant: TenantId(0),
                 priority: 0,

@@ -255,6 +255,7 @@ impl<'a> Clients<'a> {
                 prompt: vec![0; recorded.input_tokens as usize].into(),
                 block_hashes: addresses(recorded),
                 salt: CacheSalt(0),
+                adapter: None,
                 params: Arc::clone(&self.params),
                 tenant: self.config.tenant(at as u64),
                 priority: 0,

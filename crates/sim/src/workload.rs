@@ -203,6 +203,7 @@ impl Workload {
             prompt: prompt.into(),
             block_hashes: block_hashes.into(),
             salt,
+            adapter: None,
             params: Arc::new(params),
             tenant: TenantId(self.tenant_rng.range(0, self.tenants.len() as u32 - 1)),
             priority,

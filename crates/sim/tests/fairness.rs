@@ -117,6 +117,7 @@ impl Mix {
                     prompt: (0..len).collect(),
                     block_hashes: Arc::from([]),
                     salt: CacheSalt(0),
+                    adapter: None,
                     params: Arc::new(SamplingParams::greedy(max_tokens)),
                     tenant: TenantId(at as u32),
                     priority: 0,

@@ -3,6 +3,7 @@
 //! * Values: every operation of a small two-layer decoder, over a grid of odd shapes, within a tolerance.
 //! * Batch invariance: the same rows computed alone, in any batch, in any chunks, in any blocks, give the same bits.
 //! * Mixtures of experts: the same two questions, and ties between experts.
+//! * Adapters: values, and rows that do not show who has which.
 //! * Quantized layers ([`run_quantized`]): the same numbers as the reference, in integers exactly.
 //! * The host tier ([`run_host_copies`]): blocks come back as they went.
 //! * Ranks ([`run_ranks`]): sums and gathers, exactly.
@@ -11,9 +12,10 @@
 //! Every body handed to [`crate::Backend::run`] is run twice, and keys recur with other lengths, so that a backend which
 //! records and replays is tested on replays. A failure panics with the name of the case.
 //!
-//! Reading order: `random`, `model`, `schedule`, `forward`, `moe`, `quantized`, `ranks`, `sampling`.
+//! Reading order: `random`, `model`, `schedule`, `forward`, `moe`, `lora`, `quantized`, `ranks`, `sampling`.
 
 mod forward;
+mod lora;
 mod model;
 mod moe;
 mod quantized;
@@ -85,6 +87,7 @@ pub fn run<B: Backend>(make: impl FnMut() -> B) {
 pub fn run_with<B: Backend>(tolerance: Tolerance, support: Support, mut make: impl FnMut() -> B) {
     forward::run(tolerance, support, &mut make);
     moe::run(QuantFormat::None, tolerance, support, &mut make);
+    lora::run(QuantFormat::None, tolerance, support, &mut make);
     sampling::run(&mut make);
 }
 
@@ -119,6 +122,7 @@ pub fn run_quantized_with<B: Backend>(quant: QuantFormat, support: Support, mut 
     if support.has_quantized_experts {
         moe::run(quant, Tolerance::default(), support, &mut make);
     }
+    lora::run(quant, Tolerance::default(), support, &mut make);
 }
 
 /// Copies between the device and the host tier. For backends that have one; apart from [`run`], which all pass.

@@ -280,6 +280,8 @@ impl<B: Backend> TinyModel<B> {
                 up: &w.up,
                 down: &w.down,
                 activation: shape.activation,
+                up_lora: None,
+                down_lora: None,
                 scratch: &mut b.scratch,
                 out: &mut b.mlp,
             })?;

@@ -217,6 +217,7 @@ fn prepare<B: Backend>(backend: &mut B, rows: usize) -> Result<(), BackendError>
         cu_seqlens_q: &numbers,
         seq_lens: &vec![1; rows],
         seq_slots: &slots,
+        seq_adapters: &[],
         block_tables: &numbers[..rows],
         max_blocks_per_seq: 1,
         logit_rows: &[],

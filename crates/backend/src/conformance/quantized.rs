@@ -204,7 +204,17 @@ fn mlp<B: Backend>(
     let mut out = backend.alloc(BufRole::Hidden, rows, case.in_features)?;
     backend.run(None, |backend| {
         let (down, activation) = (&layers.down, Activation::Relu);
-        backend.mlp(Mlp { x: &x, shape, up, down, activation, scratch: &mut scratch, out: &mut out })
+        backend.mlp(Mlp {
+            x: &x,
+            shape,
+            up,
+            down,
+            activation,
+            up_lora: None,
+            down_lora: None,
+            scratch: &mut scratch,
+            out: &mut out,
+        })
     })?;
     backend.read(&out, rows)
 }
@@ -258,6 +268,7 @@ fn prepare<B: Backend>(backend: &mut B, rows: usize, vocab: usize) -> Result<(),
         cu_seqlens_q: &numbers,
         seq_lens: &vec![1; rows],
         seq_slots: &slots,
+        seq_adapters: &[],
         block_tables: &numbers[..rows],
         max_blocks_per_seq: 1,
         logit_rows: &logit_rows,

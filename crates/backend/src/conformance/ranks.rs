@@ -96,6 +96,7 @@ fn prepare<B: Backend>(backend: &mut B, round: usize) -> Result<(), BackendError
         cu_seqlens_q: &[0, TOKENS as u32],
         seq_lens: &[TOKENS as u32],
         seq_slots: &[Slot(0)],
+        seq_adapters: &[],
         block_tables: &[0],
         max_blocks_per_seq: 1,
         logit_rows: &positions[TOKENS - LOGIT_ROWS..].iter().map(|&row| logit_row(row)).collect::<Vec<_>>(),

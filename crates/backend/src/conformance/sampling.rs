@@ -161,6 +161,7 @@ fn sample<B: Backend>(backend: &mut B, cases: &[Case]) -> Result<Vec<Outcome>, B
         cu_seqlens_q: &(0..=n as u32).collect::<Vec<_>>(),
         seq_lens: &seq_lens,
         seq_slots: &slots,
+        seq_adapters: &[],
         block_tables: &rows,
         max_blocks_per_seq: 1,
         logit_rows: &logit_rows,

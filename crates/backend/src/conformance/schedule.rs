@@ -172,6 +172,7 @@ pub(super) fn execute<B: Backend>(
             cu_seqlens_q: &a.cu_seqlens_q,
             seq_lens: &a.seq_lens,
             seq_slots: &a.seq_slots,
+            seq_adapters: &[],
             block_tables: &a.block_tables,
             max_blocks_per_seq: a.max_blocks_per_seq,
             logit_rows: &a.logit_rows,

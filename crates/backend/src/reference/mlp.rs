@@ -1,6 +1,9 @@
 //! Feed-forward layers.
 
+use quire_core::AdapterId;
+
 use super::linear::RefWeight;
+use super::lora::RefLora;
 use crate::{Activation, MlpShape};
 
 /// One row through the layer.
@@ -9,11 +12,15 @@ pub(super) fn mlp(
     activation: Activation,
     up: &RefWeight,
     down: &RefWeight,
+    lora: Option<(AdapterId, Option<&RefLora>, Option<&RefLora>)>,
     x: &[f32],
     out: &mut [f32],
 ) {
     let mut hidden = vec![0.0; up.out_features()];
     up.apply(x, &mut hidden);
+    if let Some((adapter, Some(up), _)) = lora {
+        up.add(adapter, x, &mut hidden);
+    }
     match shape {
         MlpShape::Plain => hidden.iter_mut().for_each(|h| *h = activation.apply(*h)),
         MlpShape::Gated => {
@@ -21,5 +28,9 @@ pub(super) fn mlp(
             gate.iter_mut().zip(up).for_each(|(g, u)| *g = activation.apply(*g) * *u);
         }
     }
-    down.apply(&hidden[..down.in_features], out);
+    let hidden = &hidden[..down.in_features];
+    down.apply(hidden, out);
+    if let Some((adapter, _, Some(down))) = lora {
+        down.add(adapter, hidden, out);
+    }
 }

@@ -5,6 +5,7 @@
 
 mod attention;
 mod linear;
+mod lora;
 mod mlp;
 mod moe;
 mod norm;
@@ -18,12 +19,13 @@ use quire_core::{
 
 pub use self::attention::RefKv;
 pub use self::linear::RefWeight;
+pub use self::lora::RefLora;
 use crate::convert::{round_to, to_f32};
 use crate::step_input::StepBuffer;
 use crate::{
-    AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Communicator, Embed, GraphKey,
-    KvLayout, Linear, LinearSource, LogitKind, Logits, Mlp, Moe, RopeAndCache, RopeTable, SeqState,
-    StepInput,
+    AddLora, AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Communicator, Embed,
+    GraphKey, KvLayout, Linear, LinearSource, LogitKind, Logits, LoraSource, Mlp, Moe, RopeAndCache,
+    RopeTable, SeqState, StepInput,
 };
 
 /// Activations `[rows, cols]`, row-major.
@@ -83,6 +85,7 @@ fn failed(message: String) -> BackendError {
 impl Backend for RefBackend {
     type Buf = RefBuf;
     type Weight = RefWeight;
+    type Lora = RefLora;
     type Norm = Vec<f32>;
     type Rope = RopeTable;
     type Kv = RefKv;
@@ -95,6 +98,10 @@ impl Backend for RefBackend {
 
     fn load_linear(&mut self, source: &LinearSource<'_>) -> Result<RefWeight, BackendError> {
         RefWeight::load(source)
+    }
+
+    fn load_lora(&mut self, source: &LoraSource<'_>) -> Result<RefLora, BackendError> {
+        RefLora::load(source)
     }
 
     fn load_norm(&mut self, name: &str, weight: TensorView<'_>) -> Result<Vec<f32>, BackendError> {
@@ -183,6 +190,16 @@ impl Backend for RefBackend {
         Ok(())
     }
 
+    fn add_lora(&mut self, op: AddLora<'_, Self>) -> Result<(), BackendError> {
+        for s in 0..self.step.num_seqs() {
+            let Some(adapter) = self.step.adapter_of(s) else { continue };
+            for t in self.step.rows_of(s) {
+                op.lora.add(adapter, op.x.row(t), op.out.row_mut(t));
+            }
+        }
+        Ok(())
+    }
+
     fn rope_and_cache(&mut self, op: RopeAndCache<'_, Self>) -> Result<(), BackendError> {
         let (shape, head_dim) = (op.shape, op.shape.head_dim as usize);
         for t in 0..self.step.num_tokens() {
@@ -232,8 +249,11 @@ impl Backend for RefBackend {
     }
 
     fn mlp(&mut self, op: Mlp<'_, Self>) -> Result<(), BackendError> {
-        for t in 0..self.step.num_tokens() {
-            mlp::mlp(op.shape, op.activation, op.up, op.down, op.x.row(t), op.out.row_mut(t));
+        for s in 0..self.step.num_seqs() {
+            let lora = self.step.adapter_of(s).map(|adapter| (adapter, op.up_lora, op.down_lora));
+            for t in self.step.rows_of(s) {
+                mlp::mlp(op.shape, op.activation, op.up, op.down, lora, op.x.row(t), op.out.row_mut(t));
+            }
         }
         Ok(())
     }

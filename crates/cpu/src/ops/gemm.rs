@@ -10,6 +10,7 @@ use std::ops::Range;
 use quire_backend::Activation;
 use quire_core::ExecError;
 
+use super::lora::Expand;
 use super::mlp::activate_lanes;
 use super::tiles::{Ahead, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel, pieces};
 use crate::buffer::SharedRows;
@@ -43,17 +44,18 @@ impl Gemm<'_> {
         self.split(pool, isa, self.n.div_ceil(PANEL), Places::IN_ORDER, to)
     }
 
-    /// `out = activation(x · gateᵀ) * (x · upᵀ)`, rounded; `weight` has gate's channels, then up's: `2 * n`, and `n` is a
-    /// multiple of [`PANEL`].
+    /// `out = activation(x · gateᵀ) * (x · upᵀ)`; `weight` has gate's channels, then up's: `2 * n`, and `n` is a multiple
+    /// of [`PANEL`]. What adapters add, they add before the activation.
     pub(crate) fn run_gated(
         self,
         pool: &mut Pool,
         isa: Isa,
         activation: Activation,
-        out: RoundedRows<'_>,
+        lora: Option<&Expand<'_>>,
+        out: Hidden<'_>,
     ) -> Result<(), ExecError> {
         let panels = self.n / PANEL;
-        let to = ToGated { bias: self.bias, activation, out: Hidden::Pairs(out), n: self.n };
+        let to = ToGated { bias: self.bias, lora, activation, out, n: self.n };
         self.split(pool, isa, 2 * panels, Places::gate_and_up(panels), to)
     }
 
@@ -215,6 +217,7 @@ impl Sink for ToRows<'_> {
 #[derive(Clone, Copy)]
 pub(crate) struct ToGated<'a> {
     pub bias: Option<&'a [f32]>,
+    pub lora: Option<&'a Expand<'a>>,
     pub activation: Activation,
     pub out: Hidden<'a>,
     pub n: usize,
@@ -239,6 +242,11 @@ impl Sink for ToGated<'_> {
                 if let Some(bias) = self.bias {
                     gate = D::add(gate, D::load_sums(bias[panel * PANEL..][..PANEL].as_ptr()));
                     up = D::add(up, D::load_sums(bias[self.n + panel * PANEL..][..PANEL].as_ptr()));
+                }
+                if let Some(lora) = self.lora {
+                    let (low, high) = (panel * PANEL, self.n + panel * PANEL);
+                    gate = lora.panel::<D>(m, low).map_or(gate, |added| D::add(gate, added));
+                    up = lora.panel::<D>(m, high).map_or(up, |added| D::add(up, added));
                 }
                 let hidden = D::mul(activate_lanes::<D>(self.activation, gate), up);
                 match self.out {

@@ -6,6 +6,7 @@ use super::gemm::{Gemm, Hidden, Places, ToGated};
 use super::grain;
 use super::int_gemm::IntGemm;
 use super::linear::{Input, Inputs, Rows, linear, linear_rows};
+use super::lora::{CpuLora, LoraRows, add_lora, shrink};
 use crate::buffer::{CpuBuf, SharedRows};
 use crate::pool::Pool;
 use crate::simd::pairs::{PANEL, PairDot, exp2};
@@ -23,8 +24,22 @@ pub(crate) struct MlpArgs<'a> {
     pub up: &'a CpuWeight,
     pub down: &'a CpuWeight,
     pub activation: Activation,
+    pub lora: MlpLora<'a>,
     pub scratch: &'a mut CpuBuf,
     pub out: SharedRows<'a>,
+}
+
+/// What adapters add to the two layers.
+pub(crate) struct MlpLora<'a> {
+    pub up: Option<&'a CpuLora>,
+    pub down: Option<&'a CpuLora>,
+    pub rows: &'a mut LoraRows,
+}
+
+impl MlpLora<'_> {
+    fn is_none(&self) -> bool {
+        self.up.is_none() && self.down.is_none()
+    }
 }
 
 /// The whole operation; `inputs` is room to work in.
@@ -41,16 +56,19 @@ pub(crate) fn mlp(
             let tokens = args.tokens;
             let (x_pairs, hidden_pairs) = (&mut first_inputs.rounded, &mut second_inputs.rounded);
             x_pairs.round(pool, isa, Input::new(args.x, Rows::First(tokens)), args.up.in_features)?;
-            let hidden = hidden_pairs.reset(tokens, intermediate)?;
             let bias = args.up.bias.as_deref();
             let first = Gemm { weight: up, bias, x: x_pairs, tokens, n: intermediate };
-            first.run_gated(pool, isa, args.activation, hidden)?;
+            if !args.lora.is_none() {
+                return gated_with_lora(pool, isa, args, first, second_inputs);
+            }
+            let hidden = Hidden::Pairs(hidden_pairs.reset(tokens, intermediate)?);
+            first.run_gated(pool, isa, args.activation, None, hidden)?;
             let (bias, n) = (args.down.bias.as_deref(), args.down.out_features);
             let second = Gemm { weight: down, bias, x: hidden_pairs, tokens, n };
             Ok(second.run(pool, isa, args.out)?)
         }
         (Matrix::Quantized(up), _) if gated && intermediate.is_multiple_of(PANEL) => {
-            let MlpArgs { x, tokens, down, activation, scratch, out, .. } = args;
+            let MlpArgs { x, tokens, down, activation, lora, scratch, out, .. } = args;
             let bias = args.up.bias.as_deref();
             first_inputs.bytes.quantize(
                 pool,
@@ -59,23 +77,46 @@ pub(crate) fn mlp(
                 args.up.in_features,
             )?;
             let first = IntGemm { weight: up, x: &first_inputs.bytes, tokens };
-            let to = ToGated { bias, activation, out: Hidden::Rows(scratch.shared()), n: intermediate };
+            let expand = lora.up.map(|up| shrink(pool, isa, up, x, lora.rows)?.in_panels()).transpose()?;
+            let hidden = Hidden::Rows(scratch.shared());
+            let to = ToGated { bias, lora: expand.as_ref(), activation, out: hidden, n: intermediate };
             let panels = intermediate / PANEL;
             first.run(pool, isa, &mut first_inputs.panels, 2 * panels, Places::gate_and_up(panels), to)?;
-            linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), second_inputs, out)
+            linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), second_inputs, out)?;
+            lora.down.map_or(Ok(()), |down| add_lora(pool, isa, down, scratch, lora.rows, out))
         }
         (Matrix::Packed(_) | Matrix::Quantized(_), _) => in_turn(pool, isa, args, first_inputs),
+        _ if !args.lora.is_none() => in_turn(pool, isa, args, first_inputs),
         _ => by_columns(pool, isa, args, first_inputs),
     }
+}
+
+/// The gated case with adapters: the hidden activations stay as they are, for the adapters of the second layer, and are
+/// rounded afterwards, which gives the same pairs.
+fn gated_with_lora(
+    pool: &mut Pool,
+    isa: Isa,
+    args: MlpArgs<'_>,
+    first: Gemm<'_>,
+    inputs: &mut Inputs,
+) -> Result<(), BackendError> {
+    let MlpArgs { x, tokens, down, activation, lora, scratch, out, .. } = args;
+    let expand = lora.up.map(|up| shrink(pool, isa, up, x, lora.rows)?.in_panels()).transpose()?;
+    first.run_gated(pool, isa, activation, expand.as_ref(), Hidden::Rows(scratch.shared()))?;
+    linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), inputs, out)?;
+    lora.down.map_or(Ok(()), |down| add_lora(pool, isa, down, scratch, lora.rows, out))
 }
 
 /// First layer, nonlinearity and second layer one after the other. The hidden activations end up in the first columns of
 /// `scratch`.
 fn in_turn(pool: &mut Pool, isa: Isa, args: MlpArgs<'_>, inputs: &mut Inputs) -> Result<(), BackendError> {
-    let MlpArgs { x, tokens, shape, up, down, activation, scratch, out } = args;
+    let MlpArgs { x, tokens, shape, up, down, activation, lora, scratch, out } = args;
     let intermediate = down.in_features;
     let hidden = scratch.shared();
     linear(pool, isa, up, Input::new(x, Rows::First(tokens)), inputs, hidden)?;
+    if let Some(up) = lora.up {
+        add_lora(pool, isa, up, x, lora.rows, hidden)?;
+    }
     pool.split(tokens, grain(tokens, 16 * intermediate, pool.num_threads()), |_, rows| {
         for t in rows {
             // SAFETY: `isa` was detected; row `t` belongs to this piece.
@@ -86,12 +127,13 @@ fn in_turn(pool: &mut Pool, isa: Isa, args: MlpArgs<'_>, inputs: &mut Inputs) ->
             }
         }
     })?;
-    linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), inputs, out)
+    linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), inputs, out)?;
+    lora.down.map_or(Ok(()), |down| add_lora(pool, isa, down, scratch, lora.rows, out))
 }
 
 /// A thread takes columns of the hidden layer through both steps. They end up in the first columns of `scratch`.
 fn by_columns(pool: &mut Pool, isa: Isa, args: MlpArgs<'_>, inputs: &mut Inputs) -> Result<(), BackendError> {
-    let MlpArgs { x, tokens, shape, up, down, activation, scratch, out } = args;
+    let MlpArgs { x, tokens, shape, up, down, activation, scratch, out, .. } = args;
     let intermediate = down.in_features;
     let gated = shape == MlpShape::Gated;
     let x = Input::new(x, Rows::First(tokens));

@@ -6,6 +6,7 @@ pub mod embed;
 pub mod gemm;
 pub(crate) mod int_gemm;
 pub mod linear;
+pub(crate) mod lora;
 pub mod mlp;
 pub(crate) mod moe;
 pub mod norm;

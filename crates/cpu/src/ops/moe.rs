@@ -184,7 +184,7 @@ impl Experts<'_> {
         out: SharedRows<'_>,
     ) -> Result<(), BackendError> {
         let n = self.rows / 2;
-        let to = ToGated { bias: None, activation, out: Hidden::Rows(out), n };
+        let to = ToGated { bias: None, lora: None, activation, out: Hidden::Rows(out), n };
         if self.panels(pool, isa, inputs, routing, Places::gate_and_up(n / PANEL), to)? {
             return Ok(());
         }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use quire_backend::Backend;
 use quire_core::{
-    BlockId, ExecError, Executor, GrownTable, LateInputs, LogitRows, ModelRunnerOutput, NewSeq, RequestId,
-    SamplingParams, Scheduled, SchedulerOutput, Slot, StepId, TokenId,
+    AdapterId, BlockId, ExecError, Executor, GrownTable, LateInputs, LogitRows, ModelRunnerOutput, NewSeq,
+    RequestId, SamplingParams, Scheduled, SchedulerOutput, Slot, StepId, TokenId,
 };
 use quire_runner::{ModelRunner, TensorParallel};
 
@@ -37,6 +37,8 @@ pub struct Steps<R> {
     prompts: Vec<Vec<TokenId>>,
     params: Vec<Arc<SamplingParams>>,
     outputs: Vec<Vec<TokenId>>,
+    /// Of each sequence.
+    pub adapters: Vec<Option<AdapterId>>,
     /// Tokens scheduled so far.
     scheduled: Vec<usize>,
     blocks: Vec<usize>,
@@ -58,6 +60,7 @@ impl<R: Runner> Steps<R> {
             runner,
             params: (0..n).map(seeded).collect(),
             outputs: vec![Vec::new(); n],
+            adapters: vec![None; n],
             scheduled: vec![0; n],
             blocks: vec![0; n],
             next_block: 0,
@@ -167,6 +170,7 @@ impl<R: Runner> Steps<R> {
                 tokens: self.prompts[s].iter().chain(&self.outputs[s]).copied().collect(),
                 prompt_len: self.prompts[s].len() as u32,
                 params: self.params[s].clone(),
+                adapter: self.adapters[s],
                 seed: self.params[s].seed,
                 block_tables: vec![table],
                 num_computed_tokens: 0,

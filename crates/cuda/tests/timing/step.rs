@@ -72,6 +72,7 @@ impl Step {
             cu_seqlens_q: &self.cu_seqlens_q,
             seq_lens: &self.seq_lens,
             seq_slots: &self.seq_slots,
+            seq_adapters: &[],
             block_tables: &self.block_tables,
             max_blocks_per_seq: self.blocks_per_seq as u32,
             logit_rows: &self.logit_rows,

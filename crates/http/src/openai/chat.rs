@@ -35,6 +35,7 @@ impl ChatCompletionRequest {
         let mut generate = GenerateRequest::new(Prompt::Chat(chat));
         take_common(&mut fields, &mut generate)?;
         caller.sign(&mut generate, 1);
+        generate.adapter = llm.adapter(&model);
         generate.logprobs = take_logprobs(&mut fields)?;
         let stream = take_stream(&mut fields)?;
         if stream.stream && generate.prompt_logprobs.is_some() {

@@ -41,6 +41,7 @@ impl CompletionRequest {
         let mut generate = GenerateRequest::new(Prompt::Tokens(Vec::new()));
         take_common(&mut fields, &mut generate)?;
         caller.sign(&mut generate, prompts.len());
+        generate.adapter = llm.adapter(&model);
         generate.logprobs = fields.take("logprobs")?;
         generate.echo = fields.flag("echo", false)?;
         let stream = take_stream(&mut fields)?;

@@ -26,14 +26,17 @@ pub(crate) struct ModelList {
     data: Vec<Model>,
 }
 
-fn model(llm: &Llm, root: &str, id: &str) -> Model {
+/// `names`: those that exist for the caller. What an adapter is put on is its parent, if he may know of it.
+fn model(llm: &Llm, names: &[&str], id: &str) -> Model {
+    let is_adapter = llm.adapter(id).is_some();
+    let base = names.first().copied().filter(|name| llm.adapter(name).is_none());
     Model {
         id: id.to_owned(),
         object: "model",
         created: llm.created(),
         owned_by: "quire",
-        root: root.to_owned(),
-        parent: None,
+        root: base.filter(|_| !is_adapter).unwrap_or(id).to_owned(),
+        parent: base.filter(|_| is_adapter).map(str::to_owned),
         max_model_len: llm.max_model_len(),
     }
 }
@@ -42,7 +45,7 @@ fn model(llm: &Llm, root: &str, id: &str) -> Model {
 pub(crate) async fn list(State(state): State<AppState>, caller: Caller) -> Result<Json<ModelList>, ApiError> {
     let llm = state.llm()?;
     let names = caller.models(llm);
-    let data = names.iter().map(|name| model(llm, names[0], name)).collect();
+    let data = names.iter().map(|name| model(llm, &names, name)).collect();
     Ok(Json(ModelList { object: "list", data }))
 }
 
@@ -55,7 +58,7 @@ pub(crate) async fn retrieve(
     let llm = state.llm()?;
     let names = caller.models(llm);
     if names.contains(&id.as_str()) {
-        Ok(Json(model(llm, names[0], &id)))
+        Ok(Json(model(llm, &names, &id)))
     } else {
         Err(ApiError::model_not_found(&id, &names))
     }

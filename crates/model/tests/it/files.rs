@@ -159,7 +159,7 @@ fn directories_without_usable_weights_say_what_they_hold() {
     let dir = scratch("empty");
     assert_error(&dir, "holds no config.json");
     fs::write(dir.join("adapter_config.json"), "{}").unwrap();
-    assert_error(&dir, "LoRA is not supported yet");
+    assert_error(&dir, "serve its base model");
     fs::copy(golden_dir("llama2").join("config.json"), dir.join("config.json")).unwrap();
     assert_error(&dir, "holds no model.safetensors");
     fs::write(dir.join("pytorch_model.bin"), "x").unwrap();

@@ -4,6 +4,7 @@
 mod config;
 mod files;
 mod golden;
+mod lora;
 mod shared;
 mod sizes;
 

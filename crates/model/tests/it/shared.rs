@@ -5,11 +5,16 @@ use std::path::PathBuf;
 use quire_core::DType;
 use quire_model::{Checkpoint, GlobalTensor, Head, Mixer};
 
-/// A model of the shared folder (`$QUIRE_SHARED`, or `shared` beside the repository), or why there is none.
-fn open(name: &str) -> Option<Checkpoint> {
+/// The data of the shared folder: `$QUIRE_SHARED`, or `shared` beside the repository.
+pub fn data() -> PathBuf {
     let shared =
         std::env::var_os("QUIRE_SHARED").map_or_else(|| crate::root().join("../shared"), PathBuf::from);
-    let dir = shared.join("data/models").join(name);
+    shared.join("data")
+}
+
+/// A model of the shared folder, or why there is none.
+pub fn open(name: &str) -> Option<Checkpoint> {
+    let dir = data().join("models").join(name);
     if !dir.is_dir() {
         eprintln!("skipped: {} does not exist (set QUIRE_SHARED)", dir.display());
         return None;

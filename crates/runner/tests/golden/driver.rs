@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use quire_backend::reference::RefBackend;
 use quire_core::{
-    BlockCopy, BlockId, DType, Executor, GrownTable, LateInputs, LogitRows, ModelRunnerOutput, NewSeq,
-    QuantFormat, RequestId, SamplingParams, Scheduled, SchedulerOutput, Slot, StepId, TokenId, TokenLogprobs,
+    AdapterId, BlockCopy, BlockId, DType, Executor, GrownTable, LateInputs, LogitRows, ModelRunnerOutput,
+    NewSeq, QuantFormat, RequestId, SamplingParams, Scheduled, SchedulerOutput, Slot, StepId, TokenId,
+    TokenLogprobs,
 };
 use quire_cpu::{CpuBackend, CpuConfig};
 use quire_model::Checkpoint;
@@ -87,6 +88,7 @@ pub fn first_step(len: usize) -> SchedulerOutput {
         tokens: (0..len as TokenId).collect(),
         prompt_len: len as u32,
         params: Arc::new(SamplingParams::greedy(8)),
+        adapter: None,
         seed: 0,
         block_tables: vec![(0..len.div_ceil(16) as u32).map(BlockId).collect()],
         num_computed_tokens: 0,
@@ -111,6 +113,7 @@ pub struct Seq {
     pub computed: usize,
     blocks: Vec<BlockId>,
     params: Arc<SamplingParams>,
+    pub adapter: Option<AdapterId>,
     is_new: bool,
     /// By position.
     pub logprobs: Vec<Option<TokenLogprobs>>,
@@ -179,6 +182,7 @@ impl<B: TestBackend> Driver<B> {
             computed: 0,
             blocks: Vec::new(),
             params: params.clone(),
+            adapter: None,
             is_new: true,
             logprobs: vec![None; prompt.len()],
             logprobs_from: if params.prompt_logprobs.is_some() { 1 } else { prompt.len() },
@@ -284,6 +288,7 @@ impl<B: TestBackend> Driver<B> {
                 tokens: state.tokens.as_slice().into(),
                 prompt_len: state.prompt_len as u32,
                 params: state.params.clone(),
+                adapter: state.adapter,
                 seed: state.params.seed,
                 block_tables: vec![state.blocks.clone()],
                 num_computed_tokens: state.computed as u32,

@@ -26,6 +26,7 @@ mod contract;
 mod driver;
 mod families;
 mod invariance;
+mod lora;
 mod prepacked;
 mod quantized;
 mod tensor_parallel;

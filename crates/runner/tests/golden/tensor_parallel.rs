@@ -15,7 +15,7 @@ use quire_runner::{MemoryPlan, ModelRunner, RunnerConfig, TensorParallel};
 
 use crate::checkpoints::{family_named, max_error};
 use crate::driver::{Driver, TestBackend, config, cpu, greedy};
-use crate::{families, invariance, quantized};
+use crate::{families, invariance, lora, quantized};
 
 /// A model split over `N` CPU ranks.
 struct Ranks<const N: usize>(TensorParallel);
@@ -73,6 +73,13 @@ fn two_ranks_agree_with_transformers() {
 fn four_ranks_agree_with_transformers() {
     assert!(Ranks::<4>::takes(&family_named("llama3").checkpoint));
     families::agrees_with_transformers::<Ranks<4>>();
+}
+
+/// The factors of adapters are split as the layers are that they adapt.
+#[test]
+fn ranks_agree_with_peft() {
+    lora::agrees_with_peft_in_one_batch::<Ranks<2>>();
+    lora::agrees_with_peft_in_one_batch::<Ranks<4>>();
 }
 
 #[test]
