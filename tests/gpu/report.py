@@ -28,6 +28,7 @@ TARGETS = [
     ("GEMM up M=64, of copy", lambda r: r["gemm_gb_s/up/64/bf16"] / r["copy_gb_s"], "x", 0.75, 0.85),
     ("fp8 GEMM up M=2048", lambda r: r["gemm_tflop_s/up/2048/fp8"], "TFLOP/s", 1100, 1300),
     ("int4 GEMM up M=16, of bf16", lambda r: r["gemm_us/up/16/bf16"] / r["gemm_us/up/16/int4"], "x", 2.8, 3.3),
+    ("experts of Qwen3-30B-A3B, 64 rows, of copy", lambda r: r["moe_gb_s/64/bf16"] / r["copy_gb_s"], "x", 0.65, 0.85),
     ("norm T=8192, of copy", lambda r: r["norm_gb_s/8192"] / r["copy_gb_s"], "x", 0.8, 0.9),
     ("RoPE + KV T=8192, of copy", lambda r: r["rope_gb_s/8192"] / r["copy_gb_s"], "x", 0.8, 0.9),
     ("activation T=8192, of copy", lambda r: r["act_gb_s/8192"] / r["copy_gb_s"], "x", 0.8, 0.9),

@@ -12,6 +12,8 @@
 #[path = "timing/cases.rs"]
 mod cases;
 mod common;
+#[path = "timing/experts.rs"]
+mod experts;
 #[path = "timing/step.rs"]
 mod step;
 
@@ -144,12 +146,14 @@ fn every_kernel_is_timed() {
     for rows in if is_mock { vec![4, 64] } else { vec![64, 8192] } {
         cases::elementwise(&mut timings, rows);
     }
+    experts::experts(&mut timings, if is_mock { experts::TINY } else { experts::QWEN3_30B_A3B });
     cases::sampling(&mut timings, if is_mock { 4 } else { 256 });
     let names: Vec<_> = timings.rows.iter().map(|(name, ..)| name.as_str()).collect();
     for wanted in [
         "copy",
         "gemm_us/up",
         "gemm_us/down/1/fp8",
+        "moe_us/64/int4",
         "decode_us",
         "prefill_us",
         "norm_us",

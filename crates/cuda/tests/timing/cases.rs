@@ -17,7 +17,7 @@ use crate::step::{PAGE, Step};
 const COLD_BYTES: usize = 256 << 20;
 
 /// Numbers between -1 and 1, bf16.
-fn random_bf16(count: usize) -> Vec<u8> {
+pub fn random_bf16(count: usize) -> Vec<u8> {
     let mut state = 1u32;
     let mut draw = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -28,7 +28,7 @@ fn random_bf16(count: usize) -> Vec<u8> {
     (0..count).flat_map(|_| draw().to_le_bytes()).collect()
 }
 
-fn buffer(cuda: &mut Cuda, role: BufRole, rows: usize, cols: usize) -> Result<CudaBuf, BackendError> {
+pub fn buffer(cuda: &mut Cuda, role: BufRole, rows: usize, cols: usize) -> Result<CudaBuf, BackendError> {
     let mut buf = cuda.alloc(role, rows, cols)?;
     let mut state = 7u32;
     let mut draw = || {
