@@ -41,9 +41,7 @@ pub(crate) fn load(
     progress: impl FnMut(LoadProgress),
 ) -> Result<Box<dyn Executor>> {
     let (executor, budget) = gpu.load(checkpoint, args, config, progress)?;
-    if let Some(budget) = budget {
-        config.take_measured_pool(args, executor.limits().num_blocks, budget)?;
-    }
+    config.take_measured_pool(args, executor.limits().num_blocks, budget)?;
     Ok(executor)
 }
 
@@ -52,9 +50,9 @@ fn unsuited(args: &EngineArgs, spec: &ModelSpec) -> Option<String> {
     let (quant, dtype) = (args.quantize.format(), spec.dtype);
     let kv = kv_dtype(args, dtype);
     let has_experts = spec.layers.iter().any(|layer| matches!(layer.ffn, Ffn::Moe(_)));
-    if has_experts && quant != QuantFormat::None {
+    if has_experts && quant == QuantFormat::Fp8 {
         return Some(format!(
-            "--quantize {} of experts is not supported on CUDA; leave it out",
+            "--quantize {} of experts is not supported on CUDA; use int8 or int4, or leave it out",
             quant.name()
         ));
     }
@@ -84,6 +82,7 @@ pub(crate) use left_out::Gpu;
 
 #[cfg(feature = "cuda")]
 mod built_in {
+    use std::sync::atomic::{AtomicU64, Ordering};
     use std::time::Duration;
 
     use quire_backend::BackendError;
@@ -92,7 +91,8 @@ mod built_in {
     use quire_cuda::driver::{CudaError, Event};
     use quire_cuda::{Cuda, CudaOptions, KernelSet, Peaks};
     use quire_model::Checkpoint;
-    use quire_runner::{LoadProgress, ModelRunner};
+    use quire_runner::LoadProgress;
+    use quire_runner::tensor_parallel::load_ranks_measured;
 
     use crate::args::{EngineArgs, Switch};
     use crate::bench::{Limits, Watch};
@@ -159,32 +159,28 @@ mod built_in {
             Ok((backend, DeviceWatch, Limits { read_bytes_s: copy_bytes_s, peaks: gemm }))
         }
 
-        /// An engine on it, and what its memory left for keys and values, if that was measured: ranks of a group would have
-        /// to run the largest steps together.
+        /// An engine on it, and what its memory left for keys and values, on the GPU with least.
         pub fn load(
             self,
             checkpoint: &Checkpoint,
             args: &EngineArgs,
             config: &Config,
             progress: impl FnMut(LoadProgress),
-        ) -> Result<(Box<dyn Executor>, Option<Bytes>)> {
+        ) -> Result<(Box<dyn Executor>, Bytes)> {
             let fail = |error: &dyn std::fmt::Display| Failure(format!("cannot load the model: {error}"));
-            let backend = match <[_; 1]>::try_from(self.backends) {
-                Ok([backend]) => backend,
-                Err(backends) => {
-                    let executor = ranks::load(backends, checkpoint, config, progress);
-                    return Ok((executor.map_err(|error| fail(&error))?, None));
-                }
-            };
-            let mut budget = 0;
+            let budget = AtomicU64::new(u64::MAX);
             let measure = |backend: &Cuda| {
-                budget = backend.memory_use()?.kv_budget(args.gpu_memory_utilization);
-                Ok(budget)
+                let own = backend.memory_use()?.kv_budget(args.gpu_memory_utilization);
+                budget.fetch_min(own, Ordering::Relaxed);
+                Ok(own)
             };
-            let runner = ModelRunner::load_measured(backend, checkpoint, &config.runner, progress, measure)
+            let runners = load_ranks_measured(self.backends, checkpoint, &config.runner, progress, measure)
                 .map_err(|error| fail(&error))?;
-            log_memory(runner.backend(), args.gpu_memory_utilization).map_err(|error| fail(&error))?;
-            Ok((Box::new(runner), Some(Bytes(budget))))
+            for runner in &runners {
+                log_memory(runner.backend(), args.gpu_memory_utilization).map_err(|error| fail(&error))?;
+            }
+            let executor = ranks::executor(runners).map_err(|error| fail(&error))?;
+            Ok((executor, Bytes(budget.into_inner())))
         }
     }
 
@@ -282,7 +278,7 @@ mod left_out {
             _: &EngineArgs,
             _: &Config,
             _: impl FnMut(LoadProgress),
-        ) -> Result<(Box<dyn Executor>, Option<Bytes>)> {
+        ) -> Result<(Box<dyn Executor>, Bytes)> {
             match self {}
         }
     }

@@ -1,25 +1,25 @@
 //! From backends to an executor: one model runner, or several in step for `--tensor-parallel-size`.
 
-use quire_backend::{Backend, Communicator};
+use quire_backend::{Backend, BackendError, Communicator};
 use quire_core::{DType, Executor};
 use quire_cpu::{CpuBackend, CpuConfig, Isa, Precision};
 use quire_model::Checkpoint;
 use quire_runner::tensor_parallel::load_ranks;
-use quire_runner::{LoadProgress, RunnerError, TensorParallel};
+use quire_runner::{LoadProgress, ModelRunner, RunnerError, TensorParallel};
 
+use crate::Failure;
 use crate::config::Config;
-use crate::{Failure, Result};
 
 /// The CPU as a checkpoint of `dtype` runs fastest on it, once for each rank with its share of the threads, and what it is in
 /// one line.
-pub(crate) fn cpu_backends(dtype: DType, config: &Config) -> Result<(Vec<CpuBackend>, String)> {
+pub(crate) fn cpu_backends(dtype: DType, config: &Config) -> crate::Result<(Vec<CpuBackend>, String)> {
     let (threads, ranks) = (config.threads, config.tensor_parallel_size);
     let own = (threads / ranks).max(1) as usize;
     let cpu = CpuConfig { threads: own, precision: cpu_precision(dtype), ..CpuConfig::default() };
     let group = Communicator::group(ranks as usize).into_iter();
     let backends: Vec<_> = group
         .map(|rank| Ok(CpuBackend::new(cpu)?.with_communicator(rank)))
-        .collect::<Result<_, quire_backend::BackendError>>()
+        .collect::<Result<_, BackendError>>()
         .map_err(|error| Failure(format!("cannot use the CPU: {error}")))?;
     let count = |number: usize| format!("{number} thread{}", if number == 1 { "" } else { "s" });
     let threads = match ranks {
@@ -55,6 +55,11 @@ pub(crate) fn load<B: Backend>(
         let with_blocks = runners.into_iter().map(|runner| runner.with_host_blocks(config.num_host_blocks));
         runners = with_blocks.collect::<Result<_, _>>()?;
     }
+    executor(runners)
+}
+
+/// The ranks of a model as an executor.
+pub(crate) fn executor<B: Backend>(runners: Vec<ModelRunner<B>>) -> Result<Box<dyn Executor>, RunnerError> {
     Ok(match <[_; 1]>::try_from(runners) {
         Ok([runner]) => Box::new(runner),
         Err(runners) => Box::new(TensorParallel::new(runners)?),

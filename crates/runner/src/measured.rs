@@ -7,12 +7,13 @@ use std::sync::Arc;
 use quire_backend::{Backend, BackendError};
 use quire_core::{
     AdapterId, BlockId, ExecError, Executor, LateInputs, LogitRows, ModelRunnerOutput, NewSeq, RequestId,
-    SamplingParams, Scheduled, SchedulerOutput, Slot, StepId,
+    SamplingParams, Scheduled, SchedulerOutput, Shard, Slot, StepId,
 };
 use quire_model::Checkpoint;
 
 use crate::input_batch::InputBatch;
 use crate::memory::kv_layout;
+use crate::sharding::spec_of_rank;
 use crate::{LoadProgress, MemoryPlan, ModelRunner, RunnerConfig, RunnerError};
 
 /// Fewer cannot work: a sequence of one block could never be copied or preempted.
@@ -40,29 +41,46 @@ impl<B: Backend> ModelRunner<B> {
         progress: impl FnMut(LoadProgress),
         kv_bytes: impl FnOnce(&B) -> Result<u64, BackendError>,
     ) -> Result<Self, RunnerError> {
+        let num_blocks = |backend: &B, plan: &MemoryPlan| Ok(plan.num_blocks_in(kv_bytes(backend)?));
+        Self::load_shard_measured(backend, checkpoint, config, Shard::WHOLE, progress, num_blocks)
+    }
+
+    /// As [`Self::load_measured`], of one rank of several, which run the steps together; `num_blocks` says how many blocks
+    /// fit, the same number on every rank.
+    pub(crate) fn load_shard_measured(
+        backend: B,
+        checkpoint: &Checkpoint,
+        config: &RunnerConfig,
+        shard: Shard,
+        progress: impl FnMut(LoadProgress),
+        num_blocks: impl FnOnce(&B, &MemoryPlan) -> Result<u32, BackendError>,
+    ) -> Result<Self, RunnerError> {
         let smallest = RunnerConfig { num_blocks: 1, ..config.clone() };
-        let mut runner = Self::load(backend, checkpoint, &smallest, progress)?;
+        let mut runner = Self::load_shard(backend, checkpoint, &smallest, shard, progress)?;
         runner.run_largest_steps().map_err(BackendError::Device)?;
-        let bytes = kv_bytes(&runner.backend)?;
-        let num_blocks =
-            MemoryPlan::new(checkpoint.spec(), config).num_blocks_in(bytes).min(config.num_blocks);
+        let num_blocks = num_blocks(&runner.backend, &runner.memory)?.min(config.num_blocks);
         if num_blocks < MIN_BLOCKS {
             let rule = format!(
-                "must be at least {MIN_BLOCKS}, and weights and activations leave {bytes} bytes for the cache"
+                "must be at least {MIN_BLOCKS}, and weights and activations leave room for {num_blocks}"
             );
             return Err(RunnerError::Config { field: "num_blocks", value: num_blocks.into(), rule });
         }
-        runner.replace_cache(checkpoint, &RunnerConfig { num_blocks, ..config.clone() })?;
+        runner.replace_cache(checkpoint, &RunnerConfig { num_blocks, ..config.clone() }, shard.world)?;
         runner.run_decode_steps().map_err(BackendError::Device)?;
         Ok(runner)
     }
 
-    fn replace_cache(&mut self, checkpoint: &Checkpoint, config: &RunnerConfig) -> Result<(), RunnerError> {
+    fn replace_cache(
+        &mut self,
+        checkpoint: &Checkpoint,
+        config: &RunnerConfig,
+        world: u32,
+    ) -> Result<(), RunnerError> {
         let spec = checkpoint.spec();
-        self.kv_layout = kv_layout(spec, config);
+        self.kv_layout = kv_layout(&spec_of_rank(spec, config.quant, world)?, config);
         self.kv = self.backend.alloc_kv(&self.kv_layout)?;
         self.batch = InputBatch::new(config, self.limits.kv_groups.len(), checkpoint.adapters().len());
-        self.memory = MemoryPlan::new(spec, config);
+        self.memory = MemoryPlan::of_rank(spec, config, world)?;
         self.limits.num_blocks = config.num_blocks;
         let pool = u64::from(config.num_blocks) * u64::from(config.block_size);
         self.limits.max_model_len = config.max_model_len.min(u32::try_from(pool).unwrap_or(u32::MAX));

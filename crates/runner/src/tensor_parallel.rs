@@ -15,13 +15,13 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use quire_backend::Backend;
+use quire_backend::{Backend, BackendError, CollectiveError, Communicator};
 use quire_core::{
     ExecError, Executor, ExecutorLimits, LateInputs, ModelRunnerOutput, SchedulerOutput, Shard, StepId,
 };
 use quire_model::Checkpoint;
 
-use crate::{LoadProgress, ModelRunner, RunnerConfig, RunnerError};
+use crate::{LoadProgress, MemoryPlan, ModelRunner, RunnerConfig, RunnerError};
 
 /// Orders that may wait for a rank: three a step, and two steps in flight.
 const MAX_ORDERS: usize = 8;
@@ -74,24 +74,68 @@ pub fn load_ranks<B: Backend>(
     backends: Vec<B>,
     checkpoint: &Checkpoint,
     config: &RunnerConfig,
-    mut progress: impl FnMut(LoadProgress),
+    progress: impl FnMut(LoadProgress),
 ) -> Result<Vec<ModelRunner<B>>, RunnerError> {
-    let world = backends.len() as u32;
+    on_ranks(backends, progress, |backend, shard, progress| {
+        ModelRunner::load_shard(backend, checkpoint, config, shard, progress)
+    })
+}
+
+/// As [`load_ranks`], but with as many blocks as fit into what `kv_bytes` says that the cache may take, on the rank with
+/// least: see [`ModelRunner::load_measured`].
+///
+/// # Errors
+/// As for [`ModelRunner::load_measured`].
+pub fn load_ranks_measured<B: Backend>(
+    backends: Vec<B>,
+    checkpoint: &Checkpoint,
+    config: &RunnerConfig,
+    progress: impl FnMut(LoadProgress),
+    kv_bytes: impl Fn(&B) -> Result<u64, BackendError> + Sync,
+) -> Result<Vec<ModelRunner<B>>, RunnerError> {
+    let group = Communicator::group(backends.len());
+    let members = backends.into_iter().zip(group).collect();
+    on_ranks(members, progress, |(backend, mut others), shard, progress| {
+        let num_blocks = |backend: &B, plan: &MemoryPlan| {
+            least(&mut others, plan.num_blocks_in(kv_bytes(backend)?))
+                .map_err(|error| ExecError { device: backend.name(), message: error.to_string() }.into())
+        };
+        ModelRunner::load_shard_measured(backend, checkpoint, config, shard, progress, num_blocks)
+    })
+}
+
+/// The least of the numbers of all ranks.
+fn least(others: &mut Communicator, own: u32) -> Result<u32, CollectiveError> {
+    // Ranks tell each other floats, which are whole numbers up to here; no cache has more blocks.
+    const MOST: u32 = 1 << f32::MANTISSA_DIGITS;
+    let mut all = vec![0.0; others.world()];
+    others.all_gather(&[own.min(MOST) as f32], &mut all, 1)?;
+    Ok(all.into_iter().fold(own.min(MOST), |least, theirs| least.min(theirs as u32)))
+}
+
+/// Runs `load` for every rank at the same time, each on a thread of its own. What belongs to a rank is dropped as soon as
+/// that rank has failed, or cannot be started.
+fn on_ranks<B: Backend, R: Send>(
+    ranks: Vec<R>,
+    mut progress: impl FnMut(LoadProgress),
+    load: impl Fn(R, Shard, &mut dyn FnMut(LoadProgress)) -> Result<ModelRunner<B>, RunnerError> + Sync,
+) -> Result<Vec<ModelRunner<B>>, RunnerError> {
+    let (world, load) = (ranks.len() as u32, &load);
     std::thread::scope(|scope| {
-        let (tell, told) = sync_channel(MAX_PROGRESS * backends.len());
-        let load = |(rank, backend): (usize, B)| {
+        let (tell, told) = sync_channel(MAX_PROGRESS * ranks.len());
+        let start = |(rank, own): (usize, R)| {
             let (shard, tell) = (Shard { rank: rank as u32, world }, tell.clone());
             let thread = std::thread::Builder::new().name(format!("quire-load-{rank}"));
             let load = move || {
-                let progress = |now| {
+                let mut progress = |now| {
                     // Nobody listens any more if another rank could not be started.
                     let _ = tell.send((rank, now));
                 };
-                ModelRunner::load_shard(backend, checkpoint, config, shard, progress)
+                load(own, shard, &mut progress)
             };
             thread.spawn_scoped(scope, load).map_err(RunnerError::Thread)
         };
-        let threads = backends.into_iter().enumerate().map(load).collect::<Result<Vec<_>, _>>()?;
+        let threads = ranks.into_iter().enumerate().map(start).collect::<Result<Vec<_>, _>>()?;
         drop(tell);
         let mut done = vec![0; threads.len()];
         let mut slowest = None;

@@ -14,7 +14,6 @@ pub(crate) mod paged;
 pub mod rope;
 pub mod sample;
 pub(crate) mod soft_cap;
-mod softmax;
 pub(crate) mod tiles;
 mod topk;
 

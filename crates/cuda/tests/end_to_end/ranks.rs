@@ -1,13 +1,15 @@
 //! A model split over two GPUs of the double, with the double of NCCL between them.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use quire_core::{DType, SamplingParams};
+use quire_backend::Backend;
+use quire_core::{DType, Executor, SamplingParams};
 use quire_cuda::blaslt::Element;
 use quire_cuda::{Cuda, CudaOptions};
 use quire_model::Checkpoint;
-use quire_runner::tensor_parallel::load_ranks;
-use quire_runner::{MemoryPlan, TensorParallel};
+use quire_runner::tensor_parallel::{load_ranks, load_ranks_measured};
+use quire_runner::{MemoryPlan, RunnerConfig, TensorParallel};
 
 use crate::common::build::repository;
 use crate::common::{MockGpu, mock};
@@ -26,11 +28,15 @@ fn load(
     activations: Element,
     kv_dtype: DType,
 ) -> TensorParallel {
-    let options = CudaOptions { activations, arena_chunk: 0, ..CudaOptions::default() };
-    let ordinals = gpus.each_ref().map(MockGpu::ordinal);
-    let backends = Cuda::group(mock::images(), &options, &ordinals).expect("the doubles are GPUs");
+    let backends = backends(gpus, activations);
     let runners = load_ranks(backends, checkpoint, &config(kv_dtype), |_| {}).expect("the checkpoint loads");
     TensorParallel::new(runners).expect("threads can be had")
+}
+
+fn backends(gpus: &[MockGpu; 2], activations: Element) -> Vec<Cuda> {
+    let options = CudaOptions { activations, arena_chunk: 0, ..CudaOptions::default() };
+    let ordinals = gpus.each_ref().map(MockGpu::ordinal);
+    Cuda::group(mock::images(), &options, &ordinals).expect("the doubles are GPUs")
 }
 
 fn qwen3() -> Checkpoint {
@@ -103,6 +109,41 @@ fn a_steady_step_of_two_gpus_is_one_graph_each() {
         assert_eq!(after.synchronizations - before.synchronizations, 2);
         assert_eq!(after.allocations, before.allocations);
     }
+}
+
+#[test]
+fn the_cache_is_what_the_gpu_with_least_memory_holds() {
+    let Some(gpus) = pair() else { return };
+    let checkpoint = qwen3();
+    let config = RunnerConfig { num_blocks: u32::MAX / 16, ..config(DType::BF16) };
+    let (smallest, largest) = (AtomicU64::new(u64::MAX), AtomicU64::new(0));
+    let measured = |backend: &Cuda| {
+        let is_first = backend.name() == format!("cuda:{}", gpus[0].ordinal());
+        let own = backend.memory_use()?.kv_budget(if is_first { 0.25 } else { 0.1 });
+        smallest.fetch_min(own, Ordering::Relaxed);
+        largest.fetch_max(own, Ordering::Relaxed);
+        Ok(own)
+    };
+    let runners =
+        load_ranks_measured(backends(&gpus, Element::Bf16), &checkpoint, &config, |_| {}, measured).unwrap();
+    let (smallest, largest) = (smallest.into_inner(), largest.into_inner());
+    assert!(smallest < largest, "{smallest} and {largest} bytes");
+    for runner in &runners {
+        let (block, blocks) = (runner.memory_plan().kv_block_bytes, u64::from(runner.limits().num_blocks));
+        assert!(block * blocks <= smallest && smallest < block * (blocks + 1), "{blocks} in {smallest}");
+    }
+    let allocations = gpus.each_ref().map(|gpu| gpu.counters().allocations);
+    let vocab = checkpoint.spec().vocab_size;
+    let executor = TensorParallel::new(runners).unwrap();
+    let mut steps = Steps::new(executor, prompts(vocab), &SamplingParams::greedy(100));
+    (0..4).for_each(|_| steps.step());
+    assert_eq!(gpus.each_ref().map(|gpu| gpu.counters().allocations), allocations);
+    drop(steps);
+
+    let nothing = |_: &Cuda| Ok(0);
+    let refused = load_ranks_measured(backends(&gpus, Element::Bf16), &checkpoint, &config, |_| {}, nothing);
+    assert!(refused.is_err_and(|error| error.to_string().contains("must be at least 2")));
+    gpus.iter().for_each(MockGpu::assert_nothing_left);
 }
 
 /// The other GPU waits for the one that has failed, in a sum that never comes.

@@ -1,8 +1,8 @@
-//! The online softmax of [`super::paged`]: what is known of some rows, and how a tile of scores changes it.
+//! The online softmax: what is known of some rows, and how a tile of scores changes it.
 
 use std::ops::Range;
 
-use super::paged::{PANELS, TILE};
+use super::{PANELS, TILE};
 use crate::simd::pairs::{PANEL, PairDot, exp2};
 
 /// What the softmax knows of some rows: for each row its largest score (in whole vectors), the sum of its weights in

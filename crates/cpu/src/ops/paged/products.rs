@@ -1,0 +1,122 @@
+//! The two products of a tile.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use super::tile::Form;
+use super::{PANEL_PAIRS, PANELS, TILE};
+use crate::buffer::Shared;
+use crate::ops::tiles::{Tiled, Turn};
+use crate::simd::bytes::ByteDot;
+use crate::simd::pairs::PANEL;
+
+/// Bytes that come from memory together.
+const LINE: usize = 64;
+
+/// `scores = q · keysᵀ`: rows by panels of keys.
+pub(super) struct Scores<'a, F> {
+    pub q: &'a [u32],
+    pub pairs: usize,
+    pub keys: [*const u8; PANELS],
+    /// Of the next tile.
+    pub next: [*const u8; PANELS],
+    pub out: Shared<'a, f32>,
+    pub form: PhantomData<F>,
+}
+
+impl<F: Form> Tiled for Scores<'_, F> {
+    #[inline(always)]
+    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
+        let q = &self.q[row * self.pairs..(row + M) * self.pairs];
+        // SAFETY: `q` holds M rows; each panel holds `pairs` vectors, and so do its values or more of them.
+        unsafe {
+            let rows: [*const u32; M] = std::array::from_fn(|r| q.as_ptr().add(r * self.pairs));
+            let keys: [*const u8; P] = std::array::from_fn(|i| self.keys[panel + i]);
+            let next: [*const u8; P] = std::array::from_fn(|i| self.next[panel + i]);
+            let mut sums = [[D::zero(); P]; M];
+            for line in (0..self.pairs).step_by(LINE / F::SIZE) {
+                for i in 0..P {
+                    D::prefetch(next[i].wrapping_add(line * F::SIZE).cast());
+                }
+                for k in line..(line + LINE / F::SIZE).min(self.pairs) {
+                    let mut weights = [F::load::<D>(keys[0], 0); P];
+                    for i in 0..P {
+                        weights[i] = F::load::<D>(keys[i], k);
+                    }
+                    for r in 0..M {
+                        for i in 0..P {
+                            sums[r][i] = D::dot(sums[r][i], weights[i], rows[r].add(k));
+                        }
+                    }
+                }
+            }
+            for r in 0..M {
+                let out = self.out.slice((row + r) * TILE + panel * PANEL, P * PANEL);
+                for i in 0..P {
+                    D::store(out[i * PANEL..].as_mut_ptr(), sums[r][i]);
+                }
+            }
+        }
+    }
+}
+
+/// `out = out * shrink + weights · values`: rows by panels of columns.
+pub(super) struct Values<'a, F> {
+    pub weights: &'a [u32],
+    pub shrink: &'a [f32],
+    pub values: [*const u8; PANELS],
+    /// Of the next tile.
+    pub next: [*const u8; PANELS],
+    /// Pairs of keys.
+    pub pairs: Range<usize>,
+    pub columns: usize,
+    pub out: Shared<'a, f32>,
+    pub form: PhantomData<F>,
+}
+
+impl<F: Form> Tiled for Values<'_, F> {
+    #[inline(always)]
+    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
+        let weights = &self.weights[row * TILE / 2..(row + M) * TILE / 2];
+        // SAFETY: `weights` holds M rows of TILE / 2, `out` its rows; values reach to the last column.
+        unsafe {
+            let rows: [*const u32; M] = std::array::from_fn(|r| weights.as_ptr().add(r * TILE / 2));
+            let out: [*mut f32; M] = std::array::from_fn(|r| {
+                self.out.slice((row + r) * self.columns + panel * PANEL, P * PANEL).as_mut_ptr()
+            });
+            let mut sums = [[D::zero(); P]; M];
+            for r in 0..M {
+                let shrink = D::splat(self.shrink[row + r]);
+                for i in 0..P {
+                    sums[r][i] = D::mul(D::load_sums(out[r].add(i * PANEL)), shrink);
+                }
+            }
+            let mut pair = self.pairs.start;
+            while pair < self.pairs.end {
+                let end = (pair + PANEL_PAIRS).min(self.pairs.end);
+                let (from, next) = (self.values[pair / PANEL_PAIRS], self.next[pair / PANEL_PAIRS]);
+                for k in 0..end - pair {
+                    let mut values = [F::load::<D>(from, panel); P];
+                    for i in 0..P {
+                        let at = k * (self.columns / PANEL) + panel + i;
+                        values[i] = F::load::<D>(from, at);
+                        if i % (LINE / F::SIZE) == 0 {
+                            D::prefetch(next.wrapping_add(at * F::SIZE).cast());
+                        }
+                    }
+                    for r in 0..M {
+                        for i in 0..P {
+                            sums[r][i] = D::dot(sums[r][i], values[i], rows[r].add(pair + k));
+                        }
+                    }
+                }
+                pair = end;
+            }
+            for r in 0..M {
+                for i in 0..P {
+                    D::store(out[r].add(i * PANEL), sums[r][i]);
+                }
+            }
+        }
+    }
+}
