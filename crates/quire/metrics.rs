@@ -69,12 +69,14 @@ impl MetricsPage {
     /// The page in Prometheus' text format.
     pub fn render(&self) -> String {
         let text = self.handle.render();
+        let own = process::samples().into_iter();
+        let own: Vec<_> =
+            own.map(|(family, value)| (family.name, format!("{} {value}", family.name))).collect();
         let mut samples = split_by_family(&text);
-        let process = process::samples();
-        for (family, value) in &process {
-            samples.entry(family.name).or_default().push(format!("{} {value}", family.name));
+        for (name, line) in &own {
+            samples.entry(name).or_default().push(line);
         }
-        let mut page = String::with_capacity(2 * text.len());
+        let mut page = String::with_capacity(2 * text.len() + 2 * DESCRIPTIONS);
         for family in metric_names::ALL {
             let lines = samples.remove(family.name).unwrap_or_default();
             write_family(&mut page, family, family.name, &lines);
@@ -86,11 +88,14 @@ impl MetricsPage {
     }
 }
 
+/// Bytes of all families' descriptions, about.
+const DESCRIPTIONS: usize = 16 * 1024;
+
 /// The sample lines of each family. Counters and gauges are sorted, because the recorder yields them in random order;
 /// lines of histograms keep theirs.
-fn split_by_family(text: &str) -> HashMap<&str, Vec<String>> {
+fn split_by_family(text: &str) -> HashMap<&str, Vec<&str>> {
     let mut families = HashMap::new();
-    let mut current: Option<(&str, bool, Vec<String>)> = None;
+    let mut current: Option<(&str, bool, Vec<&str>)> = None;
     for line in text.lines() {
         if let Some(rest) = line.strip_prefix("# TYPE ") {
             let (name, kind) = rest.split_once(' ').unwrap_or((rest, ""));
@@ -100,14 +105,14 @@ fn split_by_family(text: &str) -> HashMap<&str, Vec<String>> {
             && !line.starts_with('#')
             && let Some((_, _, lines)) = &mut current
         {
-            lines.push(line.to_owned());
+            lines.push(line);
         }
     }
     close(&mut families, current);
     families
 }
 
-fn close<'a>(families: &mut HashMap<&'a str, Vec<String>>, family: Option<(&'a str, bool, Vec<String>)>) {
+fn close<'a>(families: &mut HashMap<&'a str, Vec<&'a str>>, family: Option<(&'a str, bool, Vec<&'a str>)>) {
     let Some((name, is_histogram, mut lines)) = family else { return };
     if !is_histogram {
         lines.sort_unstable();
@@ -115,14 +120,8 @@ fn close<'a>(families: &mut HashMap<&'a str, Vec<String>>, family: Option<(&'a s
     families.insert(name, lines);
 }
 
-fn write_family(page: &mut String, family: &Family, name: &str, lines: &[String]) {
-    let kind = match family.kind {
-        Kind::Counter => "counter",
-        Kind::Gauge => "gauge",
-        Kind::Histogram(_) => "histogram",
-    };
-    // Writing to a string cannot fail.
-    let _ = writeln!(page, "# HELP {name} {}\n# TYPE {name} {kind}", family.help);
+fn write_family(page: &mut String, family: &Family, name: &str, lines: &[&str]) {
+    write_description(page, family, name);
     for line in lines {
         page.push_str(line);
         page.push('\n');
@@ -130,22 +129,33 @@ fn write_family(page: &mut String, family: &Family, name: &str, lines: &[String]
     page.push('\n');
 }
 
+fn write_description(page: &mut String, family: &Family, name: &str) {
+    let kind = match family.kind {
+        Kind::Counter => "counter",
+        Kind::Gauge => "gauge",
+        Kind::Histogram(_) => "histogram",
+    };
+    // Writing to a string cannot fail.
+    let _ = writeln!(page, "# HELP {name} {}\n# TYPE {name} {kind}", family.help);
+}
+
 /// The same samples once more, under each alias and with its buckets alone. Buckets are cumulative, so leaving some out
 /// is right.
-fn write_aliases(page: &mut String, family: &Family, lines: &[String]) {
+fn write_aliases(page: &mut String, family: &Family, lines: &[&str]) {
     for alias in family.aliases {
+        write_description(page, family, alias.name);
         let is_histogram = !alias.buckets.is_empty();
-        let keeps = |line: &&String| match bucket_bound(line) {
+        let keeps = |line: &str| match bucket_bound(line) {
             Some(bound) if is_histogram => alias.buckets.contains(&bound),
             _ => true,
         };
-        let renamed: Vec<String> = lines
-            .iter()
-            .filter(keeps)
-            .filter_map(|line| line.strip_prefix(family.name))
-            .map(|rest| format!("{}{rest}", alias.name))
-            .collect();
-        write_family(page, family, alias.name, &renamed);
+        for rest in lines.iter().filter(|line| keeps(line)).filter_map(|line| line.strip_prefix(family.name))
+        {
+            page.push_str(alias.name);
+            page.push_str(rest);
+            page.push('\n');
+        }
+        page.push('\n');
     }
 }
 
