@@ -96,7 +96,7 @@ pub(crate) fn paged_attention(
     work.cut(pool.num_threads(), items);
     let count = items.len();
     // Later blocks see more keys: they go first, so that no long one is left at the end.
-    let item = |i: usize| items[count - 1 - i.min(count - 1)];
+    let item = |i: usize| items[count - 1 - i];
     let splits = items.iter().map(|item| work.splits(item.block).end).max().unwrap_or(0);
     if splits < 2 || count >= 4 * pool.num_threads() {
         // Neighbours share a block of tokens, and each asks for what the next one reads first.

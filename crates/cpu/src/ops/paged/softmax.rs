@@ -107,20 +107,25 @@ impl ScoreRule {
         }
     }
 
-    /// Puts `cap * tanh(score / cap)` in place of the dot products of one KV head, by tanh x = 1 - 2 / (e^2x + 1), if there is a cap.
-    /// Returns the keys' factors that are still to be applied.
+    /// Whether [`ScoreRule::cap`] does anything.
+    pub const fn has_cap(&self) -> bool {
+        self.soft_cap.is_some()
+    }
+
+    /// Puts `cap * tanh(score / cap)` in place of the dot products of one KV head, by tanh x = 1 - 2 / (e^2x + 1), if there
+    /// is a cap. The keys' scales are in it then.
     ///
     /// # Safety
     /// As for [`PairDot`].
     #[inline(always)]
-    pub unsafe fn cap<'a, D: PairDot>(
+    pub unsafe fn cap<D: PairDot>(
         &self,
         dots: &mut [f32],
-        key_scales: Option<&'a [f32]>,
+        key_scales: Option<&[f32]>,
         rows: Range<usize>,
         panels: Range<usize>,
-    ) -> Option<&'a [f32]> {
-        let Some(SoftCap { cap, factor }) = self.soft_cap else { return key_scales };
+    ) {
+        let Some(SoftCap { cap, factor }) = self.soft_cap else { return };
         let dots = dots.as_chunks_mut::<PANEL>().0.as_chunks_mut::<PANELS>().0;
         // SAFETY: every chunk holds a panel; the rest is the caller's.
         unsafe {
@@ -139,7 +144,6 @@ impl ScoreRule {
                 }
             }
         }
-        None
     }
 }
 

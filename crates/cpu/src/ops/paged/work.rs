@@ -24,7 +24,7 @@ pub(super) struct Work<'a> {
     /// Query heads of a KV head.
     pub group: usize,
     pub rule: ScoreRule,
-    /// `[num_heads]`, see [`Attention::sinks`].
+    /// `[num_heads]`, see [`quire_backend::Attention::sinks`].
     pub sinks: Option<&'a [f32]>,
     pub window: usize,
     pub pages: &'a PackedPages,
@@ -198,17 +198,15 @@ impl Work<'_> {
                     each_panel::<D, _>(&scores, rows_of(head), run.clone());
                 }
             }
-            let mut key_scales = scales;
             for head in 0..item.heads {
                 let scales = scales.map(|scales| &scales[head * SCALES..]);
-                if self.rule.cap::<D>(s.scores, scales, rows_of(head), panels.clone()).is_none() {
-                    key_scales = None;
-                }
+                self.rule.cap::<D>(s.scores, scales, rows_of(head), panels.clone());
             }
             self.hide(shown, s.scores);
             let softmax = Softmax {
                 factor: self.rule.factor,
-                key_scales,
+                // Caps have them in already.
+                key_scales: scales.filter(|_| !self.rule.has_cap()),
                 value_scales: scales.map(|scales| &scales[TILE..]),
                 head_rows,
                 rows: all_rows.clone(),
