@@ -2,9 +2,10 @@
 
 use quire_core::{BlockCopy, BlockId, DType, HostBlockId, HostCopy};
 
+use super::compare::{assert_close, same_bits, scale};
 use super::model::{Shape, TinyModel};
 use super::random::Rng;
-use super::schedule::{Piece, Sequence, Step, Trace, alone, execute, mixed, same_bits, sequences};
+use super::schedule::{Piece, Sequence, Step, Trace, alone, execute, mixed, sequences};
 use super::{Support, Tolerance};
 use crate::reference::RefBackend;
 use crate::{Activation, AttnShape, Backend, MlpShape};
@@ -256,7 +257,7 @@ fn values_and_invariance<B: Backend>(
     let expected = trace(&mut reference, shape, &seqs, &whole);
     let mut backend = make();
     let got = trace(&mut backend, shape, &seqs, &whole);
-    assert_close(name, &expected, &got, shape, tolerance);
+    assert_traces_close(name, &expected, &got, shape, tolerance);
 
     let chunk = if lens.iter().max() > Some(&64) { 37 } else { 1 };
     assert_same(name, "in small chunks", &got, &trace(&mut backend, shape, &seqs, &alone(&seqs, chunk)));
@@ -355,7 +356,7 @@ fn trace<B: Backend>(backend: &mut B, shape: &Shape, seqs: &[Sequence], steps: &
     run.unwrap_or_else(|error| panic!("{} on {}: {error}", shape.name, backend.name()))
 }
 
-fn assert_close(name: &str, expected: &Trace, got: &Trace, shape: &Shape, tolerance: Tolerance) {
+fn assert_traces_close(name: &str, expected: &Trace, got: &Trace, shape: &Shape, tolerance: Tolerance) {
     let tolerance = tolerance.f32
         + match shape.kv_dtype {
             DType::F16 => tolerance.f16_kv,
@@ -369,14 +370,8 @@ fn assert_close(name: &str, expected: &Trace, got: &Trace, shape: &Shape, tolera
         let got_logits = ("logits".to_owned(), have.logits.clone().unwrap_or_default());
         let wanted = want.values.iter().chain([&logits]);
         for ((op, want), (_, have)) in wanted.zip(have.values.iter().chain([&got_logits])) {
-            assert_eq!(want.len(), have.len(), "{name}: sequence and position {at:?}, {op}: width");
-            let scale = want.iter().fold(1.0f32, |max, v| max.max(v.abs()));
-            for (i, (want, have)) in want.iter().zip(have).enumerate() {
-                assert!(
-                    (want - have).abs() <= tolerance * scale,
-                    "{name}: sequence and position {at:?}, {op}, column {i}: expected {want}, got {have}"
-                );
-            }
+            let what = format_args!("{name}: sequence and position {at:?}, {op}");
+            assert_close(what, want, have, tolerance * scale(want));
         }
     }
 }

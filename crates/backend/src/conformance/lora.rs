@@ -1,15 +1,16 @@
 //! Adapters: the values of the reference, and rows that do not show who else has which adapter. Rows without one have the
 //! bits of a step in which nobody has any.
 
-use quire_core::{AdapterId, DType, QuantFormat, Slot, StepId};
+use quire_core::{AdapterId, DType, QuantFormat};
 
+use super::compare::{assert_close, same_bits, scale};
 use super::random::{HostTensor, Rng};
-use super::schedule::same_bits;
+use super::rows::{input, prepare};
 use super::{Support, Tolerance};
 use crate::reference::RefBackend;
 use crate::{
     Activation, AddLora, Backend, BackendError, BufRole, GraphKey, Linear, LinearPart, LinearSource,
-    LoraPart, LoraSource, Mlp, MlpShape, StepInput,
+    LoraPart, LoraSource, Mlp, MlpShape,
 };
 
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +57,7 @@ const CASES: &[Case] = &[
 
 /// Rows of the largest step.
 const MAX_ROWS: usize = 40;
+const INPUT_SEED: u32 = 3000;
 /// What of a hidden layer that is quantized may round to the other neighbour, and more where activations are rounded
 /// between operations.
 const QUANTIZED: f32 = 2e-2;
@@ -80,7 +82,7 @@ pub(super) fn run<B: Backend>(
         let expected = Layers::load(RefBackend::new(), case, quant).rows(&all, &adapters);
         let mut layers = Layers::load(make(), case, quant);
         let got = layers.rows(&all, &adapters);
-        assert_close(case, &expected, &got, tolerance);
+        assert_rows_close(case, &expected, &got, tolerance);
 
         let nobody = layers.rows(&all, &[None; MAX_ROWS]);
         for (row, adapter) in adapters.iter().enumerate() {
@@ -115,18 +117,11 @@ fn adapter_of(row: usize) -> Option<AdapterId> {
 /// Results of the linear layer and of the feed-forward layer.
 type RowOutputs = [Vec<f32>; 2];
 
-fn assert_close(case: &Case, expected: &[RowOutputs], got: &[RowOutputs], tolerance: f32) {
+fn assert_rows_close(case: &Case, expected: &[RowOutputs], got: &[RowOutputs], tolerance: f32) {
     for (layer, name) in ["linear", "feed-forward"].iter().enumerate() {
-        let values = expected.iter().flat_map(|row| &row[layer]);
-        let scale = values.fold(1.0f32, |max, v| max.max(v.abs()));
+        let bound = tolerance * scale(expected.iter().flat_map(|row| &row[layer]));
         for (row, (want, have)) in expected.iter().zip(got).enumerate() {
-            assert_eq!(want[layer].len(), have[layer].len(), "{case:?}: width");
-            for (i, (want, have)) in want[layer].iter().zip(&have[layer]).enumerate() {
-                assert!(
-                    (want - have).abs() <= tolerance * scale,
-                    "{case:?}: {name}, row {row}, column {i}: expected {want}, got {have}"
-                );
-            }
+            assert_close(format_args!("{case:?}: {name}, row {row}"), &want[layer], &have[layer], bound);
         }
     }
 }
@@ -191,12 +186,12 @@ impl<'a, B: Backend> Layers<'a, B> {
     ) -> Result<Vec<RowOutputs>, BackendError> {
         let has_adapters = adapters.iter().any(Option::is_some);
         let Self { case, backend, .. } = self;
-        let values: Vec<f32> = rows.iter().flat_map(|&row| input(row, case.hidden)).collect();
+        let values: Vec<f32> = rows.iter().flat_map(|&row| input(INPUT_SEED, row, case.hidden)).collect();
         let mut results = Vec::new();
         // Twice: what a backend records is replayed.
         for _ in 0..2 {
             backend.write(&mut self.x, &values)?;
-            prepare(backend, adapters)?;
+            prepare(backend, rows.len(), adapters)?;
             backend.run(Some(GraphKey(u32::from(has_adapters))), |backend| {
                 backend.linear(Linear { x: &self.x, weight: &self.linear, out: &mut self.wide })?;
                 if has_adapters {
@@ -270,32 +265,4 @@ fn load_lora<B: Backend>(
 
 fn part_of((first, a, b): &(usize, HostTensor, HostTensor)) -> LoraPart<'_> {
     LoraPart { first: *first, a: a.view(), b: b.view(), scaling: 1.25 }
-}
-
-/// A row of numbers of 7 bits.
-fn input(row: usize, hidden: usize) -> impl Iterator<Item = f32> {
-    let mut rng = Rng::new(3000 + row as u32);
-    (0..hidden).map(move |_| (rng.signed() * 64.0).round() / 32.0)
-}
-
-/// A step of sequences of one token with these adapters, without logits.
-fn prepare<B: Backend>(backend: &mut B, adapters: &[Option<AdapterId>]) -> Result<(), BackendError> {
-    let rows = adapters.len();
-    let numbers: Vec<u32> = (0..=rows as u32).collect();
-    let slots: Vec<_> = numbers[..rows].iter().map(|&slot| Slot(slot)).collect();
-    backend.prepare(&StepInput {
-        step: StepId(0),
-        token_ids: &vec![0; rows],
-        positions: &vec![0; rows],
-        slot_mapping: &numbers[..rows],
-        cu_seqlens_q: &numbers,
-        seq_lens: &vec![1; rows],
-        seq_slots: &slots,
-        seq_adapters: adapters,
-        block_tables: &numbers[..rows],
-        max_blocks_per_seq: 1,
-        logit_rows: &[],
-        block_copies: &[],
-        seqs: &vec![None; rows],
-    })
 }

@@ -12,8 +12,9 @@
 //! Every body handed to [`crate::Backend::run`] is run twice, and keys recur with other lengths, so that a backend which
 //! records and replays is tested on replays. A failure panics with the name of the case.
 //!
-//! Reading order: `random`, `model`, `schedule`, `forward`, `moe`, `lora`, `quantized`, `ranks`, `sampling`.
+//! Reading order: `random`, `compare`, `model`, `schedule`, `forward`, `rows`, `moe`, `lora`, `quantized`, `ranks`, `sampling`.
 
+mod compare;
 mod forward;
 mod lora;
 mod model;
@@ -21,6 +22,7 @@ mod moe;
 mod quantized;
 mod random;
 mod ranks;
+mod rows;
 mod sampling;
 mod schedule;
 

@@ -4,6 +4,7 @@
 use quire_core::{DType, QuantFormat, Slot, StepId};
 
 use super::Support;
+use super::compare::{assert_close, largest};
 use super::random::{HostTensor, Rng};
 use crate::convert::round_to;
 use crate::quant::TINY;
@@ -170,13 +171,9 @@ impl Case {
         for ((name, rows, want), (_, _, have)) in expected.iter().zip(got) {
             assert_eq!(want.len(), have.len(), "{self:?}, {rows} rows, {name}");
             let columns = want.len() / if *name == "logits" { rows.div_ceil(2) } else { *rows };
-            for (i, (value, have)) in want.iter().zip(have).enumerate() {
-                let row = &want[i / columns * columns..][..columns];
-                let largest = row.iter().fold(0.0f32, |largest, value| value.abs().max(largest));
-                assert!(
-                    (value - have).abs() <= self.tolerance(name) * largest,
-                    "{self:?}, {rows} rows, {name}, element {i}: expected {value:e}, got {have:e}"
-                );
+            for (row, (want, have)) in want.chunks(columns).zip(have.chunks(columns)).enumerate() {
+                let what = format_args!("{self:?}, {rows} rows, {name}, row {row}");
+                assert_close(what, want, have, self.tolerance(name) * largest(want));
             }
         }
     }

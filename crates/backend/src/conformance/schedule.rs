@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use quire_core::{BlockCopy, HostCopy, SamplingParams, Slot, StepId, TokenId};
 
+use super::compare::same_bits;
 use super::model::TinyModel;
 use super::random::Rng;
 use crate::{Backend, BackendError, LogitKind, LogitRow, SeqState, StepInput};
@@ -209,10 +210,6 @@ pub(super) fn execute<B: Backend>(
         }
     }
     Ok(trace)
-}
-
-pub(super) fn same_bits(a: &[f32], b: &[f32]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }
 
 fn state(seq: &Sequence) -> SeqState {
