@@ -312,9 +312,9 @@ pub struct Moe<'a, B: Backend> {
     pub out: &'a mut B::Buf,
 }
 
-/// What a mixture of experts works in. The content means nothing afterwards.
+/// What a mixture of experts works in. But for the router's logits, the content means nothing afterwards.
 pub struct MoeScratch<'a, B: Backend> {
-    /// `[T, num_experts]`, of role [`crate::BufRole::Logits`].
+    /// `[T, num_experts]`, of role [`crate::BufRole::Logits`]: what the router says of each row.
     pub logits: &'a mut B::Buf,
     /// `[T, top_k * 2 * intermediate]`: a row per token and rank.
     pub hidden: &'a mut B::Buf,

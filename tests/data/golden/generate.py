@@ -80,11 +80,12 @@ FAMILIES = {
                     tie_word_embeddings=True, attention_bias=False, use_sliding_window=False, sliding_window=None,
                     max_window_layers=2, layer_types=["full_attention", "full_attention"], dtype="bfloat16",
                     rms_norm_eps=1e-6, rope_parameters=dict(rope_type="default", rope_theta=1000000.0)),
-    # Two layers of experts around a dense one.
-    "qwen3-moe": config("Qwen3MoeForCausalLM", "qwen3_moe", num_hidden_layers=3, num_attention_heads=1,
+    # Two layers of experts around a dense one. Two heads, and experts of 32 columns, so that two ranks can have a half
+    # of each, and of neither less than a backend takes.
+    "qwen3-moe": config("Qwen3MoeForCausalLM", "qwen3_moe", num_hidden_layers=3, num_attention_heads=2,
                         num_key_value_heads=1, head_dim=64, tie_word_embeddings=True, attention_bias=False,
                         use_sliding_window=False, sliding_window=None, num_experts=8, num_experts_per_tok=2,
-                        moe_intermediate_size=16, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[1],
+                        moe_intermediate_size=32, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[1],
                         dtype="bfloat16", rms_norm_eps=1e-6,
                         rope_parameters=dict(rope_type="default", rope_theta=1000000.0)),
     # Layers 0 and 2 slide. Caps low enough to bend scores and logits, a scale of scores that is not head_dim ** -0.5,

@@ -259,13 +259,12 @@ impl Backend for RefBackend {
     }
 
     fn moe(&mut self, op: Moe<'_, Self>) -> Result<(), BackendError> {
-        let mut logits = vec![0.0; op.router.out_features()];
         for t in 0..self.step.num_tokens() {
-            let (x, out) = (op.x.row(t), op.out.row_mut(t));
-            op.router.apply(x, &mut logits);
+            let (x, logits, out) = (op.x.row(t), op.scratch.logits.row_mut(t), op.out.row_mut(t));
+            op.router.apply(x, logits);
             let mut result = vec![0.0; out.len()];
             out.fill(0.0);
-            for (expert, weight) in moe::route(&logits, op.top_k, op.renormalise) {
+            for (expert, weight) in moe::route(logits, op.top_k, op.renormalise) {
                 let round = |x| self.rounding.map_or(x, |dtype| round_to(dtype, x));
                 moe::expert(expert, op.activation, (op.up, op.down), &round, x, &mut result);
                 out.iter_mut().zip(&result).for_each(|(out, y)| *out += weight * y);

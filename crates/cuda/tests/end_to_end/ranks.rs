@@ -17,7 +17,7 @@ use crate::steps::Steps;
 use crate::{GOLDEN_TOLERANCE, compare, config, element, golden_checkpoints, own_config, prompts};
 
 /// Two GPUs of one test; `None` without the double: one real GPU is all that there is then.
-fn pair() -> Option<[MockGpu; 2]> {
+pub fn pair() -> Option<[MockGpu; 2]> {
     let gpus = [MockGpu::new()?, MockGpu::new()?];
     gpus[0].is_mock().then_some(gpus)
 }
@@ -33,17 +33,17 @@ fn load(
     TensorParallel::new(runners).expect("threads can be had")
 }
 
-fn backends(gpus: &[MockGpu; 2], activations: Element) -> Vec<Cuda> {
+pub fn backends(gpus: &[MockGpu; 2], activations: Element) -> Vec<Cuda> {
     let options = CudaOptions { activations, arena_chunk: 0, ..CudaOptions::default() };
     let ordinals = gpus.each_ref().map(MockGpu::ordinal);
     Cuda::group(mock::images(), &options, &ordinals).expect("the doubles are GPUs")
 }
 
-fn qwen3() -> Checkpoint {
-    Checkpoint::open(&repository().join("tests/data/golden/qwen3")).expect("it is sound")
+pub fn golden(name: &str) -> Checkpoint {
+    Checkpoint::open(&repository().join("tests/data/golden").join(name)).expect("it is sound")
 }
 
-/// All but the one with three heads. The last of the four steps is replayed from a graph.
+/// All but the one with three heads, experts among them. The last of the four steps is replayed from a graph.
 #[test]
 fn golden_checkpoints_agree_on_two_gpus() {
     let Some(gpus) = pair() else { return };
@@ -59,7 +59,7 @@ fn golden_checkpoints_agree_on_two_gpus() {
         println!("{name:20} relative error {worst:.1e}");
         errors.push((name, worst));
     }
-    assert!(errors.len() >= 11, "{errors:?}");
+    assert!(errors.len() >= 12 && errors.iter().any(|(name, _)| name == "qwen3-moe"), "{errors:?}");
     assert!(errors.iter().all(|(_, worst)| *worst <= GOLDEN_TOLERANCE), "{errors:?}");
     for gpu in &gpus {
         assert!(gpu.counters().graph_launches > 0, "steps were recorded");
@@ -71,7 +71,7 @@ fn golden_checkpoints_agree_on_two_gpus() {
 fn two_steps_in_flight_and_company_change_no_token_on_two_gpus() {
     let Some(gpus) = pair() else { return };
     gpus.iter().for_each(|gpu| gpu.delay(true));
-    let checkpoint = qwen3();
+    let checkpoint = golden("qwen3");
     let vocab = checkpoint.spec().vocab_size;
     let params = SamplingParams { seed: 7, top_p: 0.9, ..SamplingParams::default() };
     let runner = || load(&gpus, &checkpoint, Element::Bf16, DType::BF16);
@@ -87,34 +87,37 @@ fn two_steps_in_flight_and_company_change_no_token_on_two_gpus() {
 }
 
 /// What one GPU launches; two sums a layer; and for the logits a copy to the place of the rank, a gather, and a copy out of
-/// the place of each rank.
+/// the place of each rank. Of experts a rank has some columns of each: no more launches than one GPU, and one sum.
 #[test]
 fn a_steady_step_of_two_gpus_is_one_graph_each() {
-    let Some(gpus) = pair() else { return };
-    let checkpoint = qwen3();
-    let runner = load(&gpus, &checkpoint, Element::Bf16, DType::BF16);
-    let mut steps = Steps::new(runner, prompts(checkpoint.spec().vocab_size), &SamplingParams::greedy(100));
-    (0..4).for_each(|_| steps.step());
-    let before = gpus.each_ref().map(MockGpu::counters);
-    steps.step();
-    let after = gpus.each_ref().map(MockGpu::counters);
-    let layers = checkpoint.spec().layers.len() as u64;
-    for (before, after) in before.iter().zip(&after) {
-        assert_eq!(after.graph_launches - before.graph_launches, 1);
-        assert_eq!(after.graph_nodes - before.graph_nodes, 9 * layers + 6 + 2 * layers + 4);
-        assert_eq!(after.collectives - before.collectives, 2 * layers + 1);
-        assert_eq!(after.matmuls - before.matmuls, 4 * layers + 1);
-        assert_eq!(after.launches - before.launches, 5 * layers + 5 + 2);
-        assert_eq!(after.device_to_device - before.device_to_device, 3);
-        assert_eq!(after.synchronizations - before.synchronizations, 2);
-        assert_eq!(after.allocations, before.allocations);
+    for (name, [nodes, products]) in [("qwen3", [2 * 9, 2 * 4]), ("qwen3-moe", [9 + 2 * 12, 4 + 2 * 3])] {
+        let Some(gpus) = pair() else { return };
+        let checkpoint = golden(name);
+        let runner = load(&gpus, &checkpoint, Element::Bf16, DType::BF16);
+        let vocab = checkpoint.spec().vocab_size;
+        let mut steps = Steps::new(runner, prompts(vocab), &SamplingParams::greedy(100));
+        (0..4).for_each(|_| steps.step());
+        let before = gpus.each_ref().map(MockGpu::counters);
+        steps.step();
+        let after = gpus.each_ref().map(MockGpu::counters);
+        let layers = checkpoint.spec().layers.len() as u64;
+        for (before, after) in before.iter().zip(&after) {
+            assert_eq!(after.graph_launches - before.graph_launches, 1, "{name}");
+            assert_eq!(after.graph_nodes - before.graph_nodes, nodes + 6 + 2 * layers + 4, "{name}");
+            assert_eq!(after.collectives - before.collectives, 2 * layers + 1, "{name}");
+            assert_eq!(after.matmuls - before.matmuls, products + 1, "{name}");
+            assert_eq!(after.launches - before.launches, nodes - products + 5 + 2, "{name}");
+            assert_eq!(after.device_to_device - before.device_to_device, 3, "{name}");
+            assert_eq!(after.synchronizations - before.synchronizations, 2, "{name}");
+            assert_eq!(after.allocations, before.allocations, "{name}");
+        }
     }
 }
 
 #[test]
 fn the_cache_is_what_the_gpu_with_least_memory_holds() {
     let Some(gpus) = pair() else { return };
-    let checkpoint = qwen3();
+    let checkpoint = golden("qwen3");
     let config = RunnerConfig { num_blocks: u32::MAX / 16, ..config(DType::BF16) };
     let (smallest, largest) = (AtomicU64::new(u64::MAX), AtomicU64::new(0));
     let measured = |backend: &Cuda| {
@@ -149,7 +152,7 @@ fn the_cache_is_what_the_gpu_with_least_memory_holds() {
 /// The other GPU waits for the one that has failed, in a sum that never comes.
 #[test]
 fn a_gpu_that_fails_ends_the_step_of_both() {
-    let checkpoint = qwen3();
+    let checkpoint = golden("qwen3");
     for (failing, after) in [(1, 0), (0, 9), (1, 40)] {
         let Some(gpus) = pair() else { return };
         // As on a real GPU, what is enqueued waits on the stream, not in the call.

@@ -132,8 +132,8 @@ fn experts_may_be_stored_as_one_tensor() {
         "is there by itself and in `model.layers.2.mlp.ex",
     );
     all.remove("model.layers.2.mlp.experts.3.up_proj.weight");
-    all.get_mut("model.layers.0.mlp.experts.down_proj").unwrap().1 = vec![8, 16, 64];
-    let expected = "has shape [8, 16, 64], but config.json asks for [8, 64, 16]";
+    all.get_mut("model.layers.0.mlp.experts.down_proj").unwrap().1 = vec![8, 32, 64];
+    let expected = "has shape [8, 32, 64], but config.json asks for [8, 64, 32]";
     assert_error(&write("fused_shape", "qwen3-moe", &all), expected);
 }
 

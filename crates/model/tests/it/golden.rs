@@ -105,11 +105,11 @@ fn expected(family: &str) -> ModelSpec {
         // The second of three layers is dense.
         "qwen3-moe" => {
             spec.architecture = "Qwen3MoeForCausalLM".to_owned();
-            (gqa.num_heads, gqa.qk_norm, spec.head, spec.norm_eps) = (1, QkNorm::PerHead, Head::Tied, 1e-6);
+            (gqa.qk_norm, spec.head, spec.norm_eps) = (QkNorm::PerHead, Head::Tied, 1e-6);
             let experts = MoeFfn {
                 num_experts: 8,
                 num_experts_per_tok: 2,
-                intermediate_size: 16,
+                intermediate_size: 32,
                 activation: Activation::Silu,
                 norm_topk_prob: true,
             };
