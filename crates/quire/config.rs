@@ -3,7 +3,7 @@
 use std::fmt;
 
 use quire_core::{DType, Limits, Micros, QuantFormat};
-use quire_model::{Mixer, ModelSpec, RopeScaling};
+use quire_model::{Checkpoint, Mixer, ModelSpec, RopeScaling};
 use quire_runner::{MemoryPlan, RunnerConfig, WeightPlan};
 use quire_scheduler::{LatencyTargets, Policy};
 
@@ -21,8 +21,6 @@ const CPU_MAX_NUM_BATCHED_TOKENS: u32 = 512;
 const GPU_MAX_NUM_SEQS: u32 = 512;
 /// Tokens of a step there: enough that prefill is bound by arithmetic.
 const GPU_MAX_NUM_BATCHED_TOKENS: u32 = 8192;
-/// Device memory of each rank of a group that is left alone: recorded graphs, work lists, the sampler's copies of logits.
-const GPU_RESERVE: u64 = 2 << 30;
 /// Default bound of `--kv-cache-memory`.
 const MAX_DEFAULT_KV: u64 = 4 << 30;
 /// Default share of free memory for keys and values.
@@ -141,6 +139,16 @@ impl Config {
             model_context,
             policy: Policy::default(),
         })
+    }
+
+    /// Counts the adapters, which are not part of the model's shape.
+    ///
+    /// # Errors
+    /// The model cannot be split over so many ranks.
+    pub fn count_adapters(&mut self, checkpoint: &Checkpoint) -> Result<(), ConfigError> {
+        self.memory = MemoryPlan::of_checkpoint(checkpoint, &self.runner, self.tensor_parallel_size)
+            .map_err(|refused| error("tensor-parallel-size", refused.to_string()))?;
+        Ok(())
     }
 
     /// A GPU's memory, measured after the largest step, leaves `budget` for keys and values, of which `num_blocks` blocks
@@ -301,9 +309,7 @@ fn num_blocks(
         Some(budget) => plan.num_blocks_in(budget.0),
         None => {
             let share = match machine.gpu_memory {
-                // Ranks of a group are not measured: what is left is guessed.
-                Some(free) if ranks > 1 => gpu_share(args, &plan, free),
-                // Less when the weights are there: see `take_measured_pool`.
+                // Less when weights and adapters are there: see `take_measured_pool`.
                 Some(free) => free.0,
                 None => default_kv_bytes(machine) / ranks,
             };
@@ -325,12 +331,6 @@ fn num_blocks(
 /// Of main memory, for the KV cache of all ranks.
 fn default_kv_bytes(machine: &Machine) -> u64 {
     ((machine.available_memory.0 as f64 * DEFAULT_KV_SHARE) as u64).min(MAX_DEFAULT_KV)
-}
-
-/// What is left of a GPU's memory for keys and values, with something for work lists and the sampler.
-fn gpu_share(args: &EngineArgs, plan: &MemoryPlan, free: Bytes) -> u64 {
-    let usable = (free.0 as f64 * args.gpu_memory_utilization) as u64;
-    usable.saturating_sub(plan.weight_bytes + 2 * plan.workspace_bytes + GPU_RESERVE)
 }
 
 /// Blocks in host memory: as many as the user's memory holds.
@@ -381,12 +381,16 @@ impl fmt::Display for Config {
         }
         writeln!(
             f,
-            "memory   {}weights {}, KV cache {} ({} tokens in {} blocks of {}, {}){}, workspace {}",
+            "memory   {}weights {}{}, KV cache {} ({} tokens in {} blocks of {}, {}){}, workspace {}",
             match self.tensor_parallel_size {
                 1 => String::new(),
                 ranks => format!("{ranks} ranks, each: "),
             },
             Bytes(memory.weight_bytes),
+            match memory.adapter_bytes {
+                0 => String::new(),
+                bytes => format!(", adapters {}", Bytes(bytes)),
+            },
             Bytes(memory.kv_bytes()),
             grouped(memory.kv_tokens()),
             grouped(runner.num_blocks.into()),

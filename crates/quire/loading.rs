@@ -76,6 +76,7 @@ pub(crate) fn load(
     let gpu = gpu::choose(args, checkpoint.spec())?;
     let machine = Machine { gpu_memory: gpu.as_ref().map(Gpu::free_memory), ..Machine::detect() };
     let mut config = Config::resolve(args, checkpoint.spec(), &machine)?;
+    config.count_adapters(&checkpoint)?;
     if let Some(targets) = targets {
         config.policy = targets.policy(&config, checkpoint.spec());
     }

@@ -18,6 +18,8 @@ use crate::step::{Layout, bucket};
 const RANKS: usize = 8;
 /// Merged parts of a layer: `QUIRE_LORA_PARTS`.
 const MAX_PARTS: usize = 3;
+/// What their memory is called.
+const PURPOSE: &str = "adapters";
 /// Of a row without an adapter.
 const NONE: i32 = -1;
 
@@ -59,7 +61,7 @@ impl Cuda {
             max_rank = max_rank.max(entry.rank as usize);
             encode(&entry, &mut table);
         }
-        let slice = self.take(source.name, table.len())?;
+        let slice = self.take(PURPOSE, table.len())?;
         self.send(&table, slice)?;
         let (in_features, out_features) = (source.in_features, source.out_features);
         Ok(CudaLora { name: source.name.to_owned(), table: slice, in_features, out_features, max_rank })
@@ -87,7 +89,7 @@ impl Cuda {
             let padding = || std::iter::repeat_n(0.0, padded - rank);
             let rows = b.chunks_exact(rank).flat_map(|row| row.iter().copied().chain(padding()));
             *to = LoraPartEntry {
-                b: self.store(name, rows, element)?.address(),
+                b: self.store(PURPOSE, rows, element)?.address(),
                 first: part.first as i32,
                 count: part.outputs().len() as i32,
                 rank_begin: entry.rank,
@@ -98,7 +100,7 @@ impl Cuda {
             entry.rank += padded as i32;
         }
         if !a.is_empty() {
-            entry.a = self.store(name, a.into_iter(), element)?.address();
+            entry.a = self.store(PURPOSE, a.into_iter(), element)?.address();
         }
         Ok(entry)
     }

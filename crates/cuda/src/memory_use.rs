@@ -10,9 +10,19 @@ use crate::Cuda;
 /// H200's, for about 30 graphs of 10 to 20 MB.
 const GRAPHS_PART: u64 = 128;
 
-/// What tensors are called in allocations that are not weights.
-const PURPOSES: &[&str] =
-    &["activations", "attention", "kv cache", "rotary table", "sampler", "step", "token counts"];
+/// What allocations are called that are not weights of the model.
+const PURPOSES: &[&str] = &[
+    "activations",
+    "adapters",
+    "attention",
+    "kv cache",
+    "logits of all GPUs",
+    "rotary table",
+    "routing",
+    "sampler",
+    "step",
+    "token counts",
+];
 
 /// Bytes taken so far, by purpose.
 #[derive(Debug, Default)]

@@ -80,7 +80,7 @@ impl<B: Backend> ModelRunner<B> {
         self.kv_layout = kv_layout(&spec_of_rank(spec, config.quant, world)?, config);
         self.kv = self.backend.alloc_kv(&self.kv_layout)?;
         self.batch = InputBatch::new(config, self.limits.kv_groups.len(), checkpoint.adapters().len());
-        self.memory = MemoryPlan::of_rank(spec, config, world)?;
+        self.memory = MemoryPlan::of_checkpoint(checkpoint, config, world)?;
         self.limits.num_blocks = config.num_blocks;
         let pool = u64::from(config.num_blocks) * u64::from(config.block_size);
         self.limits.max_model_len = config.max_model_len.min(u32::try_from(pool).unwrap_or(u32::MAX));

@@ -2,9 +2,10 @@
 
 use quire_backend::{KvLayerShape, KvLayout};
 use quire_core::Shard;
-use quire_model::{Mixer, ModelSpec};
+use quire_model::{Checkpoint, Mixer, ModelSpec};
 
 use crate::sharding::spec_of_rank;
+use crate::weights::adapter_bytes;
 use crate::workspace::WorkspaceShape;
 use crate::{RunnerConfig, RunnerError, WeightPlan};
 
@@ -13,6 +14,8 @@ use crate::{RunnerConfig, RunnerError, WeightPlan};
 pub struct MemoryPlan {
     /// All weights as stored after loading. Those that a backend maps from a file are page cache.
     pub weight_bytes: u64,
+    /// Factors of all adapters in f32, as on the processor; a GPU keeps them in the type of activations, in half of it.
+    pub adapter_bytes: u64,
     /// Activations and logits of the largest step, in f32.
     pub workspace_bytes: u64,
     /// One KV block, all layers, keys and values.
@@ -24,12 +27,26 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// The plan of a model under these limits.
+    /// The plan of a model without adapters under these limits.
     pub fn new(spec: &ModelSpec, config: &RunnerConfig) -> Self {
         Self::with_spec_of_rank(spec, config, 1)
     }
 
-    /// The plan of each of `world` tensor-parallel ranks: of the first, which has most.
+    /// The plan of each of `world` tensor-parallel ranks of a model with its adapters: of the first, which has most.
+    ///
+    /// # Errors
+    /// The model cannot be split so.
+    pub fn of_checkpoint(
+        checkpoint: &Checkpoint,
+        config: &RunnerConfig,
+        world: u32,
+    ) -> Result<Self, RunnerError> {
+        let rank_spec = spec_of_rank(checkpoint.spec(), config.quant, world)?;
+        let adapter_bytes = adapter_bytes(checkpoint.adapters(), &rank_spec)?;
+        Ok(Self { adapter_bytes, ..Self::with_spec_of_rank(&rank_spec, config, world) })
+    }
+
+    /// The same without adapters, from the model's shape alone.
     ///
     /// # Errors
     /// The model cannot be split so.
@@ -39,6 +56,7 @@ impl MemoryPlan {
 
     fn with_spec_of_rank(spec: &ModelSpec, config: &RunnerConfig, world: u32) -> Self {
         Self {
+            adapter_bytes: 0,
             weight_bytes: WeightPlan::of_rank(spec, config.quant, world).bytes,
             workspace_bytes: WorkspaceShape::new(spec, config, Shard { rank: 0, world }).bytes(),
             kv_block_bytes: kv_layout(spec, config).block_bytes() as u64,
@@ -57,9 +75,9 @@ impl MemoryPlan {
         u64::from(self.num_blocks) * u64::from(self.block_size)
     }
 
-    /// Weights, workspace and KV cache.
+    /// Weights, adapters, workspace and KV cache.
     pub fn total_bytes(&self) -> u64 {
-        self.weight_bytes + self.workspace_bytes + self.kv_bytes()
+        self.weight_bytes + self.adapter_bytes + self.workspace_bytes + self.kv_bytes()
     }
 
     /// Blocks that fit into `bytes` of KV cache; what `num_blocks` should be. May be 0.

@@ -112,7 +112,7 @@ impl<B: Backend> ModelRunner<B> {
                 max_steps_in_flight: if B::INLINE { 1 } else { PIPELINE },
                 kv_groups,
             },
-            memory: MemoryPlan::of_rank(checkpoint.spec(), config, shard.world)?,
+            memory: MemoryPlan::of_checkpoint(checkpoint, config, shard.world)?,
             kv_layout,
             num_host_blocks: 0,
             in_flight: VecDeque::with_capacity(PIPELINE as usize),

@@ -2,8 +2,9 @@
 
 use quire_backend::quant::row_bytes;
 use quire_core::{DType, QuantFormat};
-use quire_model::{Head, LayerTensor, ModelSpec};
+use quire_model::{Head, LORA_TARGETS, LayerTensor, LoraAdapter, ModelSpec};
 
+use crate::RunnerError;
 use crate::sharding::head_rows;
 
 /// The format of the table of input embeddings: a lookup gains nothing from quantization, but a table that is the output
@@ -84,6 +85,26 @@ impl WeightPlan {
             }
         }
     }
+}
+
+/// What a rank holds of these adapters, in f32: of each linear layer that one changes, a factor of its inputs and one of its
+/// outputs, as wide as the layer is on the rank.
+///
+/// # Errors
+/// Those of [`LoraAdapter::pair`].
+pub(crate) fn adapter_bytes(adapters: &[LoraAdapter], rank_spec: &ModelSpec) -> Result<u64, RunnerError> {
+    let mut numbers = 0;
+    for layer in 0..rank_spec.layers.len() {
+        let tensors = rank_spec.layer_tensors(layer).into_iter();
+        for (target, shape) in tensors.filter(|(tensor, _)| LORA_TARGETS.contains(tensor)) {
+            for adapter in adapters {
+                if adapter.pair(layer, target)?.is_some() {
+                    numbers += adapter.rank() * shape.iter().sum::<usize>();
+                }
+            }
+        }
+    }
+    Ok((numbers * size_of::<f32>()) as u64)
 }
 
 /// What people call the tensor.

@@ -10,15 +10,24 @@ use quire_model::{Checkpoint, LoraAdapter};
 use super::steps::{Runner, Steps};
 use super::{Element, GOLDEN_TOLERANCE, MockGpu, config, cuda, cuda_with, load, load_as, relative_error};
 
-/// The model with `robot` (q, v) and `rhyme` (all linear layers).
-fn checkpoint() -> Option<Checkpoint> {
+fn data() -> Option<PathBuf> {
     let beside = || super::repository().join("../shared");
     let data = std::env::var_os("QUIRE_SHARED").map_or_else(beside, PathBuf::from).join("data");
-    if !data.join("lora").is_dir() {
+    let has_adapters = data.join("lora").is_dir();
+    if !has_adapters {
         eprintln!("skipped: {} has no adapters; QUIRE_SHARED names the folder", data.display());
-        return None;
     }
-    let base = Checkpoint::open(&data.join("models/stories260k")).expect("it is whole");
+    has_adapters.then_some(data)
+}
+
+/// The model alone.
+pub fn base() -> Option<Checkpoint> {
+    Some(Checkpoint::open(&data()?.join("models/stories260k")).expect("it is whole"))
+}
+
+/// The model with `robot` (q, v) and `rhyme` (all linear layers).
+pub fn checkpoint() -> Option<Checkpoint> {
+    let (data, base) = (data()?, base()?);
     let open = |name: &str| LoraAdapter::open(&data.join("lora").join(name), &base).expect("it fits");
     let adapters = ["stories260k-robot", "stories260k-rhyme"].map(open);
     Some(base.with_adapters(adapters.into()))

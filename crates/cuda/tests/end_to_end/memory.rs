@@ -1,6 +1,6 @@
 //! The cache takes what the largest step leaves of the memory, and afterwards nothing is allocated or recorded any more.
 
-use quire_core::{DType, Executor, SamplingParams};
+use quire_core::{AdapterId, DType, Executor, SamplingParams};
 use quire_cuda::{Cuda, MemoryUse};
 use quire_model::Checkpoint;
 use quire_runner::{ModelRunner, RunnerConfig, RunnerError};
@@ -8,7 +8,7 @@ use quire_runner::{ModelRunner, RunnerConfig, RunnerError};
 use crate::common::MockGpu;
 use crate::common::build::repository;
 use crate::steps::Steps;
-use crate::{MAX_NUM_SEQS, config, cuda};
+use crate::{MAX_NUM_SEQS, config, cuda, lora};
 
 fn load(
     gpu: &MockGpu,
@@ -83,6 +83,41 @@ fn assert_nothing_is_made_any_more(gpu: &MockGpu, runner: ModelRunner<Cuda>, voc
     if gpu.is_mock() {
         assert_eq!(end.graph_launches - prefilled.graph_launches, u64::from(MAX_NUM_SEQS));
     }
+}
+
+/// What a model with adapters has for its cache is less by what they take, and by what steps with them do.
+#[test]
+fn adapters_are_counted_before_the_cache() {
+    let (Some(gpu), Some(adapted)) = (MockGpu::new().filter(MockGpu::is_mock), lora::checkpoint()) else {
+        return;
+    };
+    let plain = lora::base().expect("it is there with its adapters");
+    let budget = |checkpoint: &Checkpoint, measured: &mut Option<MemoryUse>| {
+        let runner = load(&gpu, checkpoint, 0.25, measured).unwrap();
+        (runner, measured.take().unwrap())
+    };
+    let (runner, without) = budget(&plain, &mut None);
+    drop(runner);
+    let (runner, with) = budget(&adapted, &mut None);
+    let plan = *runner.memory_plan();
+    assert_eq!(taken(&without, "adapters"), 0);
+    // The plan's are in f32; here each table has entries beside them, and ranks are filled up to eight.
+    assert!(taken(&with, "adapters") >= plan.adapter_bytes / 2, "{with:?}");
+    let (of_steps, allocated) = (taken(&with, "step") - taken(&without, "step"), without.free - with.free);
+    assert!(allocated >= taken(&with, "adapters") + of_steps, "{allocated} bytes for {with:?}");
+    assert_eq!(without.kv_budget(0.25) - with.kv_budget(0.25), allocated);
+    let start = gpu.counters();
+    let prompts = (0..MAX_NUM_SEQS).map(|seq| vec![1, seq + 300, seq + 301]).collect();
+    let mut steps = Steps::new(runner, prompts, &SamplingParams::greedy(100));
+    steps.adapters = (0..MAX_NUM_SEQS)
+        .map(|seq| [None, Some(AdapterId(0)), Some(AdapterId(1))][seq as usize % 3])
+        .collect();
+    (0..4).for_each(|_| steps.step());
+    let end = gpu.counters();
+    assert_eq!((end.allocations, end.live_graphs), (start.allocations, start.live_graphs));
+    assert_eq!(end.graph_launches - start.graph_launches, 3, "all but the prompts");
+    drop(steps);
+    gpu.assert_nothing_left();
 }
 
 #[test]

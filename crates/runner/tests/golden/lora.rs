@@ -5,6 +5,8 @@ use std::path::Path;
 
 use quire_core::AdapterId;
 use quire_model::{Checkpoint, LoraAdapter};
+use quire_runner::MemoryPlan;
+use safetensors::SafeTensors;
 use serde_json::Value;
 
 use crate::checkpoints::{ids, list, read_json, trained_model};
@@ -49,6 +51,31 @@ pub fn agrees_with_peft_in_one_batch<B: TestBackend>() {
         assert_eq!(alone.seqs[only].tokens, seq.tokens, "{:?}", case.adapter);
         assert!(bits(&alone.seqs[only]) == bits(seq), "{:?}: other bits in company", case.adapter);
     }
+}
+
+/// Their files are in f32, as the plan counts them. Of two ranks each has the halves of one factor and the other as a whole.
+#[test]
+fn the_memory_plan_counts_adapters() {
+    let Some(path) = trained_model("stories260k") else { return };
+    let base = Checkpoint::open(&path).unwrap();
+    let (mut adapters, mut bytes_in_files) = (Vec::new(), 0);
+    for name in ADAPTERS {
+        let folder = path.join("../../lora").join(name);
+        adapters.push(LoraAdapter::open(&folder, &base).unwrap());
+        let file = std::fs::read(folder.join("adapter_model.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&file).unwrap();
+        bytes_in_files += tensors.iter().map(|(_, tensor)| tensor.data().len() as u64).sum::<u64>();
+    }
+    let config = config(512, 16);
+    let plan =
+        |checkpoint: &Checkpoint, world| MemoryPlan::of_checkpoint(checkpoint, &config, world).unwrap();
+    let without = plan(&base, 1);
+    assert_eq!(without.adapter_bytes, 0);
+    let adapted = base.with_adapters(adapters);
+    let (whole, rank) = (plan(&adapted, 1), plan(&adapted, 2).adapter_bytes);
+    assert_eq!(whole.adapter_bytes, bytes_in_files);
+    assert_eq!(whole.total_bytes(), without.total_bytes() + bytes_in_files);
+    assert!(bytes_in_files / 2 < rank && rank < bytes_in_files, "{rank} of {bytes_in_files}");
 }
 
 fn add<B: TestBackend>(driver: &mut Driver<B>, case: &Case) -> usize {
