@@ -56,6 +56,7 @@ pub struct MockCounters {
     pub memsets: u64,
     pub host_to_device_bytes: u64,
     pub synchronizations: u64,
+    pub work: u64,
     pub allocations: u64,
     pub live_allocations: u64,
     pub live_bytes: u64,
@@ -146,6 +147,15 @@ impl MockGpu {
                 c_long::from(after),
                 error,
             );
+        }
+    }
+
+    /// After `after` more pieces of work on its streams, the device fails in the next; calls tell of it from then on.
+    pub fn fail_in_work(&self, after: u64, error: i32) {
+        // SAFETY: the function is that of cuda.cpp; plain numbers.
+        unsafe {
+            let set = self.control::<unsafe extern "C" fn(c_int, c_long, c_int)>("mock_fail_in_work");
+            set.expect("errors are injected into the double")(self.ordinal as c_int, after as c_long, error);
         }
     }
 

@@ -1,7 +1,6 @@
 //! Runs a fixed set of sequences through a runner: one step of prefill for all, then decoding.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use quire_backend::Backend;
 use quire_core::{
@@ -9,6 +8,8 @@ use quire_core::{
     RequestId, SamplingParams, Scheduled, SchedulerOutput, Slot, StepId, TokenId,
 };
 use quire_runner::{ModelRunner, TensorParallel};
+
+use crate::host::Spent;
 
 /// What steps run on.
 pub trait Runner: Executor {
@@ -45,8 +46,10 @@ pub struct Steps<R> {
     next_block: u32,
     next_step: u64,
     block_size: usize,
-    /// CPU time that this thread spent in the runner.
-    pub busy: Duration,
+    /// What this thread spent in the runner.
+    pub spent: Spent,
+    /// Reused, as the engine does.
+    out: ModelRunnerOutput,
     /// Sequences whose last token was replaced: they enter anew.
     forced: Vec<usize>,
 }
@@ -65,7 +68,8 @@ impl<R: Runner> Steps<R> {
             blocks: vec![0; n],
             next_block: 0,
             next_step: 0,
-            busy: Duration::ZERO,
+            spent: Spent::default(),
+            out: ModelRunnerOutput::default(),
             forced: Vec::new(),
             prompts,
         }
@@ -119,16 +123,20 @@ impl<R: Runner> Steps<R> {
         self.collect(step)
     }
 
-    /// `count` steps, each submitted before the one before it is collected.
     pub fn pipelined(&mut self, count: usize) {
+        self.try_pipelined(count).expect("the device lives");
+    }
+
+    /// `count` steps, each submitted before the one before it is collected.
+    pub fn try_pipelined(&mut self, count: usize) -> Result<(), ExecError> {
         let mut before = None;
         for _ in 0..count {
-            let step = self.submit().expect("the device lives");
+            let step = self.submit()?;
             if let Some(before) = before.replace(step) {
-                self.collect(before).expect("the device lives");
+                self.collect(before)?;
             }
         }
-        before.into_iter().for_each(|step| self.collect(step).expect("the device lives"));
+        before.map_or(Ok(()), |step| self.collect(step))
     }
 
     fn submit(&mut self) -> Result<StepId, ExecError> {
@@ -143,10 +151,10 @@ impl<R: Runner> Steps<R> {
         for s in 0..self.prompts.len() {
             self.plan(s, &mut plan);
         }
-        let (plan, late, start) = (Arc::new(plan), LateInputs::default(), thread_time());
+        let (plan, late, start) = (Arc::new(plan), LateInputs::default(), Spent::by_now());
         self.runner.submit(plan)?;
         self.runner.sample(step, &late)?;
-        self.busy += thread_time() - start;
+        self.spent.add_since(start);
         Ok(step)
     }
 
@@ -189,22 +197,13 @@ impl<R: Runner> Steps<R> {
     }
 
     fn collect(&mut self, step: StepId) -> Result<(), ExecError> {
-        let mut out = ModelRunnerOutput::default();
-        let start = thread_time();
-        self.runner.collect(step, &mut out)?;
-        self.busy += thread_time() - start;
-        assert_eq!(out.rows.len(), self.prompts.len());
-        for row in &out.rows {
-            self.outputs[row.slot.0 as usize].extend_from_slice(out.tokens_of(row));
+        let start = Spent::by_now();
+        self.runner.collect(step, &mut self.out)?;
+        self.spent.add_since(start);
+        assert_eq!(self.out.rows.len(), self.prompts.len());
+        for row in &self.out.rows {
+            self.outputs[row.slot.0 as usize].extend_from_slice(self.out.tokens_of(row));
         }
         Ok(())
     }
-}
-
-/// CPU time of this thread.
-fn thread_time() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: a plain call with a valid pointer.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }

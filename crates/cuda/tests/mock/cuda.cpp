@@ -3,7 +3,7 @@
 // It runs kernels that were built for the host (mock_kernels), keeps streams in order, and is strict where a real driver
 // only sometimes fails: device memory begins and ends at guard pages and starts as NaN, asynchronous copies demand
 // pinned memory, work on a stream is put off until something waits for it (mock_delay), captured launches keep the
-// arguments they had, and an error stays (mock_fail).
+// arguments they had, and an error stays, whether it comes in a call (mock_fail) or in the work (mock_fail_in_work).
 //
 // A whole process can be run under it too: as libcuda.so.1 in LD_LIBRARY_PATH, told what tests otherwise say by calls:
 //   QUIRE_MOCK_KERNELS   the host build of the kernels; any image then holds all of them
@@ -106,7 +106,7 @@ struct Device {
     std::map<std::string, std::unique_ptr<Function>> functions;
     bool delayed = false, idle = false;
     int error = OK;
-    long fail_after = -1;
+    long fail_after = -1, fail_in_work = -1;
     int fail_with = OK;
     uint64_t seed = 1;
 };
@@ -168,10 +168,13 @@ bool pinned(const Device& d, const void* address, size_t bytes) {
 int step(Stream& s) {
     Work work = std::move(s.pending.front());
     s.pending.pop_front();
+    Device& d = *s.device;
+    if (d.error == OK && d.fail_in_work >= 0 && d.fail_in_work-- == 0) d.error = d.fail_with;
     // A device that has failed does nothing any more.
-    if (s.device->error != OK) return s.device->error;
+    if (d.error != OK) return d.error;
+    d.counters.work++;
     int result = work();
-    if (result != OK && s.device->error == OK) s.device->error = result;
+    if (result != OK && d.error == OK) d.error = result;
     return result;
 }
 
@@ -251,6 +254,10 @@ int mock_is_device_memory(void* stream, const void* address, size_t bytes) {
 }
 void mock_fail(int ordinal, long after, int error) {
     device(ordinal).fail_after = after;
+    device(ordinal).fail_with = error;
+}
+void mock_fail_in_work(int ordinal, long after, int error) {
+    device(ordinal).fail_in_work = after;
     device(ordinal).fail_with = error;
 }
 int mock_enqueue(void* stream, const std::function<int()>* work) {

@@ -21,6 +21,7 @@ struct MockCounters {
     uint64_t memsets;
     uint64_t host_to_device_bytes;
     uint64_t synchronizations;  // of streams and events
+    uint64_t work;              // what streams have done: kernels, products, copies, events, replayed ones included
     uint64_t allocations;       // ever made, device memory
     uint64_t live_allocations;  // device memory now
     uint64_t live_bytes;
