@@ -3,6 +3,7 @@
 //! Every family is described on the page from the first second, so that a dashboard can tell "zero" from "not there".
 //! Histograms always have buckets: the exporter would render one without as a summary, which cannot be aggregated.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::Write;
 
@@ -73,15 +74,18 @@ impl MetricsPage {
         let own: Vec<_> =
             own.map(|(family, value)| (family.name, format!("{} {value}", family.name))).collect();
         let mut samples = split_by_family(&text);
-        for (name, line) in &own {
-            samples.entry(name).or_default().push(line);
-        }
+        samples.extend(own.iter().map(|(name, line)| (*name, Cow::Borrowed(line.as_str()))));
         let mut page = String::with_capacity(2 * text.len() + 2 * DESCRIPTIONS);
         for family in metric_names::ALL {
-            let lines = samples.remove(family.name).unwrap_or_default();
-            write_family(&mut page, family, family.name, &lines);
+            let lines = samples.get(family.name).map_or("", Cow::as_ref);
+            write_description(&mut page, family, family.name);
+            if !lines.is_empty() {
+                page.push_str(lines);
+                page.push('\n');
+            }
+            page.push('\n');
             if self.compat == MetricsCompat::Vllm {
-                write_aliases(&mut page, family, &lines);
+                write_aliases(&mut page, family, lines);
             }
         }
         page
@@ -91,42 +95,27 @@ impl MetricsPage {
 /// Bytes of all families' descriptions, about.
 const DESCRIPTIONS: usize = 16 * 1024;
 
-/// The sample lines of each family. Counters and gauges are sorted, because the recorder yields them in random order;
-/// lines of histograms keep theirs.
-fn split_by_family(text: &str) -> HashMap<&str, Vec<&str>> {
-    let mut families = HashMap::new();
-    let mut current: Option<(&str, bool, Vec<&str>)> = None;
-    for line in text.lines() {
-        if let Some(rest) = line.strip_prefix("# TYPE ") {
-            let (name, kind) = rest.split_once(' ').unwrap_or((rest, ""));
-            close(&mut families, current.take());
-            current = Some((name, kind == "histogram", Vec::new()));
-        } else if !line.is_empty()
-            && !line.starts_with('#')
-            && let Some((_, _, lines)) = &mut current
-        {
-            lines.push(line);
-        }
+/// The sample lines of each family, which the recorder yields in paragraphs. Counters and gauges are sorted, because their order
+/// is random; lines of histograms keep theirs.
+fn split_by_family(text: &str) -> HashMap<&str, Cow<'_, str>> {
+    let mut families = HashMap::with_capacity(metric_names::ALL.len());
+    for paragraph in text.split_terminator("\n\n") {
+        // Nothing is described there, so the type is the first line.
+        let Some(rest) = paragraph.strip_prefix("# TYPE ") else { continue };
+        let (head, lines) = rest.split_once('\n').unwrap_or((rest, ""));
+        let (name, kind) = head.split_once(' ').unwrap_or((head, ""));
+        families.insert(name, in_order(lines, kind == "histogram"));
     }
-    close(&mut families, current);
     families
 }
 
-fn close<'a>(families: &mut HashMap<&'a str, Vec<&'a str>>, family: Option<(&'a str, bool, Vec<&'a str>)>) {
-    let Some((name, is_histogram, mut lines)) = family else { return };
-    if !is_histogram {
-        lines.sort_unstable();
+fn in_order(lines: &str, is_ordered: bool) -> Cow<'_, str> {
+    if is_ordered || !lines.contains('\n') {
+        return lines.into();
     }
-    families.insert(name, lines);
-}
-
-fn write_family(page: &mut String, family: &Family, name: &str, lines: &[&str]) {
-    write_description(page, family, name);
-    for line in lines {
-        page.push_str(line);
-        page.push('\n');
-    }
-    page.push('\n');
+    let mut lines: Vec<&str> = lines.lines().collect();
+    lines.sort_unstable();
+    lines.join("\n").into()
 }
 
 fn write_description(page: &mut String, family: &Family, name: &str) {
@@ -141,16 +130,15 @@ fn write_description(page: &mut String, family: &Family, name: &str) {
 
 /// The same samples once more, under each alias and with its buckets alone. Buckets are cumulative, so leaving some out
 /// is right.
-fn write_aliases(page: &mut String, family: &Family, lines: &[&str]) {
+fn write_aliases(page: &mut String, family: &Family, lines: &str) {
     for alias in family.aliases {
         write_description(page, family, alias.name);
-        let is_histogram = !alias.buckets.is_empty();
-        let keeps = |line: &str| match bucket_bound(line) {
-            Some(bound) if is_histogram => alias.buckets.contains(&bound),
-            _ => true,
-        };
-        for rest in lines.iter().filter(|line| keeps(line)).filter_map(|line| line.strip_prefix(family.name))
-        {
+        let leaves_out =
+            matches!(family.kind, Kind::Histogram(buckets) if buckets.len() > alias.buckets.len());
+        let keeps =
+            |line: &str| !leaves_out || bucket_bound(line).is_none_or(|bound| alias.buckets.contains(&bound));
+        let kept = lines.lines().filter(|line| keeps(line));
+        for rest in kept.filter_map(|line| line.strip_prefix(family.name)) {
             page.push_str(alias.name);
             page.push_str(rest);
             page.push('\n');

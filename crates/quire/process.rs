@@ -17,6 +17,10 @@ static START: LazyLock<f64> = LazyLock::new(|| {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since_epoch| since_epoch.as_secs_f64())
 });
 
+/// Nothing here changes it.
+static MAX_FDS: LazyLock<Option<f64>> =
+    LazyLock::new(|| number(&read_to_string("/proc/self/limits").unwrap_or_default(), "Max open files"));
+
 /// Remembers the time of the start.
 pub fn mark_start() {
     LazyLock::force(&START);
@@ -39,7 +43,7 @@ pub fn samples() -> Vec<(Family, f64)> {
     push(PROCESS_VIRTUAL_MEMORY, number(&status, "VmSize:").map(|kib| kib * 1024.0));
     push(PROCESS_THREADS, number(&status, "Threads:"));
     push(PROCESS_OPEN_FDS, read_dir("/proc/self/fd").ok().map(|entries| entries.count() as f64));
-    push(PROCESS_MAX_FDS, number(&read_to_string("/proc/self/limits").unwrap_or_default(), "Max open files"));
+    push(PROCESS_MAX_FDS, *MAX_FDS);
     samples
 }
 

@@ -8,10 +8,11 @@
 //! `build.rs` compiles `proto/` with protox, so no protoc is needed.
 //!
 //! Reading order: `proto/quire/v1/inference.proto`, [`service`], [`convert`], [`status`], [`server`], [`timeline`],
-//! `observe`, `audit`.
+//! `collected`, `observe`, `audit`.
 #![forbid(unsafe_code)]
 
 mod audit;
+mod collected;
 pub mod convert;
 mod observe;
 pub mod server;

@@ -5,6 +5,7 @@ use std::future::Future;
 use quire_llm::{Lifecycle, ServerState};
 use quire_tenancy::{AuditLog, Tenancy, Trail, bearer};
 use tokio::net::TcpListener;
+use tokio_stream::StreamExt;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
@@ -14,6 +15,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::audit::AuditLayer;
+use crate::collected::Collected;
 use crate::proto::inference_server::InferenceServer;
 use crate::service::InferenceService;
 use crate::{observe, proto, status};
@@ -59,6 +61,7 @@ pub async fn serve(
     let reflection = reflection_builder().build_v1().expect("the descriptors come from our own build");
     let reflection_alpha =
         reflection_builder().build_v1alpha().expect("the descriptors come from our own build");
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let result = Server::builder()
         .max_concurrent_streams(config.max_concurrent_streams)
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(30)))
@@ -67,7 +70,7 @@ pub async fn serve(
         .add_service(InterceptedService::new(inference, auth.clone()))
         .add_service(InterceptedService::new(reflection, auth.clone()))
         .add_service(InterceptedService::new(reflection_alpha, auth))
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), shutdown)
+        .serve_with_incoming_shutdown(incoming.map(|stream| stream.map(Collected::new)), shutdown)
         .await;
     watcher.abort();
     result

@@ -144,7 +144,8 @@ async fn connection(
         service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(Peer(peer));
             spoke.store(true, Ordering::Relaxed);
-            app.clone().call(request)
+            // On the heap, too, and only until the answer begins.
+            Box::pin(app.clone().call(request))
         })
     };
     let stream = TokioIo::new(stream);

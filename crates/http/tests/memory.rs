@@ -16,9 +16,9 @@ use crate::harness::{Server, Setup, eventually};
 #[allow(dead_code, reason = "shared with other tests")]
 mod harness;
 
-/// Bytes of one stream at most, a little above what they are. Two buffers of 8 KiB are hyper's, and most of those is never
-/// touched: resident memory, for which 24 KiB are the target, is less (docs/performance.md).
-const MAX_BYTES: isize = 26 << 10;
+/// Bytes of one stream at most. Two buffers of 8 KiB are hyper's, and most of those is never touched: resident memory is less
+/// (docs/performance.md).
+const MAX_BYTES: isize = 24 << 10;
 const NUM_STREAMS: u32 = 64;
 
 /// Allocations are counted apart by size, in steps of this, up to [`LARGE`].

@@ -327,7 +327,9 @@ enum Release {
 impl PromptLogprobs {
     fn new(wanted: bool, prompt_len: usize) -> Self {
         let len = if wanted { prompt_len } else { 0 };
-        Self { entries: vec![None; len], missing: len.saturating_sub(1), released: false }
+        let missing = len.saturating_sub(1);
+        // Where nothing has to wait, no room is made for what did.
+        Self { entries: vec![None; len], missing, released: missing == 0 }
     }
 
     fn insert(&mut self, tokenizer: &Tokenizer, prompt: &[TokenId], position: u32, logprobs: &TokenLogprobs) {

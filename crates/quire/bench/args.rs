@@ -36,7 +36,7 @@ pub enum BenchCommand {
     Throughput(ThroughputArgs),
     /// Where a step's time goes, operation by operation, against what this machine can do
     Kernels(KernelsArgs),
-    /// What the scheduler itself costs: a step at up to 16,384 sequences, a long prompt
+    /// What the scheduler itself costs: a step at up to 16,384 sequences, a long prompt, a token on its way to a reader
     Scheduler(SchedulerArgs),
 }
 
@@ -45,7 +45,11 @@ Planning a step and taking its results, with prefix cache, stop checks, fair sha
 device, in CPU time of the thread. Rows, as in the JSON:
   step_us/SEQUENCES                     one step in which so many sequences decode, median
   prompt_16k_hash_us|admit_us|...       a prompt of 16,384 tokens: addresses of its blocks, admission, a full hit, release
-  prompt_131k_...                       the same of 131,072 tokens";
+  prompt_131k_...                       the same of 131,072 tokens
+and then what a token costs from the scheduler to who reads it in this process, in time: one thread for the engine with a
+device that takes none, one for as many readers:
+  engine_token_us/READERS               time a token, the metrics of a server included
+  engine_tokens_per_event/READERS       1: each was read by itself";
 
 /// `quire bench scheduler`
 #[derive(Args, Clone, Debug)]

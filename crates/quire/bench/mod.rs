@@ -36,7 +36,7 @@ pub(crate) fn bench(args: &BenchArgs, out: &mut impl Write) -> Result<()> {
         BenchCommand::Latency(args) => (latency::latency(args, &mut progress)?, args.model.json),
         BenchCommand::Throughput(args) => (throughput::throughput(args, &mut progress)?, args.model.json),
         BenchCommand::Kernels(args) => (kernels::kernels(args, &mut progress)?, args.model.json),
-        BenchCommand::Scheduler(args) => (scheduler::scheduler(), args.json),
+        BenchCommand::Scheduler(args) => (scheduler::scheduler()?, args.json),
     };
     report.print(json, out)
 }

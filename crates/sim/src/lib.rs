@@ -17,9 +17,10 @@
 //! [`capacity`] to find out how much of one a device takes, and for [`mod@plan`] how many devices it needs.
 //!
 //! Reading order: [`oracle`], [`shadow_kv`], `executor`, `workload`, `checker`, [`run`], then [`mock`],
-//! [`bench_scheduler`], [`trace`], [`replay`], [`serve_trace`], [`service`].
+//! [`bench_scheduler`], [`bench_engine`], [`trace`], [`replay`], [`serve_trace`], [`service`].
 #![forbid(unsafe_code)]
 
+pub mod bench_engine;
 pub mod bench_scheduler;
 pub mod capacity;
 mod checker;

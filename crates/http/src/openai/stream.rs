@@ -41,7 +41,7 @@ pub(crate) struct Chunks {
     generations: SmallVec<[Generation; 1]>,
     choices: SmallVec<[ChoiceState; 1]>,
     /// `data: {"id":…,"choices":[`
-    head: Vec<u8>,
+    head: Box<[u8]>,
     /// What follows the choices, up to the end of the event.
     tail: &'static [u8],
     shape: Shape,
@@ -76,7 +76,7 @@ impl Chunks {
         Self {
             choices: SmallVec::from_elem(ChoiceState::default(), choices),
             generations: generations.into_iter().collect(),
-            head: head.into_bytes(),
+            head: head.into_bytes().into(),
             tail: if include_usage { b",\"usage\":null}\n\n" } else { b"}\n\n" },
             shape,
             answer,
