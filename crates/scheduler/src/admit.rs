@@ -11,6 +11,7 @@ use crate::policy::OrderKey;
 use crate::schedule::Pass;
 use crate::scheduler::Scheduler;
 use crate::sequence::{SeqIndex, SeqState};
+use crate::turn::Turn;
 
 /// Tokens of output for which room is made at admission; longer outputs grow by doubling.
 const RESERVED_OUTPUT_TOKENS: usize = 1024;
@@ -79,6 +80,17 @@ impl Scheduler {
             if before.is_some_and(|before| self.seqs.data(seq).key > before) {
                 return;
             }
+            match self.turn(seq) {
+                Turn::GoesOn => {}
+                Turn::Waits => {
+                    pass.blocked = Some(WaitCause::Queue);
+                    return self.note_blocked(seq, pass);
+                }
+                Turn::Over => {
+                    self.waiting.end_turn();
+                    continue;
+                }
+            }
             if self.free_slots.is_empty() {
                 pass.blocked = Some(WaitCause::BatchFull);
                 return self.note_blocked(seq, pass);
@@ -91,7 +103,7 @@ impl Scheduler {
             let (tenant, whole) = (hot.tenant, self.kv.peak_blocks(hot.num_tokens));
             if self.fair.is_over_share(tenant, whole, self.fair.num_running(tenant)) {
                 self.waiting.skip(tenant);
-                self.note_wait(seq, self.fair.cause_of_share(tenant));
+                self.note_wait(seq, WaitCause::KvShare);
                 continue;
             }
             // A chunk now, whatever part of the prompt will be found in the cache.

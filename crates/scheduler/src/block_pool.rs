@@ -147,7 +147,7 @@ impl BlockPool {
         }
         block.ref_count += 1;
         block.uses = block.uses.saturating_add(1);
-        block.class = if block.class == HELD { 0 } else { block.class };
+        block.class = if block.class >= HELD { 0 } else { block.class };
         block.place = Place::Referenced;
     }
 

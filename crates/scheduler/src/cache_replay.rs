@@ -89,7 +89,7 @@ impl CacheReplay {
         self.plan.clear();
         self.kv.step_scheduled(self.step, &mut self.plan);
         self.kv.step_collected(self.step);
-        self.kv.release_table(&mut self.table, prompt_tokens, output_tokens);
+        self.kv.release_table(&mut self.table, prompt_tokens, output_tokens, 0);
         hit.num_blocks
     }
 

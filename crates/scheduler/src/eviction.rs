@@ -12,11 +12,11 @@
 
 use quire_core::{BlockId, Micros};
 
-use crate::reuse::{NUM_CLASSES, ReuseModel};
+use crate::reuse::{NUM_CLASSES, ReuseModel, WANTED};
 
 const NONE: u32 = u32::MAX;
-/// One queue per class, and one for what is held.
-const NUM_QUEUES: usize = NUM_CLASSES + 1;
+/// One queue per class, one for what is held, and one for what is wanted.
+const NUM_QUEUES: usize = NUM_CLASSES + 2;
 /// How many runs [`IdleBlocks::push_since`] looks back for the place of an older block.
 const MAX_WALK: u32 = 64;
 
@@ -212,9 +212,11 @@ impl IdleBlocks {
         let mut least: Option<(f64, Micros, u32)> = None;
         let mut classes = self.occupied;
         while classes != 0 {
-            let queue = self.queues[classes.trailing_zeros() as usize];
+            let class = classes.trailing_zeros() as u8;
+            let queue = self.queues[usize::from(class)];
             classes &= classes - 1;
-            for end in [queue.oldest, queue.youngest] {
+            let ends = if class == WANTED { [queue.youngest; 2] } else { [queue.oldest, queue.youngest] };
+            for end in ends {
                 let run = &self.runs[end as usize];
                 let index = model.index(run.class, model.age(now.0.saturating_sub(run.at.0)));
                 if least.is_none_or(|(lowest, at, _)| index < lowest || (index == lowest && run.at < at)) {
@@ -310,6 +312,7 @@ impl IdleBlocks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reuse::HELD;
 
     #[test]
     fn blocks_from_elsewhere_keep_their_age() {
@@ -325,6 +328,18 @@ mod tests {
             assert!(popped.iter().filter(|idle| idle.class == class).is_sorted_by_key(|idle| idle.since));
         }
         assert!(popped.iter().all(|idle| idle.since.0 == u64::from(idle.id.0 * 37 % 50)));
+    }
+
+    #[test]
+    fn what_is_wanted_goes_last_and_the_latest_of_it_first() {
+        let model = ReuseModel::new();
+        let mut idle = IdleBlocks::new(8);
+        let classes = [WANTED, 31, WANTED, HELD, WANTED, 0];
+        (0..6_u32).zip(classes).for_each(|(id, class)| idle.push(BlockId(id), class, Micros(u64::from(id))));
+        let mut pop = |now| idle.pop(Micros(now), Choice::Least(&model)).map(|idle| idle.id.0);
+        assert_eq!([(); 4].map(|()| pop(10)), [Some(5), Some(1), Some(4), Some(2)]);
+        // What was waited for too long is worth nothing.
+        assert_eq!([(); 3].map(|()| pop(3_600_000_000)), [Some(0), Some(3), None]);
     }
 
     #[test]

@@ -85,7 +85,7 @@ impl Scheduler {
         if self.waiting.head_of(key) != Some(seq) {
             WaitCause::Queue
         } else if self.waiting.is_skipped(key) {
-            self.fair.cause_of_share(self.seqs.hot(seq).tenant)
+            WaitCause::KvShare
         } else if self.waiting.is_behind_priority(key) {
             WaitCause::Priority
         } else {

@@ -9,8 +9,6 @@ use std::cmp::Ordering;
 
 use quire_core::{TenantId, TenantShare};
 
-use crate::note::WaitCause;
-
 /// Tenants beyond this share one counter. Ids index the configured tenants, so nobody gets here by accident.
 const MAX_TENANTS: u32 = 1 << 16;
 /// Weights outside are clamped.
@@ -19,6 +17,19 @@ const WEIGHTS: (f64, f64) = (1e-3, 1e6);
 /// A lead with which a tenant's sequences go on, in units of the dearest request. The bound on the gap is two of them,
 /// and a step adds to a lead before it can be corrected.
 const TOLERATED_LEAD: f64 = 1.0;
+
+/// The quantum, and the tolerated lead, where the pool does not hold the prefixes that are waited for. Each turn begins
+/// with one that has to be computed, so it is as long as the bound on the gap allows. It ends a little earlier than
+/// sequences begin to stand still, because answers may be longer than was expected.
+const CROWDED_QUANTUM: f64 = 1.6;
+const CROWDED_LEAD: f64 = 1.75;
+/// Of the pool, the part that prefixes fill which are waited for when turns become long, since the batch needs the rest,
+/// and when they become short again: later, or tenants with the lead of a long turn would stand still.
+const CROWDED_FROM: f64 = 0.75;
+const CROWDED_TO: f64 = 0.25;
+
+/// What one finished request changes of the mean output of its tenant.
+const OUTPUT_MEMORY: f64 = 0.125;
 
 /// What fairness means here.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -69,6 +80,8 @@ struct Tenant {
     num_blocks: u32,
     max_blocks: u32,
     num_running: u32,
+    /// Mean output of its latest requests.
+    mean_output: Option<f64>,
 }
 
 /// The counters of all tenants.
@@ -80,15 +93,38 @@ pub(crate) struct FairShare {
     tenants: Vec<Tenant>,
     /// The dearest request so far, on its tenant's account.
     max_cost: f64,
+    /// Mean output of everybody's latest requests.
+    mean_output: f64,
+    /// The pool is too small for the prefixes that are waited for.
+    crowded: bool,
 }
 
 impl FairShare {
     pub(crate) fn new(config: FairnessConfig, pool_blocks: u32) -> Self {
-        Self { config, pool_blocks, shares: Vec::new(), tenants: Vec::new(), max_cost: 0.0 }
+        Self {
+            config,
+            pool_blocks,
+            shares: Vec::new(),
+            tenants: Vec::new(),
+            max_cost: 0.0,
+            mean_output: 0.0,
+            crowded: false,
+        }
+    }
+
+    /// Tenants wait for prefixes of so many blocks in all.
+    pub(crate) fn set_shared_blocks(&mut self, num_blocks: u64) {
+        let part = if self.crowded { CROWDED_TO } else { CROWDED_FROM };
+        self.crowded = self.tenants.len() > 1 && num_blocks as f64 > part * f64::from(self.pool_blocks);
     }
 
     pub(crate) fn config(&self) -> &FairnessConfig {
         &self.config
+    }
+
+    /// Whether turns are as long as can be, because each begins with a prefix that has to be computed.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.crowded
     }
 
     /// New shares, from now on; counters stay.
@@ -96,8 +132,8 @@ impl FairShare {
         self.shares = shares.to_vec();
         for at in 0..self.tenants.len() {
             let fresh = self.fresh(at);
-            let Tenant { counter, num_blocks, num_running, .. } = self.tenants[at];
-            self.tenants[at] = Tenant { counter, num_blocks, num_running, ..fresh };
+            let Tenant { counter, num_blocks, num_running, mean_output, .. } = self.tenants[at];
+            self.tenants[at] = Tenant { counter, num_blocks, num_running, mean_output, ..fresh };
         }
     }
 
@@ -123,6 +159,7 @@ impl FairShare {
             num_blocks: 0,
             max_blocks: (f64::from(self.pool_blocks) * part).ceil() as u32,
             num_running: 0,
+            mean_output: None,
         }
     }
 
@@ -157,6 +194,25 @@ impl FairShare {
         self.max_cost = self.max_cost.max(cost);
     }
 
+    /// Takes note of how long an answer was.
+    pub(crate) fn note_output(&mut self, tenant: TenantId, num_output_tokens: u32) {
+        let output = f64::from(num_output_tokens);
+        self.mean_output += (output - self.mean_output) * OUTPUT_MEMORY;
+        let tenant = self.get_mut(tenant);
+        let mean = tenant.mean_output.unwrap_or(output);
+        tenant.mean_output = Some(mean + (output - mean) * OUTPUT_MEMORY);
+    }
+
+    /// The tenant's counter once its running sequences, and one more that computes `num_prompt_tokens`, have ended, if
+    /// their answers are as long as others were. Says when a turn ends, no more: nobody loses by a wrong guess.
+    pub(crate) fn committed(&self, tenant: TenantId, num_prompt_tokens: u32) -> Counter {
+        let tenant = self.get(tenant);
+        let num_output_tokens =
+            tenant.mean_output.unwrap_or(self.mean_output) * f64::from(tenant.num_running + 1);
+        let prompt = f64::from(num_prompt_tokens) * tenant.per_prompt_token;
+        Counter(tenant.counter.0 + prompt + num_output_tokens * tenant.per_output_token)
+    }
+
     /// The counter beyond which a tenant is too far ahead of `behind`.
     pub(crate) fn ceiling(&self, behind: TenantId) -> Counter {
         Counter(self.counter(behind).0 + self.tolerance())
@@ -164,7 +220,13 @@ impl FairShare {
 
     /// How far the tenant served last may be ahead and stay in turn.
     pub(crate) fn quantum(&self) -> f64 {
-        self.config.quantum * self.max_cost
+        self.relative_quantum() * self.max_cost
+    }
+
+    /// In units of the dearest request.
+    fn relative_quantum(&self) -> f64 {
+        let least = if self.crowded { CROWDED_QUANTUM } else { 0.0 };
+        self.config.quantum.max(least)
     }
 
     /// How many places `ahead` should give up to `behind` at once: one for each request it is ahead, or a quarter of
@@ -179,7 +241,8 @@ impl FairShare {
     }
 
     fn tolerance(&self) -> f64 {
-        (TOLERATED_LEAD.max(self.config.quantum) * self.max_cost).max(1.0)
+        let lead = if self.crowded { CROWDED_LEAD } else { TOLERATED_LEAD };
+        (lead.max(self.config.quantum) * self.max_cost).max(1.0)
     }
 
     /// A tenant that comes back does not bring service it has not used.
@@ -188,22 +251,17 @@ impl FairShare {
         tenant.counter = tenant.counter.max(to);
     }
 
-    /// Whether `num_more` blocks would put the tenant over its share. What runs alone may have what it needs.
+    /// Whether `num_more` blocks would put the tenant over its share. What runs alone may have what it needs, and whoever
+    /// may have all has what the pool has, which is more than it seems: blocks count for each sequence that holds them.
     pub(crate) fn is_over_share(&self, tenant: TenantId, num_more: u32, num_others_running: u32) -> bool {
-        let tenant = self.get(tenant);
-        num_others_running > 0 && tenant.num_blocks.saturating_add(num_more) > tenant.max_blocks
+        let Tenant { num_blocks, max_blocks, .. } = *self.get(tenant);
+        let is_limited = max_blocks < self.pool_blocks;
+        is_limited && num_others_running > 0 && num_blocks.saturating_add(num_more) > max_blocks
     }
 
     /// How much of the service `other` gets while `tenant` gets one unit of it.
     pub(crate) fn relative_share(&self, other: TenantId, tenant: TenantId) -> f64 {
         self.get(tenant).per_prompt_token / self.get(other).per_prompt_token
-    }
-
-    /// What to call it when [`Self::is_over_share`] keeps a sequence of this tenant waiting: one that may have the whole
-    /// pool suffers from nothing but the pool's size.
-    pub(crate) fn cause_of_share(&self, tenant: TenantId) -> WaitCause {
-        let has_all = self.get(tenant).max_blocks >= self.pool_blocks;
-        if has_all { WaitCause::KvPressure } else { WaitCause::KvShare }
     }
 
     pub(crate) fn num_running(&self, tenant: TenantId) -> u32 {

@@ -85,7 +85,7 @@ impl Scheduler {
                 }
                 let (_, data) = self.seqs.both_mut(seq);
                 self.num_parked -= u32::from(data.parked);
-                self.kv.release_table(&mut data.table, data.prompt.len() as u32, 0);
+                self.kv.release_table(&mut data.table, data.prompt.len() as u32, 0, 0);
                 self.unhold(seq);
             }
             SeqState::Running => {
@@ -101,6 +101,7 @@ impl Scheduler {
         usage.generated_tokens = num_tokens - data.prompt_len();
         let num_prompt_tokens = if data.started { data.prompt_len() - usage.cached_tokens } else { 0 };
         self.fair.note_cost(tenant, num_prompt_tokens, usage.generated_tokens);
+        self.fair.note_output(tenant, usage.generated_tokens);
         if usage.generated_tokens == 0 {
             usage.first_token = self.now;
         }
@@ -138,13 +139,15 @@ impl Scheduler {
 
     /// Gives back blocks and slot of a running sequence. The caller sets its next state.
     pub(crate) fn leave_batch(&mut self, seq: SeqIndex, hold: bool) {
+        let num_wanted = self.num_shared_blocks(seq);
         let (hot, data) = self.seqs.both_mut(seq);
         self.fair.left(hot.tenant, data.table.live().len() as u32);
         let prompt_tokens = data.prompt_len();
         if hold {
             self.kv.hold_table(&mut data.table);
         } else {
-            self.kv.release_table(&mut data.table, prompt_tokens, hot.num_tokens - prompt_tokens);
+            let output_tokens = hot.num_tokens - prompt_tokens;
+            self.kv.release_table(&mut data.table, prompt_tokens, output_tokens, num_wanted);
         }
         hot.num_blocks = 0;
         self.free_slots.push(Slot(hot.slot));

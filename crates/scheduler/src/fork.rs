@@ -54,7 +54,7 @@ impl Scheduler {
         for seq in self.waiting.seqs() {
             let (hot, data) = self.seqs.both_mut(seq);
             if std::mem::take(&mut data.parked) {
-                self.kv.release_table(&mut data.table, data.prompt.len() as u32, 0);
+                self.kv.release_table(&mut data.table, data.prompt.len() as u32, 0, 0);
                 hot.num_blocks = 0;
             }
         }

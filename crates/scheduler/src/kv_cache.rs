@@ -11,7 +11,7 @@ use crate::eviction::{Choice, EvictionPolicy};
 use crate::history::History;
 use crate::host_tier::{BlockCosts, HostTier};
 use crate::prefix_cache::PrefixCache;
-use crate::reuse::{Levels, ReuseModel, Visit};
+use crate::reuse::{Levels, ReuseModel, Visit, WANTED};
 use crate::scheduler::SchedulerConfig;
 
 /// What an entry of a table holds where the content was never present.
@@ -342,20 +342,28 @@ impl KvCacheManager {
     }
 
     /// Gives back all blocks after a prompt of `prompt_tokens` and an answer of `output_tokens`; last first, because the
-    /// tail of a chain is worth least.
-    pub(crate) fn release_table(&mut self, table: &mut BlockTable, prompt_tokens: u32, output_tokens: u32) {
+    /// tail of a chain is worth least. Somebody waits for the first `num_wanted`.
+    pub(crate) fn release_table(
+        &mut self,
+        table: &mut BlockTable,
+        prompt_tokens: u32,
+        output_tokens: u32,
+        num_wanted: u32,
+    ) {
         let mut deeper = Deeper::default();
         for at in (table.first_live as usize..table.blocks.len()).rev() {
             let block = table.blocks[at];
-            deeper = self.release_after(block, table.visit, prompt_tokens, output_tokens, deeper);
+            deeper = self.learn_release(block, table.visit, prompt_tokens, output_tokens, deeper);
+            let class = if at < num_wanted as usize { WANTED } else { deeper.class };
+            self.pool.release(block, class, self.now);
         }
         table.blocks.clear();
         table.first_live = 0;
         table.visit = Visit::default();
     }
 
-    /// Gives back one block after those `deeper` in its chain.
-    fn release_after(
+    /// Learns from the release of a block after those `deeper` in its chain.
+    fn learn_release(
         &mut self,
         block: BlockId,
         visit: Visit,
@@ -379,7 +387,6 @@ impl KvCacheManager {
                 history.release(hash, self.now, visit.turn, deeper.levels, deeper.class);
             }
         }
-        self.pool.release(block, deeper.class, self.now);
         deeper
     }
 

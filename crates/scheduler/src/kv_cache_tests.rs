@@ -105,7 +105,7 @@ impl Shadow {
         }
         let at = self.next(self.tables.len() as u64) as usize;
         let (mut table, chain) = self.tables.swap_remove(at);
-        self.kv.release_table(&mut table, chain.len() as u32 * BLOCK_SIZE, 1);
+        self.kv.release_table(&mut table, chain.len() as u32 * BLOCK_SIZE, 1, 0);
     }
 
     fn step(&mut self) {

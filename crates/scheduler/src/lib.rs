@@ -51,6 +51,7 @@ mod sequence;
 mod sequence_table;
 pub mod stats;
 mod swap;
+mod turn;
 mod update;
 mod waiting;
 

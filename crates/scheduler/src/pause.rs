@@ -5,6 +5,8 @@
 //! Only where so much of the batch would stand still that the device has little to do are places given up
 //! ([`Scheduler::note_blocked`]).
 
+use quire_core::TenantId;
+
 use crate::fair::Counter;
 use crate::policy::OrderKey;
 use crate::schedule::Pass;
@@ -25,12 +27,16 @@ pub(crate) struct Pause {
 
 impl Scheduler {
     /// The rule for a step, if somebody waits for whom there was no room in the one before.
-    pub(crate) fn pause(&self) -> Option<Pause> {
+    pub(crate) fn pause(&mut self) -> Option<Pause> {
         let key: OrderKey = self.blocked?;
         if self.fair.num_tenants() < 2 || self.waiting.get(&key).is_none() {
             return None;
         }
-        Some(Pause { ceiling: self.fair.ceiling(key.queue().1), priority: key.priority() })
+        // The step may have changed who was served least.
+        let least = self.waiting.least_served(&key, &self.fair).map(|seq| self.seqs.hot(seq).tenant);
+        let may_run = |&tenant: &TenantId| !self.fair.is_over_share(tenant, 1, self.fair.num_running(tenant));
+        let behind = least.filter(may_run).unwrap_or(key.queue().1);
+        Some(Pause { ceiling: self.fair.ceiling(behind), priority: key.priority() })
     }
 
     /// Whether the sequence stands still in this step.

@@ -48,7 +48,7 @@ impl Scheduler {
             let own =
                 |&at: &usize| self.seqs.hot(self.running[at]).tenant == tenant && self.may_lose(at, pass);
             match (pass.next..self.running.len()).rfind(own) {
-                Some(at) => self.preempt(at, self.fair.cause_of_share(tenant), pass),
+                Some(at) => self.preempt(at, WaitCause::KvShare, pass),
                 None => return false,
             }
         }
@@ -72,6 +72,7 @@ impl Scheduler {
     /// There is no slot, block or token for the first waiting sequence. If that is unfair, tenants too far ahead stand
     /// still in the next step, or make place: in this one the sequences of the batch have their rows.
     pub(crate) fn note_blocked(&mut self, waiting: SeqIndex, pass: &Pass) {
+        let waiting = self.waiting.least_served(&self.seqs.data(waiting).key, &self.fair).unwrap_or(waiting);
         self.blocked = Some(self.seqs.data(waiting).key);
         if self.fair.num_tenants() > 1
             && self.is_idle(pass)
@@ -84,6 +85,7 @@ impl Scheduler {
 
     /// Makes place for the first waiting sequence, at the expense of tenants that are too far ahead.
     pub(crate) fn yield_places(&mut self, num_owed: u32, pass: &mut Pass) {
+        self.waiting.end_turn();
         let Some(waiting) = self.waiting.first(self.now, &self.fair) else { return };
         let needed = self.kv.peak_blocks(self.seqs.hot(waiting).num_tokens);
         for num_yielded in 0..MAX_YIELDED {

@@ -22,7 +22,10 @@ pub(crate) const NUM_CLASSES: usize = 32;
 /// The class of what a sequence left behind that was taken out of the batch and will go on: worth more than anything
 /// else, until it has waited for too long. Nothing is learned of it.
 pub(crate) const HELD: u8 = NUM_CLASSES as u8;
-/// Age groups in which a held block is; after about eight minutes it goes first.
+/// The class of what a waiting sequence will find: worth more than anything but what is held, for as long. Tenants are
+/// served in rounds, so of these the one left last is wanted last, and goes first. Nothing is learned of it.
+pub(crate) const WANTED: u8 = HELD + 1;
+/// Age groups in which a held or wanted block is; after about eight minutes it goes first.
 const HELD_AGES: usize = 17;
 const NUM_HOT: usize = 4;
 const NUM_SCORED: usize = NUM_CLASSES - NUM_HOT;
@@ -204,8 +207,9 @@ impl ReuseModel {
     pub(crate) fn index(&self, class: u8, age: usize) -> f64 {
         match self.indices.get(usize::from(class)) {
             Some(ages) => ages[age],
-            None if age < HELD_AGES => f64::INFINITY,
-            None => 0.0,
+            None if age >= HELD_AGES => 0.0,
+            None if class == WANTED => f64::MAX,
+            None => f64::INFINITY,
         }
     }
 

@@ -78,6 +78,7 @@ impl Scheduler {
             shape: StepShape::default(),
             limit_us: f64::INFINITY,
         };
+        self.fair.set_shared_blocks(self.waiting.num_shared_blocks());
         let num_owed = std::mem::take(&mut self.num_owed_places);
         if num_owed > 0 {
             self.yield_places(num_owed, &mut pass);

@@ -283,7 +283,17 @@ impl Scheduler {
         let key = self.seqs.data(seq).key;
         let fresh = self.seqs.data(seq).usage.num_preemptions == 0;
         self.waiting.insert(key, seq, fresh, &mut self.fair);
+        self.waiting.note_shared(&key, self.num_shared_blocks(seq));
         self.ask_why(seq);
+    }
+
+    /// With how many of its prompt's blocks the next one of its tenant begins, too.
+    pub(crate) fn num_shared_blocks(&self, seq: SeqIndex) -> u32 {
+        let data = self.seqs.data(seq);
+        let next = self.waiting.head_of(&data.key).filter(|&next| next != seq);
+        let Some(next) = next else { return 0 };
+        let next = self.seqs.data(next).prompt_hashes.iter();
+        data.prompt_hashes.iter().zip(next).take_while(|(mine, theirs)| mine == theirs).count() as u32
     }
 
     /// Whether any request lives, any step is in flight, or any event waits for delivery.

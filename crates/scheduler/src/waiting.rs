@@ -22,6 +22,8 @@ struct TenantQueue {
     seqs: BTreeMap<OrderKey, SeqIndex>,
     /// The counter under which the tenant is listed as ready, unless the queue is empty.
     listed: Counter,
+    /// Blocks with which its prompts begin alike, as far as is known.
+    num_shared_blocks: u32,
 }
 
 /// All queues of a priority.
@@ -64,6 +66,8 @@ pub(crate) struct WaitingQueue {
     /// By arrival; entries of sequences that no longer wait are dropped when they come to the front.
     by_age: VecDeque<OrderKey>,
     len: usize,
+    /// The sum of [`TenantQueue::num_shared_blocks`].
+    num_shared_blocks: u64,
     /// Whose queue was served last, and the counter of that tenant then.
     last: Option<(Priority, TenantId)>,
     level: Counter,
@@ -136,6 +140,7 @@ impl WaitingQueue {
         }
         self.len -= 1;
         if queue.seqs.is_empty() {
+            self.num_shared_blocks -= u64::from(std::mem::take(&mut queue.num_shared_blocks));
             class.ready.remove(&(queue.listed, tenant));
         }
     }
@@ -193,6 +198,51 @@ impl WaitingQueue {
         self.last = Some((priority, tenant));
         self.level = fair.counter(tenant);
         self.remove(key);
+    }
+
+    /// Of all tenants: blocks with which the prompts of each begin alike.
+    pub(crate) fn num_shared_blocks(&self) -> u64 {
+        self.num_shared_blocks
+    }
+
+    /// Prompts in the queue of this one begin with the same `num_blocks` blocks.
+    pub(crate) fn note_shared(&mut self, key: &OrderKey, num_blocks: u32) {
+        let (priority, tenant) = key.queue();
+        let class = self.classes.get_mut(&priority);
+        let Some(queue) = class.and_then(|class| class.queues.get_mut(tenant.0 as usize)) else { return };
+        let before = std::mem::replace(&mut queue.num_shared_blocks, num_blocks);
+        self.num_shared_blocks = self.num_shared_blocks - u64::from(before) + u64::from(num_blocks);
+    }
+
+    /// Blocks with which the prompts of this one's tenant begin alike.
+    pub(crate) fn shared_blocks_of(&self, key: &OrderKey) -> u32 {
+        let (priority, tenant) = key.queue();
+        let class = self.classes.get(&priority);
+        class.and_then(|class| class.queue(tenant)).map_or(0, |queue| queue.num_shared_blocks)
+    }
+
+    /// Whether a tenant is in turn.
+    pub(crate) fn has_turn(&self) -> bool {
+        self.last.is_some()
+    }
+
+    /// The tenant served last is in turn no more.
+    pub(crate) fn end_turn(&mut self) {
+        self.last = None;
+    }
+
+    /// Whether `of`'s tenant, with this counter, would be too far ahead of the smallest one beside it to stay in turn.
+    pub(crate) fn is_ahead(&mut self, of: &OrderKey, counter: Counter, fair: &FairShare) -> bool {
+        let class = self.classes.get_mut(&of.queue().0);
+        let least = class.and_then(|class| class.front(&self.skipped, fair));
+        least.is_some_and(|(tenant, least)| tenant != of.queue().1 && counter.0 > least.0 + fair.quantum())
+    }
+
+    /// Of the sequences with the priority of `beside`, the first of the tenant with the smallest counter.
+    pub(crate) fn least_served(&mut self, beside: &OrderKey, fair: &FairShare) -> Option<SeqIndex> {
+        let class = self.classes.get_mut(&beside.queue().0)?;
+        let (tenant, _) = class.front(&self.skipped, fair)?;
+        class.first_of(tenant)
     }
 
     /// The first of the queue in which this one waits, or waited.

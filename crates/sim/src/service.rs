@@ -42,7 +42,15 @@ impl Accounts {
     }
 
     pub(crate) fn sent(&mut self, tenant: u32) {
-        self.tenants[tenant as usize].num_waiting += 1;
+        let (at, len) = (tenant as usize, self.tenants.len());
+        self.tenants[at].num_waiting += 1;
+        if self.tenants[at].num_waiting > 1 {
+            return;
+        }
+        for other in (0..len).filter(|&other| other != at && self.tenants[other].num_waiting > 0) {
+            let (one, two) = (at.min(other), at.max(other));
+            self.leads[one * len + two] = Some(self.tenants[one].service - self.tenants[two].service);
+        }
     }
 
     /// A request got its first place, or ended without one.
@@ -77,7 +85,8 @@ impl Accounts {
                     continue;
                 }
                 let lead = one.service - other.service;
-                self.gap = self.gap.max((lead - *before.get_or_insert(lead)).abs());
+                let b = *before.get_or_insert(lead);
+                self.gap = self.gap.max((lead - b).abs());
             }
         }
     }

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use quire_core::{
-    BlockHasher, CacheSalt, ExecutorLimits, Micros, ModelRunnerOutput, Request, RequestId, SamplingParams,
-    SchedulerOutput, Slot, TenantId, TenantShare,
+    BlockHash, BlockHasher, CacheSalt, ExecutorLimits, Micros, ModelRunnerOutput, Request, RequestId,
+    SamplingParams, SchedulerOutput, Slot, TenantId, TenantShare,
 };
 use quire_scheduler::{Scheduler, SchedulerConfig, SeqEventKind};
 
@@ -29,6 +29,8 @@ struct Tenant {
     weight: f32,
     prompt: (u32, u32),
     output: (u32, u32),
+    /// Blocks with which all its prompts begin, as far as they are so long.
+    num_shared_blocks: u32,
     /// Requests it keeps waiting.
     backlog: u32,
     service: f64,
@@ -57,13 +59,24 @@ impl Mix {
         let profiles =
             [((300, 400), (1, 2)), ((1, 8), (150, 200)), ((20, 200), (20, 100)), ((8, 32), (4, 16))];
         let max_num_seqs = rng.pick(&[4, 16, 64]);
+        // Of the long prompts most; with many tenants these prefixes do not fit in the pool.
+        let num_shared_blocks = if seed % 2 == 1 { 16 } else { 0 };
         let tenants: Vec<_> = (0..num_tenants)
             .map(|_| {
                 let (prompt, output) = rng.pick(&profiles);
                 let weight = rng.pick(&[0.5, 1.0, 1.0, 2.0, 4.0]);
                 // Enough to be backlogged whatever happens in a step.
                 let backlog = if num_tenants > 50 { 4 } else { max_num_seqs + 4 };
-                Tenant { weight, prompt, output, backlog, service: 0.0, waiting: 0, backlogged: true }
+                Tenant {
+                    weight,
+                    prompt,
+                    output,
+                    num_shared_blocks,
+                    backlog,
+                    service: 0.0,
+                    waiting: 0,
+                    backlogged: true,
+                }
             })
             .collect();
         let limits = ExecutorLimits {
@@ -105,7 +118,7 @@ impl Mix {
         for at in 0..self.tenants.len() {
             while self.tenants[at].waiting < self.tenants[at].backlog {
                 self.tenants[at].waiting += 1;
-                let Tenant { prompt, output, .. } = self.tenants[at];
+                let Tenant { prompt, output, num_shared_blocks, .. } = self.tenants[at];
                 let id = RequestId(self.next_id);
                 self.next_id += 1;
                 self.owner.insert(id, at);
@@ -115,7 +128,7 @@ impl Mix {
                 let request = Request {
                     id,
                     prompt: (0..len).collect(),
-                    block_hashes: Arc::from([]),
+                    block_hashes: addresses(at, id, len / 16, num_shared_blocks),
                     salt: CacheSalt(0),
                     adapter: None,
                     params: Arc::new(SamplingParams::greedy(max_tokens)),
@@ -144,7 +157,8 @@ impl Mix {
             let (tenant, (computed, prompt_len)) =
                 (self.owner[&id], self.computed.get_mut(&id).expect("it is live"));
             let end = (row.num_computed_tokens + row.num_new_tokens).min(*prompt_len);
-            let fresh = end.saturating_sub(*computed);
+            // What was found in the cache is not computed.
+            let fresh = end.saturating_sub((*computed).max(row.num_computed_tokens));
             *computed = end.max(*computed);
             self.tenants[tenant].service += f64::from(fresh) / f64::from(self.tenants[tenant].weight);
             if row.sample {
@@ -170,6 +184,15 @@ impl Mix {
         let service = self.tenants.iter().filter(|tenant| tenant.backlogged).map(|tenant| tenant.service);
         service.clone().fold(0.0, f64::max) - service.fold(f64::INFINITY, f64::min)
     }
+}
+
+/// None where nothing is shared.
+fn addresses(tenant: usize, id: RequestId, num_blocks: u32, num_shared: u32) -> Arc<[BlockHash]> {
+    let address = |block: u32| {
+        let owner = if block < num_shared { tenant as u64 } else { 1 << 32 | id.0 };
+        BlockHash(u128::from(owner) << 64 | u128::from(block + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    };
+    if num_shared == 0 { Arc::from([]) } else { (0..num_blocks).map(address).collect() }
 }
 
 #[test]

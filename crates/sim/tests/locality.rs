@@ -11,7 +11,7 @@ fn backlog(config: &ServeConfig, num_requests: u64, prefix_blocks: u64) -> Vec<T
         let tenant = u64::from(config.tenant(at).0);
         let shared = (0..prefix_blocks).map(|block| tenant << 32 | block);
         TraceRequest {
-            arrival: Micros(at),
+            arrival: Micros(0),
             input_tokens: (prefix_blocks * 512 + 256 + at * 7919 % 512) as u32,
             output_tokens: 20 + (at * 104_729 % 180) as u32,
             blocks: shared.chain((0..2).map(|block| 1 << 63 | at << 8 | block)).collect(),
@@ -37,7 +37,7 @@ fn serve(num_tenants: u32, prefix_blocks: u64, pool_tokens: u32, quantum: f64) -
     serve_trace(&backlog(&config, 1500, prefix_blocks), &config).expect("the engine does not fail")
 }
 
-/// Percent of the throughput.
+/// Percent of the throughput that is lost to fairness.
 #[allow(clippy::print_stdout, reason = "the figures are what this is for")]
 fn loss(num_tenants: u32, prefix_blocks: u64, pool_tokens: u32) -> f64 {
     let fair = serve(num_tenants, prefix_blocks, pool_tokens, FairnessConfig::default().quantum);
@@ -57,8 +57,7 @@ fn loss(num_tenants: u32, prefix_blocks: u64, pool_tokens: u32) -> f64 {
         greedy.num_preemptions,
     );
     assert!(greedy.fairness.ratio() > fair.fairness.ratio(), "the greedy order is no fairer");
-    // Above two where the first requests of a tenant, of which none is cached, enter together.
-    assert!(fair.fairness.ratio() <= 2.5, "throughput is not bought with fairness");
+    assert!(fair.fairness.ratio() <= 2.0, "throughput is not bought with fairness");
     loss
 }
 
@@ -78,10 +77,18 @@ fn fairness_costs_little_where_the_batch_is_smaller_for_it() {
     }
 }
 
-/// Not the target of 5 %: within two requests a tenant cannot use its prefix often enough, if it has to be computed again
-/// each time that the tenant is in turn.
+/// Turns are long, and what waiting requests will find is kept.
 #[test]
-fn fairness_costs_more_where_the_pool_does_not_hold_the_prefixes() {
-    let loss = loss(64, 8, 200_000);
-    assert!(loss <= 26.0, "{loss:.1} % of the throughput");
+fn fairness_costs_little_where_the_pool_does_not_hold_the_prefixes() {
+    for (num_tenants, prefix_blocks, pool_tokens) in [(64, 8, 200_000), (64, 16, 400_000)] {
+        let loss = loss(num_tenants, prefix_blocks, pool_tokens);
+        assert!(loss <= 5.0, "{loss:.1} % of the throughput");
+    }
+}
+
+/// Not the target of 5 %: beside the batch the pool holds fewer prefixes than the tenants of one round have.
+#[test]
+fn fairness_costs_more_where_the_pool_holds_a_third_of_the_prefixes() {
+    let loss = loss(64, 8, 100_000);
+    assert!(loss <= 16.0, "{loss:.1} % of the throughput");
 }
