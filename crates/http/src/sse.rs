@@ -4,11 +4,10 @@
 //! coalesces, and the only memory it holds is what its own request may generate.
 
 use std::convert::Infallible;
-use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -37,24 +36,19 @@ pub(crate) trait Events: Send + Unpin + 'static {
     fn poll_events(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>) -> Poll<()>;
 }
 
-/// A streaming answer, once its first event is there or `keep_alive` is over: its head leaves in the same write, which costs
-/// more than making an event.
-pub(crate) async fn response(events: impl Events, keep_alive: Duration) -> Response {
+/// A streaming answer.
+pub(crate) fn response(events: impl Events, keep_alive: Duration) -> Response {
     let count = Arc::new(OnceLock::new());
-    let mut stream = EventStream {
+    let stream = EventStream {
         _inflight: Arc::clone(&count),
         events: Some(events),
-        first: None,
         keep_alive,
         last_write: Instant::now(),
         timer: Box::pin(tokio::time::sleep(keep_alive)),
         timer_due: Instant::now(),
         timer_wakes: None,
-        disconnected: None,
+        disconnected: CountedUnless::new(),
     };
-    stream.first = poll_fn(|cx| stream.poll_piece(cx)).await;
-    // Who went away before is counted where requests are.
-    stream.disconnected = stream.events.is_some().then(CountedUnless::new);
     let mut response = Body::new(stream).into_response();
     response.extensions_mut().insert(KeepsCount(count));
     let headers = response.headers_mut();
@@ -75,8 +69,6 @@ pub(crate) fn write_error(error: &ApiError, out: &mut Vec<u8>) {
 struct EventStream<E> {
     /// `None` after the last event.
     events: Option<E>,
-    /// What was ready with the head.
-    first: Option<Bytes>,
     keep_alive: Duration,
     last_write: Instant,
     timer: Pin<Box<Sleep>>,
@@ -84,7 +76,7 @@ struct EventStream<E> {
     timer_due: Instant,
     /// Whom it wakes then.
     timer_wakes: Option<Waker>,
-    disconnected: Option<CountedUnless>,
+    disconnected: CountedUnless,
     _inflight: Arc<OnceLock<Inflight>>,
 }
 
@@ -92,9 +84,7 @@ impl<E: Events> EventStream<E> {
     /// Drops the source, which cancels what is unfinished.
     fn end(&mut self) {
         self.events = None;
-        if let Some(disconnected) = &mut self.disconnected {
-            disconnected.disarm();
-        }
+        self.disconnected.disarm();
     }
 
     fn poll_events(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>) {
@@ -129,9 +119,16 @@ impl<E: Events> EventStream<E> {
         self.timer_wakes = Some(cx.waker().clone());
         false
     }
+}
 
-    /// The next bytes; `None` after the last ones.
-    fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+impl<E: Events> HttpBody for EventStream<E> {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         if self.events.is_none() {
             return Poll::Ready(None);
         }
@@ -147,26 +144,10 @@ impl<E: Events> EventStream<E> {
             return Poll::Pending;
         }
         self.last_write = Instant::now();
-        Poll::Ready(Some(out.into()))
-    }
-}
-
-impl<E: Events> HttpBody for EventStream<E> {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let piece = match self.first.take() {
-            Some(first) => Some(first),
-            None => ready!(self.poll_piece(cx)),
-        };
-        Poll::Ready(piece.map(|bytes| Ok(Frame::data(bytes))))
+        Poll::Ready(Some(Ok(Frame::data(out.into()))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.events.is_none() && self.first.is_none()
+        self.events.is_none()
     }
 }

@@ -198,28 +198,3 @@ async fn heads_are_bounded_and_one_connection_serves_many_requests() {
         assert_eq!(text(response).await, r#"{"status":"ready"}"#);
     }
 }
-
-/// It waits for that event, but no longer than for a sign of life.
-#[tokio::test]
-async fn the_head_of_a_stream_comes_with_its_first_event() {
-    for (keep_alive_ms, first) in [(10_000, "data: "), (20, ": keep-alive")] {
-        let setup = Setup {
-            step: Duration::from_millis(150),
-            keep_alive: Duration::from_millis(keep_alive_ms),
-            ..Setup::default()
-        };
-        let listening = listen(&setup).await;
-        let mut stream = TcpStream::connect(listening.address).await.unwrap();
-        let body = json!({ "prompt": [1, 2, 3], "max_tokens": 4, "stream": true }).to_string();
-        let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json";
-        let request = format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len());
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = [0; 2048];
-        let length = stream.read(&mut answer).await.unwrap();
-        let answer = String::from_utf8_lossy(&answer[..length]);
-        let (head, body) = answer.split_once("\r\n\r\n").expect("the head is whole");
-        assert!(head.starts_with("HTTP/1.1 200"), "{answer}");
-        // The chunk's size comes first.
-        assert!(body.split_once("\r\n").is_some_and(|(_, chunk)| chunk.starts_with(first)), "{answer}");
-    }
-}

@@ -105,7 +105,7 @@ pub(crate) async fn create(
         entered.inspect_err(|error| caller.note_refusal(llm, error))?;
     let response = if options.stream {
         let events = stream::Chunks::new(vec![generation], answer, Shape::Chat, options.include_usage);
-        crate::sse::response(events, state.config().keep_alive).await
+        crate::sse::response(events, state.config().keep_alive)
     } else {
         whole(answer, generation).await?
     };

@@ -122,8 +122,7 @@ pub(crate) async fn create(
     if request.stream.stream {
         let shape = Shape::Text { echo: request.generate.echo };
         let events = stream::Chunks::new(generations, answer, shape, request.stream.include_usage);
-        let response = crate::sse::response(events, state.config().keep_alive).await;
-        return Ok(with_standing(response, &standing));
+        return Ok(with_standing(crate::sse::response(events, state.config().keep_alive), &standing));
     }
     let rendering =
         Rendering { echo: request.generate.echo, prompt_logprobs: request.prompt_logprobs, answer };
