@@ -153,8 +153,8 @@ impl Pool {
         }
     }
 
-    /// Splits `0..n` into ranges of at least `grain` and hands them to whichever thread is free: `job(worker, range)`.
-    /// Work of no more than one grain stays on the caller.
+    /// Splits `0..n` into ranges of `grain` and hands them to whichever thread is free: `job(worker, range)`. Work of no
+    /// more than one grain stays on the caller.
     ///
     /// # Errors
     /// As [`Pool::run`].
@@ -162,6 +162,33 @@ impl Pool {
         &mut self,
         n: usize,
         grain: usize,
+        job: impl Fn(usize, Range<usize>) + Sync,
+    ) -> Result<(), ExecError> {
+        self.hand_out(n, grain, |_| grain, job)
+    }
+
+    /// As [`Pool::split`], in ranges that begin long, at half of each thread's share, and shrink to `grain`: each thread
+    /// reads most of its part from end to end, and still none waits for long at the end ("guided self-scheduling",
+    /// Polychronopoulos and Kuck, 1987).
+    ///
+    /// # Errors
+    /// As [`Pool::run`].
+    pub fn split_guided(
+        &mut self,
+        n: usize,
+        grain: usize,
+        job: impl Fn(usize, Range<usize>) + Sync,
+    ) -> Result<(), ExecError> {
+        let shares = 2 * self.num_threads();
+        self.hand_out(n, grain, |left| left / shares, job)
+    }
+
+    /// Ranges of `len(left)`, and at least `grain`, of what is left.
+    fn hand_out(
+        &mut self,
+        n: usize,
+        grain: usize,
+        len: impl Fn(usize) -> usize + Sync,
         job: impl Fn(usize, Range<usize>) + Sync,
     ) -> Result<(), ExecError> {
         if n == 0 {
@@ -174,12 +201,11 @@ impl Pool {
         }
         let next = AtomicUsize::new(0);
         self.run(&|worker| {
-            loop {
-                let start = next.fetch_add(grain, Ordering::Relaxed);
-                if start >= n {
-                    return;
+            let end = |start: usize| (start < n).then(|| (start + len(n - start).max(grain)).min(n));
+            while let Ok(start) = next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, end) {
+                if let Some(end) = end(start) {
+                    job(worker, start..end);
                 }
-                job(worker, start..(start + grain).min(n));
             }
         })
     }
@@ -264,13 +290,20 @@ mod tests {
         let mut pool = Pool::new(3).unwrap();
         for (n, grain) in [(0, 1), (1, 1), (5, 8), (1000, 1), (1001, 64)] {
             let hits: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
-            pool.split(n, grain, |_, range| {
+            let lengths = Mutex::new(Vec::new());
+            let job = |_, range: Range<usize>| {
+                lengths.lock().push(range.len());
                 for i in range {
                     hits[i].fetch_add(1, Ordering::Relaxed);
                 }
-            })
-            .unwrap();
-            assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 1), "n {n}, grain {grain}");
+            };
+            pool.split(n, grain, job).unwrap();
+            assert!(lengths.lock().iter().all(|len| *len <= grain), "n {n}, grain {grain}");
+            lengths.lock().clear();
+            pool.split_guided(n, grain, job).unwrap();
+            assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 2), "n {n}, grain {grain}");
+            let longest = grain.max(n / 6);
+            assert!(n <= grain || lengths.lock().iter().all(|len| *len <= longest), "n {n}, grain {grain}");
         }
     }
 

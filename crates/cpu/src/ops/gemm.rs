@@ -70,7 +70,7 @@ impl Gemm<'_> {
     ) -> Result<(), ExecError> {
         let units = panels.div_ceil(NARROW);
         let work = NARROW * PANEL * 2 * self.weight.k2() * self.tokens;
-        pool.split(units, pieces(units, work, self.tokens, pool.num_threads()), |_, units| {
+        pool.split_guided(units, pieces(units, work, self.tokens, pool.num_threads()), |_, units| {
             let panels = units.start * NARROW..(units.end * NARROW).min(panels);
             // SAFETY: `isa` was detected; each piece has panels, that is columns of the output, of its own.
             unsafe { self.piece(isa, 0..self.tokens, panels, places, to) }

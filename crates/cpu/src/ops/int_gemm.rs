@@ -52,7 +52,7 @@ impl IntGemm<'_> {
         let scratch = Shared::new(scratch);
         let units = panels.div_ceil(NARROW);
         let work = NARROW * PANEL * self.weight.quads() * self.tokens;
-        pool.split(units, pieces(units, work, self.tokens, pool.num_threads()), |worker, units| {
+        pool.split_guided(units, pieces(units, work, self.tokens, pool.num_threads()), |worker, units| {
             let panels = units.start * NARROW..(units.end * NARROW).min(panels);
             // SAFETY: `isa` was detected; each piece has panels, that is columns of the output, of its own, and each
             // thread its scratch.
