@@ -85,8 +85,7 @@ impl Accounts {
                     continue;
                 }
                 let lead = one.service - other.service;
-                let b = *before.get_or_insert(lead);
-                self.gap = self.gap.max((lead - b).abs());
+                self.gap = self.gap.max((lead - *before.get_or_insert(lead)).abs());
             }
         }
     }
