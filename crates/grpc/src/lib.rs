@@ -8,11 +8,12 @@
 //! `build.rs` compiles `proto/` with protox, so no protoc is needed.
 //!
 //! Reading order: `proto/quire/v1/inference.proto`, [`service`], [`convert`], [`status`], [`server`], [`timeline`],
-//! `observe`, `audit`.
+//! `incoming`, `observe`, `audit`.
 #![forbid(unsafe_code)]
 
 mod audit;
 pub mod convert;
+mod incoming;
 mod observe;
 pub mod server;
 pub mod service;

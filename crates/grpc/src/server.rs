@@ -4,6 +4,7 @@ use std::future::Future;
 
 use quire_llm::{Lifecycle, ServerState};
 use quire_tenancy::{AuditLog, Tenancy, Trail, bearer};
+use quire_tls::Tls;
 use tokio::net::TcpListener;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -14,6 +15,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::audit::AuditLayer;
+use crate::incoming::encrypted;
 use crate::proto::inference_server::InferenceServer;
 use crate::service::InferenceService;
 use crate::{observe, proto, status};
@@ -30,6 +32,8 @@ pub struct ServerConfig {
     pub tenancy: Tenancy,
     /// Where calls are recorded.
     pub audit: AuditLog,
+    /// What encrypts connections; they are not without.
+    pub tls: Option<Tls>,
     /// Largest accepted message in bytes.
     pub max_message_bytes: usize,
     /// Calls at once on one connection.
@@ -59,16 +63,21 @@ pub async fn serve(
     let reflection = reflection_builder().build_v1().expect("the descriptors come from our own build");
     let reflection_alpha =
         reflection_builder().build_v1alpha().expect("the descriptors come from our own build");
-    let result = Server::builder()
+    let router = Server::builder()
         .max_concurrent_streams(config.max_concurrent_streams)
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(30)))
         .layer(AuditLayer::new(config.audit))
         .add_service(health)
         .add_service(InterceptedService::new(inference, auth.clone()))
         .add_service(InterceptedService::new(reflection, auth.clone()))
-        .add_service(InterceptedService::new(reflection_alpha, auth))
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), shutdown)
-        .await;
+        .add_service(InterceptedService::new(reflection_alpha, auth));
+    let result = match config.tls {
+        Some(tls) => router.serve_with_incoming_shutdown(encrypted(listener, tls), shutdown).await,
+        None => {
+            let connections = TcpIncoming::from(listener).with_nodelay(Some(true));
+            router.serve_with_incoming_shutdown(connections, shutdown).await
+        }
+    };
     watcher.abort();
     result
 }
