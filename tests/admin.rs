@@ -46,8 +46,9 @@ async fn it_has_its_own_door_and_the_public_ones_do_not_know_its_token() {
         "--admin-addr",
         "127.0.0.1:0",
     ]);
-    command.args(["--api-key", "s3cret-api-key"]).env("QUIRE_ADMIN_TOKEN", TOKEN);
-    let server = Server::spawn(&mut command);
+    let said = std::env::temp_dir().join(format!("quire-admin-said-{}", std::process::id()));
+    command.args(["--api-key", "s3cret-api-key"]).env("QUIRE_ADMIN_TOKEN", TOKEN).env("QUIRE_LOG", "warn");
+    let server = Server::spawn(command.stderr(std::fs::File::create(&said).unwrap()));
     let line = server.announced.lines().find_map(|line| line.strip_prefix("admin    http://"));
     let admin = line.expect("it says where it listens").to_owned();
 
@@ -67,6 +68,21 @@ async fn it_has_its_own_door_and_the_public_ones_do_not_know_its_token() {
     let mut client = connect(&server).await;
     let refused = client.generate(with_key(generate(1), TOKEN, None)).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unauthenticated);
+
+    // Nothing is worth a warning so far; then every connection is.
+    let lines = || std::fs::read_to_string(&said).unwrap();
+    assert!(!lines().contains("INFO"), "{}", lines());
+    assert_eq!(call(&admin, "POST", "/admin/v1/log-level", TOKEN, &json!({ "level": "loud" })).0, "400");
+    let level = json!({ "level": "warn,quire_http=debug" });
+    assert_eq!(call(&admin, "POST", "/admin/v1/log-level", TOKEN, &level), ("200".into(), level.clone()));
+    // A client that speaks no HTTP.
+    TcpStream::connect(server.http()).unwrap().write_all(b"hello\r\n\r\n").unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !lines().contains("DEBUG") {
+        assert!(Instant::now() < deadline, "no line of the new level: {}", lines());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(call(&admin, "GET", "/admin/v1/log-level", TOKEN, &Value::Null).1, level);
 
     // A key that was made here opens the gRPC front end at once.
     let (status, key) = call(&admin, "POST", "/admin/v1/tenants/acme/keys", TOKEN, &json!({ "id": "k2" }));
@@ -98,6 +114,7 @@ async fn it_has_its_own_door_and_the_public_ones_do_not_know_its_token() {
     assert_eq!(call(&admin, "POST", "/admin/v1/undrain", TOKEN, &Value::Null).0, "200");
     client.generate(with_key(generate(1), key, None)).await.unwrap();
     eventually_in_state(&server, "ready");
+    std::fs::remove_file(said).unwrap();
 }
 
 /// Waits until the metrics page says so.

@@ -10,6 +10,8 @@ mod bench_serve;
 #[cfg(feature = "cuda")]
 #[allow(dead_code, reason = "a part is used")]
 mod build;
+#[path = "../crates/tls/tests/support/certs.rs"]
+mod certs;
 mod demo_model;
 #[path = "../crates/cuda/tests/common/double.rs"]
 #[cfg(feature = "cuda")]
@@ -25,3 +27,4 @@ mod process;
 mod redis;
 mod support;
 mod tenants;
+mod tls;

@@ -39,7 +39,7 @@ impl Server {
             );
             announced += &line;
             match line.split_whitespace().collect::<Vec<_>>()[..] {
-                ["http", url] => http = Some(url.trim_start_matches("http://").to_owned()),
+                ["http", url] => http = url.split_once("://").map(|(_, address)| address.to_owned()),
                 ["grpc", address] => grpc = Some(address.to_owned()),
                 _ => {}
             }

@@ -2,16 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use quire_http::admin::AdminConfig;
 use quire_llm::Lifecycle;
 use quire_tenancy::{AuditLog, KeyDigest, Tenancy, TenantsEditor};
+use quire_tls::Tls;
 use serde_json::Value;
 use tokio::net::TcpListener;
 
 use crate::Result;
 use crate::args::ServerArgs;
 use crate::config::ConfigError;
+use crate::logging::Logger;
 use crate::serve::bind;
 
 /// Shortest token: who guesses a thousand a second needs longer than a server lives.
@@ -28,13 +31,14 @@ pub(crate) async fn open(
     lifecycle: &Lifecycle,
     tenancy: &Tenancy,
     audit: &AuditLog,
+    tls: Option<&Tls>,
 ) -> Result<Option<(TcpListener, SocketAddr, AdminConfig)>> {
     let Some(token) = &args.admin_token else { return Ok(None) };
     check_token(token, args.api_key.as_deref())?;
     let digest = KeyDigest::of(token);
     tenancy.reserve(digest).map_err(|error| token_error(error.to_string()))?;
     let (listener, address) = bind(args.admin_addr.ip(), args.admin_addr.port(), "admin-addr").await?;
-    if !address.ip().is_loopback() {
+    if !address.ip().is_loopback() && tls.is_none() {
         tracing::warn!("the admin API can be reached from other machines, at {address}, without encryption");
     }
     let config = AdminConfig {
@@ -43,6 +47,8 @@ pub(crate) async fn open(
         tenancy: tenancy.clone(),
         tenants: args.tenants.clone().map(|path| TenantsEditor::new(path, tenancy.clone())),
         audit: audit.clone(),
+        log_filter: Arc::new(Logger),
+        tls: tls.cloned(),
         settings: masked(settings),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };

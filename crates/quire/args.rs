@@ -157,12 +157,17 @@ pub struct ServerArgs {
     /// Goal for the time between tokens, such as 50ms: prompts are computed in pieces that keep to it
     #[arg(long, value_name = "TIME", value_parser = parse_duration, help_heading = "Batching")]
     pub itl_target: Option<Duration>,
-    /// Certificate chain (PEM).
-    #[arg(long, value_name = "FILE", hide = true)]
+    /// Encrypt every listener, HTTP, gRPC and admin alike, with the certificate in this PEM file, its issuers behind it; a
+    /// changed file is taken while the server runs [with --tls-key; default: no encryption]
+    #[arg(long, value_name = "FILE", help_heading = "Server")]
     pub tls_cert: Option<PathBuf>,
-    /// Private key (PEM).
-    #[arg(long, value_name = "FILE", hide = true)]
+    /// The certificate's private key (PEM, without a passphrase)
+    #[arg(long, value_name = "FILE", help_heading = "Server")]
     pub tls_key: Option<PathBuf>,
+    /// Clients must show a certificate of one of the authorities in this PEM file, beside their key if one is needed
+    /// [default: they need none]
+    #[arg(long, value_name = "FILE", help_heading = "Server")]
+    pub tls_client_ca: Option<PathBuf>,
 }
 
 /// Defines a set of words for one flag.

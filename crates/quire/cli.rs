@@ -243,7 +243,7 @@ mod tests {
             --no-prefix-cache --batch-invariant auto --kv-cache-memory 4GiB --kv-cache-dtype auto \
             --gpu-memory-utilization 0.92 --tensor-parallel-size 1 --ttft-target 2s --itl-target 50ms \
             --config quire.toml --api-key KEY --tenants tenants.toml --quota-store memory --chat-template FILE \
-            --metrics-compat vllm --log-format text --audit-log - --audit-on-full drop --admin-addr 127.0.0.1:9091 --admin-token TOKEN --shutdown-timeout 60s --tls-cert c --tls-key k";
+            --metrics-compat vllm --log-format text --audit-log - --audit-on-full drop --admin-addr 127.0.0.1:9091 --admin-token TOKEN --shutdown-timeout 60s --tls-cert c --tls-key k --tls-client-ca a";
         Cli::try_parse_from(serve.split_whitespace()).unwrap();
         for line in [
             "quire run -p hi",

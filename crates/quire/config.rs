@@ -195,25 +195,19 @@ impl Config {
     }
 }
 
-/// Refuses server settings whose feature does not exist yet.
+/// Refuses server settings that cannot be meant.
 ///
 /// # Errors
 /// The first of them.
 pub fn check_server(args: &ServerArgs) -> Result<(), ConfigError> {
-    let missing = [
-        (
-            "tls-cert",
-            args.tls_cert.is_some(),
-            "TLS is not supported yet; terminate it in a proxy in front of Quire",
-        ),
-        (
-            "tls-key",
-            args.tls_key.is_some(),
-            "TLS is not supported yet; terminate it in a proxy in front of Quire",
-        ),
-    ];
-    match missing.into_iter().find(|(_, given, _)| *given) {
-        Some((flag, _, message)) => Err(error(flag, message.into())),
+    let message = match (&args.tls_cert, &args.tls_key, &args.tls_client_ca) {
+        (Some(_), None, _) => Some(("tls-cert", "needs --tls-key, the file with its private key")),
+        (None, Some(_), _) => Some(("tls-key", "needs --tls-cert, the file with its certificate")),
+        (None, None, Some(_)) => Some(("tls-client-ca", "needs --tls-cert and --tls-key")),
+        _ => None,
+    };
+    match message {
+        Some((flag, message)) => Err(error(flag, message.into())),
         None if args.api_key.as_ref().is_some_and(|key| key.trim().is_empty()) => {
             Err(error("api-key", "must not be empty".into()))
         }
@@ -595,9 +589,12 @@ mod tests {
         ] {
             assert_eq!(resolve(flags, &ROOMY).unwrap_err().flag, flag, "{flags}");
         }
-        for (flags, flag) in
-            [("--tls-cert a", "tls-cert"), ("--tls-key a", "tls-key"), ("--api-key=", "api-key")]
-        {
+        for (flags, flag) in [
+            ("--tls-cert a", "tls-cert"),
+            ("--tls-key a", "tls-key"),
+            ("--tls-client-ca a", "tls-client-ca"),
+            ("--api-key=", "api-key"),
+        ] {
             assert_eq!(check_server(&args(flags).server).unwrap_err().flag, flag, "{flags}");
         }
         resolve(

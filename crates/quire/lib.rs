@@ -35,6 +35,7 @@ mod sim_trace;
 mod svg;
 mod targets;
 mod tenants;
+mod tls;
 pub mod units;
 
 use std::ffi::OsString;

@@ -27,6 +27,7 @@ use crate::model::ModelSource;
 use crate::signals::Signals;
 use crate::targets::Targets;
 use crate::tenants;
+use crate::tls;
 use crate::{Failure, Result, admin, machine};
 
 /// I/O threads at most: a step's results wake each once, and more would only take cores from the model.
@@ -176,14 +177,14 @@ impl Server<'_> {
     /// Says what was resolved, and that requests may come.
     fn announce(&self, loaded: &Loaded, out: &mut impl Write) {
         let seconds = self.start.elapsed().as_secs_f64();
-        let Addresses { http, grpc, admin } = self.fronts.addresses;
+        let Addresses { scheme, http, grpc, admin } = self.fronts.addresses;
         if self.args.common.log_format == LogFormat::Json {
             let Loaded { headline, device, config, .. } = loaded;
             tracing::info!(
                 model = self.name,
                 headline,
                 device,
-                http = %format_args!("http://{http}"),
+                http = %format_args!("{scheme}://{http}"),
                 grpc = %grpc,
                 admin = admin.map(tracing::field::display),
                 max_model_len = config.limits.max_model_len,
@@ -204,9 +205,9 @@ impl Server<'_> {
             return;
         }
         let Loaded { headline, device, config, .. } = loaded;
-        let admin = admin.map_or_else(String::new, |admin| format!("admin    http://{admin}\n"));
+        let admin = admin.map_or_else(String::new, |admin| format!("admin    {scheme}://{admin}\n"));
         let text = format!(
-            "quire {}\nmodel    {}: {headline}\ndevice   {device}\n{config}\n{admin}http     http://{http}\n\
+            "quire {}\nmodel    {}: {headline}\ndevice   {device}\n{config}\n{admin}http     {scheme}://{http}\n\
              grpc     {grpc}\nready in {seconds:.2} s\n",
             env!("CARGO_PKG_VERSION"),
             self.name,
@@ -226,6 +227,8 @@ fn exit_at_once() -> ! {
 /// Where we listen.
 #[derive(Clone, Copy)]
 struct Addresses {
+    /// Of HTTP and of the admin API.
+    scheme: &'static str,
     http: SocketAddr,
     grpc: SocketAddr,
     admin: Option<SocketAddr>,
@@ -246,6 +249,7 @@ impl Fronts {
     async fn open(args: &ServerArgs, settings: &BTreeMap<String, String>, page: MetricsPage) -> Result<Self> {
         let tenancy = tenants::open(args).await?;
         let audit = audit::open(args)?;
+        let tls = tls::open(args)?;
         if !args.host.is_loopback() && !tenancy.requires_key() {
             tracing::warn!("{} can be reached from other machines, and no key is needed", args.host);
         }
@@ -258,6 +262,7 @@ impl Fronts {
         };
         let mut config = HttpConfig::new(tenancy.clone(), render, env!("CARGO_PKG_VERSION"));
         config.audit = audit.clone();
+        config.tls = tls.clone();
         let state = AppState::new(config);
         let lifecycle = state.lifecycle().clone();
         let http = tokio::spawn(quire_http::serve(http, state, until(shutdown.subscribe())));
@@ -265,6 +270,7 @@ impl Fronts {
             lifecycle: lifecycle.clone(),
             tenancy: tenancy.clone(),
             audit: audit.clone(),
+            tls: tls.clone(),
             max_message_bytes: MAX_MESSAGE_BYTES,
             max_concurrent_streams: MAX_GRPC_STREAMS,
             version: env!("CARGO_PKG_VERSION"),
@@ -278,12 +284,13 @@ impl Fronts {
         let mut tasks = vec![http, grpc];
         let mut admin_address = None;
         if let Some((listener, address, config)) =
-            admin::open(args, settings, &lifecycle, &tenancy, &audit).await?
+            admin::open(args, settings, &lifecycle, &tenancy, &audit, tls.as_ref()).await?
         {
             admin_address = Some(address);
             tasks.push(tokio::spawn(quire_http::admin::serve(listener, config, until(shutdown.subscribe()))));
         }
-        let addresses = Addresses { http: http_address, grpc: grpc_address, admin: admin_address };
+        let scheme = tls::scheme(tls.as_ref());
+        let addresses = Addresses { scheme, http: http_address, grpc: grpc_address, admin: admin_address };
         Ok(Self { lifecycle, tenancy, audit, page, addresses, shutdown, tasks })
     }
 

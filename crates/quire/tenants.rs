@@ -36,6 +36,7 @@ pub(crate) async fn open(args: &ServerArgs) -> Result<Tenancy> {
     if let Some(watch) = watch {
         tokio::spawn(watch.run(tenancy.clone(), WATCH_INTERVAL));
     }
+    tokio::spawn(tenancy.clone().keep_history());
     tokio::spawn(tenancy.clone().publish_shares(SHARE_INTERVAL, SHARE_WINDOW));
     Ok(tenancy)
 }

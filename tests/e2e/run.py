@@ -13,6 +13,7 @@ import re
 import selectors
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -36,8 +37,9 @@ def check(function):
 class Server:
     """One `quire serve` process; knows its URLs once it has printed them."""
 
-    def __init__(self, binary, *args):
+    def __init__(self, binary, *args, authority=None):
         self.binary, self.started = binary, time.monotonic()
+        self.tls = ssl.create_default_context(cafile=authority) if authority else None
         self.process = subprocess.Popen(
             [binary, "serve", "--port", "0", "--grpc-port", "0", *args],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -52,7 +54,7 @@ class Server:
     def read(self):
         for line in self.process.stdout:
             self.lines.append(line)
-            if found := re.search(r"(http://127\.0\.0\.1:\d+)", line):
+            if found := re.search(r"^http\s+(https?://127\.0\.0\.1:\d+)", line):
                 self.http = self.http or found.group(1)
             if found := re.search(r"^grpc\s+(127\.0\.0\.1:\d+)", line):
                 self.grpc = found.group(1)
@@ -63,7 +65,7 @@ class Server:
     def wait_ready(self):
         while time.monotonic() - self.started < 60:
             try:
-                if get(self.http + "/health/ready")[0] == 200:
+                if get(self.http + "/health/ready", tls=self.tls)[0] == 200:
                     self.seconds_to_ready = time.monotonic() - self.started
                     return
             except OSError:
@@ -79,9 +81,10 @@ class Server:
         return self.process.wait(30)
 
 
-def get(url, headers=None):
+def get(url, headers=None, tls=None):
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=10) as response:
+        request = urllib.request.Request(url, headers=headers or {})
+        with urllib.request.urlopen(request, timeout=10, context=tls) as response:
             return response.status, response.read().decode(), response.headers
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(), error.headers
@@ -331,6 +334,39 @@ def grpc_gives_the_same_tokens(server):
             raise AssertionError("a negative temperature was accepted")
         except grpc.RpcError as error:
             assert error.code() == grpc.StatusCode.INVALID_ARGUMENT and "temperature" in error.details(), error
+
+
+@check
+def tls_as_the_manual_says(server):
+    """The certificate of docs/tls.md, made by openssl, under Python's own TLS, openai and grpcio."""
+    import grpc
+    manual = open(os.path.join(HERE, "..", "..", "docs", "tls.md")).read()
+    folder = tempfile.mkdtemp()
+    subprocess.run(re.search(r"^openssl (?:.*\\\n)*.*$", manual, re.M).group(0), shell=True, check=True, cwd=folder,
+                   stderr=subprocess.DEVNULL)
+    cert, key = (os.path.join(folder, name) for name in ["cert.pem", "key.pem"])
+    encrypted = Server(server.binary, "--tls-cert", cert, "--tls-key", key, authority=cert)
+    try:
+        assert encrypted.http.startswith("https://"), encrypted.http
+        with openai.DefaultHttpxClient(verify=encrypted.tls) as http:
+            client = openai.OpenAI(base_url=encrypted.http + "/v1", api_key="none", max_retries=0, http_client=http)
+            pieces = client.completions.create(
+                model="quire-demo", prompt="Once upon a time", temperature=0, max_tokens=24, stream=True)
+            text = "".join(piece.choices[0].text for piece in pieces if piece.choices)
+        pb, stubs = load_proto(tempfile.mkdtemp())
+        credentials = grpc.ssl_channel_credentials(open(cert, "rb").read())
+        with grpc.secure_channel(encrypted.grpc.replace("127.0.0.1", "localhost"), credentials) as channel:
+            request = pb.GenerateRequest(text="Once upon a time", sampling=pb.Sampling(temperature=0),
+                                         stopping=pb.Stopping(max_tokens=24))
+            chunks = list(stubs.InferenceStub(channel).GenerateStream(request))
+        assert text and text == "".join(chunk.choice.text for chunk in chunks), (text, chunks)
+        try:
+            get(encrypted.http + "/health")
+            raise AssertionError("a client that does not know the authority was served")
+        except urllib.error.URLError as error:
+            assert "certificate verify failed" in str(error), error
+    finally:
+        assert encrypted.stop() == 0
 
 
 @check

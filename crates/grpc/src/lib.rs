@@ -8,12 +8,13 @@
 //! `build.rs` compiles `proto/` with protox, so no protoc is needed.
 //!
 //! Reading order: `proto/quire/v1/inference.proto`, [`service`], [`convert`], [`status`], [`server`], [`timeline`],
-//! `collected`, `observe`, `audit`.
+//! `collected`, `incoming`, `observe`, `audit`.
 #![forbid(unsafe_code)]
 
 mod audit;
 mod collected;
 pub mod convert;
+mod incoming;
 mod observe;
 pub mod server;
 pub mod service;

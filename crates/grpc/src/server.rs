@@ -4,6 +4,7 @@ use std::future::Future;
 
 use quire_llm::{Lifecycle, ServerState};
 use quire_tenancy::{AuditLog, Tenancy, Trail, bearer};
+use quire_tls::Tls;
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
 use tonic::service::Interceptor;
@@ -16,6 +17,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::audit::AuditLayer;
 use crate::collected::Collected;
+use crate::incoming::encrypted;
 use crate::proto::inference_server::InferenceServer;
 use crate::service::InferenceService;
 use crate::{observe, proto, status};
@@ -32,6 +34,8 @@ pub struct ServerConfig {
     pub tenancy: Tenancy,
     /// Where calls are recorded.
     pub audit: AuditLog,
+    /// What encrypts connections; they are not without.
+    pub tls: Option<Tls>,
     /// Largest accepted message in bytes.
     pub max_message_bytes: usize,
     /// Calls at once on one connection.
@@ -61,17 +65,25 @@ pub async fn serve(
     let reflection = reflection_builder().build_v1().expect("the descriptors come from our own build");
     let reflection_alpha =
         reflection_builder().build_v1alpha().expect("the descriptors come from our own build");
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let result = Server::builder()
+    let router = Server::builder()
         .max_concurrent_streams(config.max_concurrent_streams)
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(30)))
         .layer(AuditLayer::new(config.audit))
         .add_service(health)
         .add_service(InterceptedService::new(inference, auth.clone()))
         .add_service(InterceptedService::new(reflection, auth.clone()))
-        .add_service(InterceptedService::new(reflection_alpha, auth))
-        .serve_with_incoming_shutdown(incoming.map(|stream| stream.map(Collected::new)), shutdown)
-        .await;
+        .add_service(InterceptedService::new(reflection_alpha, auth));
+    let result = match config.tls {
+        Some(tls) => {
+            let connections = encrypted(listener, tls).map(|stream| stream.map(Collected::new));
+            router.serve_with_incoming_shutdown(connections, shutdown).await
+        }
+        None => {
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            let connections = incoming.map(|stream| stream.map(Collected::new));
+            router.serve_with_incoming_shutdown(connections, shutdown).await
+        }
+    };
     watcher.abort();
     result
 }

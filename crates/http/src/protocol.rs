@@ -1,12 +1,12 @@
 //! Which protocol a connection speaks, told from its first bytes.
 
-use std::io::{self, ErrorKind, IoSlice};
+use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
+use quire_tls::Stream;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
 /// What an HTTP/2 client says first (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -21,14 +21,10 @@ pub(crate) enum Protocol {
 }
 
 /// Waits until the two can be told apart. What was read for that will be read again.
-pub(crate) async fn recognize(stream: TcpStream) -> io::Result<(Protocol, Rewound)> {
+pub(crate) async fn recognize(mut stream: Stream) -> io::Result<(Protocol, Rewound)> {
     let mut start = BytesMut::with_capacity(START_BYTES);
     loop {
-        stream.readable().await?;
-        let count = match stream.try_read_buf(&mut start) {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => continue,
-            count => count?,
-        };
+        let count = stream.read_buf(&mut start).await?;
         let same = start.iter().zip(PREFACE).take_while(|(byte, expected)| byte == expected).count();
         let protocol = match same {
             _ if same == PREFACE.len() => Protocol::Http2,
@@ -43,7 +39,7 @@ pub(crate) async fn recognize(stream: TcpStream) -> io::Result<(Protocol, Rewoun
 /// A connection from its beginning on, of which something was read already.
 pub(crate) struct Rewound {
     start: BytesMut,
-    stream: TcpStream,
+    stream: Stream,
 }
 
 impl AsyncRead for Rewound {

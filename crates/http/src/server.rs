@@ -1,6 +1,7 @@
 //! The accept loop: HTTP/1.1 and HTTP/2 on one port, bounded, and ended with care.
 
 use std::future::poll_fn;
+use std::io;
 use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -14,13 +15,14 @@ use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use quire_tls::{Alpn, Stream, Tls};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 use tower::Service;
 
 use crate::auth::Peer;
-use crate::protocol::{Protocol, recognize};
+use crate::protocol::{Protocol, Rewound, recognize};
 use crate::router::router;
 use crate::state::AppState;
 
@@ -68,19 +70,21 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A drain happens before that: [`quire_llm::Lifecycle::drain`] refuses inference while health and metrics go on
 /// answering; resolve `shutdown` when the last stream has ended.
 pub async fn serve(listener: TcpListener, state: AppState, shutdown: impl Future<Output = ()>) {
-    accept(listener, router(state), PATIENCE, shutdown).await;
+    let tls = state.config().tls.clone();
+    accept(listener, tls, router(state), PATIENCE, shutdown).await;
 }
 
-/// The loop, for any router.
+/// The loop, for any router; every connection encrypted, if there is a certificate.
 pub(crate) async fn accept(
     listener: TcpListener,
+    tls: Option<Tls>,
     app: Router,
     patience: Patience,
     shutdown: impl Future<Output = ()>,
 ) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let (closing, _) = watch::channel(());
-    let door = Arc::new(Door { app, patience, http1: http1(patience.idle), http2: http2() });
+    let door = Arc::new(Door { app, tls, patience, http1: http1(patience.idle), http2: http2() });
     let mut shutdown = pin!(shutdown);
     loop {
         let next = async {
@@ -112,9 +116,22 @@ pub(crate) async fn accept(
 /// What all connections share.
 struct Door {
     app: Router,
+    tls: Option<Tls>,
     patience: Patience,
     http1: http1::Builder,
     http2: http2::Builder<TokioExecutor>,
+}
+
+impl Door {
+    /// Shakes hands, if that is to be done, and waits for the beginning of the first request.
+    async fn open(&self, stream: TcpStream) -> io::Result<(Protocol, Rewound)> {
+        let stream = match &self.tls {
+            // On the heap: most connections need no room for it.
+            Some(tls) => Box::pin(tls.accept(stream, Alpn::Http)).await?,
+            None => Stream::Plain(stream),
+        };
+        recognize(stream).await
+    }
 }
 
 async fn connection(
@@ -130,7 +147,7 @@ async fn connection(
     }
     let first_request = Instant::now() + door.patience.first;
     let recognized = tokio::select! {
-        recognized = recognize(stream) => recognized,
+        recognized = door.open(stream) => recognized,
         () = tokio::time::sleep_until(first_request) => return,
         _ = closing.changed() => return,
     };
@@ -256,7 +273,7 @@ mod tests {
         };
         let app = Router::new().route("/slow", get(slow));
         let patience = Patience { first: Duration::from_millis(200), idle: Duration::from_millis(900) };
-        tokio::spawn(accept(listener, app, patience, std::future::pending()));
+        tokio::spawn(accept(listener, None, app, patience, std::future::pending()));
         // Silence; the beginning of either protocol; a head that never ends.
         for start in ["", "P", "GET /slow HTTP/1.1\r\nhost: x\r\n"] {
             let mut stream = TcpStream::connect(address).await.unwrap();

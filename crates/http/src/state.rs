@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use quire_llm::{Lifecycle, Llm};
 use quire_tenancy::{AuditLog, Tenancy};
+use quire_tls::Tls;
 
 use crate::error::ApiError;
 
@@ -26,6 +27,8 @@ pub struct HttpConfig {
     pub version: String,
     /// Where every request that needs a key is recorded; none unless set.
     pub audit: AuditLog,
+    /// What encrypts connections; they are not unless set.
+    pub tls: Option<Tls>,
     /// Bytes of a body at most.
     pub max_body_bytes: usize,
     /// A stream that is silent for this long gets a comment, so that no proxy takes it for dead.
@@ -42,6 +45,7 @@ impl HttpConfig {
             metrics_without_key: false,
             version: version.into(),
             audit: AuditLog::default(),
+            tls: None,
             max_body_bytes: 8 << 20,
             keep_alive: Duration::from_secs(10),
         }

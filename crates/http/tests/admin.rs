@@ -1,11 +1,12 @@
 //! The admin API: who may come in, tenants changed while the server runs, requests ended, the server paused.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::Router;
 use http::Method;
-use quire_http::admin::{self, AdminConfig};
+use quire_http::admin::{self, AdminConfig, LogFilter};
 use quire_tenancy::{AuditLog, AuditTarget, KeyDigest, Keys, OnFull, Tenancy, TenantsEditor, TenantsFile};
 use serde_json::{Value, json};
 
@@ -23,6 +24,24 @@ struct World {
     tenancy: Tenancy,
     log: AuditLog,
     folder: PathBuf,
+}
+
+/// Knows two levels.
+#[derive(Default)]
+struct Filter(Mutex<String>);
+
+impl LogFilter for Filter {
+    fn level(&self) -> String {
+        self.0.lock().unwrap().clone()
+    }
+
+    fn set_level(&self, level: &str) -> Result<(), String> {
+        if !["info", "debug"].contains(&level) {
+            return Err(format!("`{level}` is no level"));
+        }
+        level.clone_into(&mut self.0.lock().unwrap());
+        Ok(())
+    }
 }
 
 impl World {
@@ -46,6 +65,8 @@ impl World {
             lifecycle: server.state.lifecycle().clone(),
             tenancy: tenancy.clone(),
             tenants: Some(TenantsEditor::new(path, tenancy.clone())),
+            log_filter: Arc::new(Filter::default()),
+            tls: None,
             audit: log.clone(),
             settings: json!({ "port": "8000" }),
             version: "1.2.3".into(),
@@ -104,7 +125,7 @@ fn slow() -> Setup {
     Setup { step: Duration::from_millis(5), max_num_seqs: 1, ..Setup::default() }
 }
 
-const ROUTES: [(Method, &str); 15] = [
+const ROUTES: [(Method, &str); 18] = [
     (Method::GET, "/admin/v1/tenants"),
     (Method::GET, "/admin/v1/tenants/a"),
     (Method::PUT, "/admin/v1/tenants/a"),
@@ -113,6 +134,9 @@ const ROUTES: [(Method, &str); 15] = [
     (Method::POST, "/admin/v1/tenants/a/keys"),
     (Method::DELETE, "/admin/v1/tenants/a/keys/k"),
     (Method::GET, "/admin/v1/tenants/a/usage"),
+    (Method::GET, "/admin/v1/tenants/a/usage?window=1h"),
+    (Method::GET, "/admin/v1/log-level"),
+    (Method::POST, "/admin/v1/log-level"),
     (Method::GET, "/admin/v1/requests"),
     (Method::DELETE, "/admin/v1/requests/x"),
     (Method::POST, "/admin/v1/drain"),
@@ -224,6 +248,28 @@ async fn tenants_are_changed_while_the_server_runs() {
     let counts =
         ["requests", "prompt_tokens", "completion_tokens", "in_flight", "waiting"].map(|name| &usage[name]);
     assert_eq!(counts, [1, 2, 3, 0, 0]);
+    // All of it was in the last minute; how windows are cut is the ledger's own test.
+    for window in ["1m", "15m", "1h", "24h"] {
+        let path = format!("/admin/v1/tenants/new/usage?window={window}");
+        let usage = world.call(Method::GET, &path, Value::Null).await.ok();
+        let counts = ["requests", "prompt_tokens", "completion_tokens"].map(|name| &usage[name]);
+        assert_eq!(counts, [1, 2, 3]);
+        assert!(usage["from"].as_str() <= usage["to"].as_str() && usage["to"].is_string(), "{usage}");
+    }
+    for (query, param) in [
+        ("window=", "window"),
+        ("window=0m", "window"),
+        ("window=25h", "window"),
+        ("window=1d", "window"),
+        ("window=-1h", "window"),
+        ("window=99999999999999999999h", "window"),
+        ("window=1h&window=2h", "window"),
+        ("since=1h", "since"),
+    ] {
+        let path = format!("/admin/v1/tenants/new/usage?{query}");
+        let refused = error(&world.call(Method::GET, &path, Value::Null).await);
+        assert_eq!((refused.0, &*refused.2), (400, param), "{query}");
+    }
 
     let shown = world.call(Method::GET, "/admin/v1/tenants/new", Value::Null).await;
     let tag = shown.headers["etag"].to_str().unwrap().to_owned();
@@ -395,4 +441,28 @@ async fn after_a_reset_nothing_is_found_in_the_cache() {
     assert_eq!((cached().await, cached().await > 0), (0, true));
     assert_eq!(world.call(Method::POST, "/admin/v1/cache/reset", Value::Null).await.status.as_u16(), 204);
     assert_eq!((cached().await, cached().await > 0), (0, true));
+}
+
+#[tokio::test]
+async fn the_log_level_is_changed_while_the_server_runs() {
+    let world = World::new("log-level", &Setup::default());
+    let path = "/admin/v1/log-level";
+    let set = async |body: Value| world.call(Method::POST, path, body).await;
+    assert_eq!(set(json!({ "level": "info" })).await.ok(), json!({ "level": "info" }));
+    assert_eq!(set(json!({ "level": "debug" })).await.ok(), json!({ "level": "debug" }));
+    for (body, param) in [
+        (json!({}), "level"),
+        (json!({ "level": 3 }), "level"),
+        (json!({ "level": "verbose" }), "level"),
+        (json!({ "level": "info", "for": "1h" }), "for"),
+    ] {
+        let refused = error(&set(body).await);
+        assert_eq!((refused.0, &*refused.2), (400, param));
+    }
+    assert_eq!(world.call(Method::GET, path, Value::Null).await.ok(), json!({ "level": "debug" }));
+    let records = world.records().await;
+    let changes: Vec<_> =
+        records.iter().map(|record| &record["change"]).filter(|change| !change.is_null()).collect();
+    assert_eq!(changes.len(), 2, "{changes:?}");
+    assert_eq!(*changes[1], json!({ "action": "log.level", "before": "info", "after": "debug" }));
 }

@@ -13,7 +13,7 @@
 //! * bounded: tenants, keys, ids, labels, settlements and records in wait.
 //!
 //! Reading order: [`file`] with `values`, [`limits`], [`budget`] and [`network`]; [`gcra`], `ledger`, [`demand`]; [`tenancy`], `table`,
-//! [`tenant`], [`permit`]; `shared` with its scripts, [`watch`], `metrics`, `usage`; `audit` with `audit_writer`;
+//! [`tenant`], [`permit`]; `shared` with its scripts, [`watch`], `metrics`, `usage` with `usage_history`; `audit` with `audit_writer`;
 //! `edit`.
 #![forbid(unsafe_code)]
 
@@ -35,6 +35,7 @@ mod table;
 pub mod tenancy;
 pub mod tenant;
 mod usage;
+mod usage_history;
 mod values;
 pub mod watch;
 
@@ -53,4 +54,5 @@ pub use table::TableError;
 pub use tenancy::Tenancy;
 pub use tenant::{Access, Tenant};
 pub use usage::Usage;
+pub use usage_history::{Counts, MAX_WINDOW};
 pub use watch::Watch;

@@ -80,6 +80,7 @@ impl Registry {
             refused: Mutex::default(),
             metrics: TenantMetrics::new(if id < MAX_LABELLED { &name } else { "other" }),
             totals: Totals::default(),
+            history: Mutex::default(),
             name: Arc::clone(&name),
         });
         self.by_name.insert(name, id);

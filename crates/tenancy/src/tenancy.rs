@@ -44,6 +44,8 @@ struct Inner {
     registry: Mutex<Registry>,
     store: Option<Arc<SharedStore>>,
     epoch: Instant,
+    /// The same, in seconds since 1970.
+    started: i64,
     changes: watch::Sender<u64>,
 }
 
@@ -67,6 +69,7 @@ impl Tenancy {
             registry: Mutex::new(registry),
             store,
             epoch: Instant::now(),
+            started: unix_now(),
             changes: watch::Sender::new(0),
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -291,12 +294,21 @@ impl Tenancy {
     }
 
     pub(crate) fn now(&self) -> Now {
-        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Now {
             nanos: u64::try_from(self.inner.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX),
-            unix: i64::try_from(unix.as_secs()).unwrap_or(i64::MAX),
+            unix: unix_now(),
         }
     }
+
+    /// Since when it counts, in seconds since 1970.
+    pub(crate) fn started(&self) -> i64 {
+        self.inner.started
+    }
+}
+
+fn unix_now() -> i64 {
+    let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(unix.as_secs()).unwrap_or(i64::MAX)
 }
 
 impl Default for Tenancy {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::Counts;
 
 /// From the Sunday of [`at`] into the next day.
 #[test]
@@ -76,4 +77,35 @@ fn budgets_are_published() {
         tenancy.publish_budgets();
         assert_eq!(published(), [row("left", 100.0), row("used", 0.0)]);
     });
+}
+
+#[test]
+fn a_window_holds_what_ended_in_it() {
+    let tenancy = tenancy("");
+    let access = tenancy.authenticate(None, None).unwrap();
+    let name = access.tenant().name().to_owned();
+    let complete = |prompt_tokens, output_tokens| {
+        let permit = tenancy.admit_at(at(0), &access, demand(prompt_tokens, 1, output_tokens)).unwrap();
+        let mut meter = permit.meter(prompt_tokens, 1);
+        meter.started(1);
+        meter.ended(output_tokens, FinishReason::Stop);
+    };
+    let now = tenancy.now().unix;
+    let minute = now.div_euclid(60) * 60;
+    complete(10, 2);
+    tenancy.note_usage(minute - 600);
+    complete(20, 3);
+    tenancy.note_usage(minute - 300);
+    complete(40, 5);
+    let used = |window: Option<u64>| {
+        let usage = tenancy.usage(&name, window.map(Duration::from_secs)).unwrap();
+        let Counts { requests, prompt_tokens, cached_tokens, completion_tokens } = usage.counts;
+        assert!((now..now + 60).contains(&usage.to) && usage.from <= usage.to);
+        [requests, prompt_tokens, cached_tokens, completion_tokens]
+    };
+    assert_eq!(used(None), [3, 70, 3, 10]);
+    assert_eq!(used(Some(24 * 3600)), [3, 70, 3, 10]);
+    assert_eq!(used(Some(450)), [2, 60, 2, 8]);
+    assert_eq!(used(Some(120)), [1, 40, 1, 5]);
+    assert_eq!(tenancy.usage("nobody", None), None);
 }

@@ -17,6 +17,7 @@ use crate::ledger::Ledger;
 use crate::limits::{Limits, Scope, Scopes};
 use crate::metrics::TenantMetrics;
 use crate::network::Network;
+use crate::usage_history::{Counts, UsageHistory};
 
 /// What outlives a reload: the id, and what is in use.
 pub(crate) struct TenantState {
@@ -27,6 +28,7 @@ pub(crate) struct TenantState {
     /// The shared store's last word on requests a minute, and until when it holds: of these nothing is given back.
     pub(crate) refused: Mutex<Option<(Nanos, Denied)>>,
     pub(crate) totals: Totals,
+    pub(crate) history: Mutex<UsageHistory>,
 }
 
 /// What a tenant's ended requests came to since the start.
@@ -45,6 +47,17 @@ impl Totals {
             [(&self.requests, 1), (&self.input, input), (&self.cached, cached), (&self.output, output)];
         for (total, count) in counts {
             total.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
+    /// As they are now.
+    pub(crate) fn counts(&self) -> Counts {
+        let total = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Counts {
+            requests: total(&self.requests),
+            prompt_tokens: total(&self.input),
+            cached_tokens: total(&self.cached),
+            completion_tokens: total(&self.output),
         }
     }
 

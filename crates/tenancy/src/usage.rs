@@ -1,25 +1,24 @@
 //! What tenants used: told to whoever asks, and published every second.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::budget::{Budget, Window};
 use crate::metrics::MAX_LABELLED;
 use crate::tenancy::Tenancy;
+use crate::tenant::TenantState;
+use crate::usage_history::{Counts, MAX_WINDOW, MINUTE};
 
 /// What one tenant used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Usage {
     /// Its name.
     pub tenant: String,
-    /// Requests that ended since the start, those to tokenize included.
-    pub requests: u64,
-    /// Tokens of their prompts.
-    pub prompt_tokens: u64,
-    /// Those of them that were cached.
-    pub cached_tokens: u64,
-    /// Tokens that were generated.
-    pub completion_tokens: u64,
+    /// From when, and until now, in seconds since 1970.
+    pub from: i64,
+    /// Now.
+    pub to: i64,
+    /// In this time.
+    pub counts: Counts,
     /// Answers that wait or run.
     pub in_flight: u32,
     /// Those of them that wait.
@@ -29,27 +28,52 @@ pub struct Usage {
 }
 
 impl Tenancy {
-    /// What a tenant of the table used, on this replica but for the budget.
-    pub fn usage(&self, name: &str) -> Option<Usage> {
+    /// What a tenant of the table used, on this replica but for the budget: in the last `window`, which begins a little
+    /// earlier where that is when sums were noted, or since the start.
+    pub fn usage(&self, name: &str, window: Option<Duration>) -> Option<Usage> {
         let table = self.table();
         let tenant = table.tenants.iter().find(|tenant| tenant.name() == name)?;
-        let (ledger, totals) = (*tenant.state.ledger.lock(), &tenant.state.totals);
+        let ledger = *tenant.state.ledger.lock();
         let unix = self.now().unix;
+        let (from, counts) = self.counts(&tenant.state, window, unix);
         let budget = tenant.budget().map(|budget| {
             let window = budget.period.window(unix);
             (*budget, window, ledger.spending.used_in(window))
         });
-        let total = |count: &AtomicU64| count.load(Ordering::Relaxed);
         Some(Usage {
             tenant: name.to_owned(),
-            requests: total(&totals.requests),
-            prompt_tokens: total(&totals.input),
-            cached_tokens: total(&totals.cached),
-            completion_tokens: total(&totals.output),
+            from,
+            to: unix,
+            counts,
             in_flight: ledger.in_flight().0,
             waiting: ledger.queued().0,
             budget,
         })
+    }
+
+    fn counts(&self, state: &TenantState, window: Option<Duration>, unix: i64) -> (i64, Counts) {
+        let (started, now) = (self.started(), state.totals.counts());
+        let Some(window) = window else { return (started, now) };
+        let window = window.as_secs().min(MAX_WINDOW).cast_signed();
+        let (from, then) = state.history.lock().at(unix - window, unix);
+        (from.max(started), now.since(then))
+    }
+
+    /// Notes at every full minute, for ever, what everybody has used.
+    pub async fn keep_history(self) {
+        loop {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let minute = Duration::from_secs(MINUTE.unsigned_abs());
+            let into = Duration::from_millis((now.as_millis() % minute.as_millis()) as u64);
+            tokio::time::sleep(minute - into).await;
+            self.note_usage((self.now().unix + MINUTE / 2).div_euclid(MINUTE) * MINUTE);
+        }
+    }
+
+    pub(crate) fn note_usage(&self, minute: i64) {
+        for state in self.states().iter() {
+            state.history.lock().note(minute, state.totals.counts());
+        }
     }
 
     /// Publishes, once a `period` and for ever, how it stands with the budgets, and each tenant's part of the tokens over

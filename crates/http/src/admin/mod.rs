@@ -19,6 +19,7 @@ use axum::routing::{delete, get, post};
 use http::HeaderMap;
 use quire_llm::Lifecycle;
 use quire_tenancy::{AuditLog, AuthError, KeyDigest, Tenancy, TenantsEditor};
+use quire_tls::Tls;
 use serde_json::Value;
 use tokio::net::TcpListener;
 
@@ -27,6 +28,18 @@ use crate::error::ApiError;
 use crate::observe::observe;
 use crate::router::{not_found, wrong_method};
 use crate::server::{PATIENCE, accept};
+
+/// What decides which log lines are written.
+pub trait LogFilter: Send + Sync {
+    /// A level, or levels by target: `info,quire_http=debug`.
+    fn level(&self) -> String;
+
+    /// Another one, from now on.
+    ///
+    /// # Errors
+    /// It is none; the message says why.
+    fn set_level(&self, level: &str) -> Result<(), String>;
+}
 
 /// What the admin API is told at start.
 pub struct AdminConfig {
@@ -40,6 +53,10 @@ pub struct AdminConfig {
     pub tenants: Option<TenantsEditor>,
     /// Where every call is recorded.
     pub audit: AuditLog,
+    /// The process's log.
+    pub log_filter: Arc<dyn LogFilter>,
+    /// What encrypts connections; they are not without.
+    pub tls: Option<Tls>,
     /// What `GET /admin/v1/config` shows; secrets are masked already.
     pub settings: Value,
     /// Of the program.
@@ -67,7 +84,8 @@ impl std::ops::Deref for Admin {
 
 /// Serves until `shutdown` resolves, then lets open connections finish their answers and returns.
 pub async fn serve(listener: TcpListener, config: AdminConfig, shutdown: impl Future<Output = ()>) {
-    accept(listener, router(config), PATIENCE, shutdown).await;
+    let tls = config.tls.clone();
+    accept(listener, tls, router(config), PATIENCE, shutdown).await;
 }
 
 /// Every route, each behind the token.
@@ -86,6 +104,7 @@ pub fn router(config: AdminConfig) -> Router {
         .route("/admin/v1/drain", post(process::drain))
         .route("/admin/v1/undrain", post(process::undrain))
         .route("/admin/v1/cache/reset", post(process::reset_cache))
+        .route("/admin/v1/log-level", get(process::log_level).post(process::set_log_level))
         .route("/admin/v1/config", get(process::config))
         .route("/admin/v1/state", get(process::state))
         .fallback(not_found)

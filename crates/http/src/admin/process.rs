@@ -9,6 +9,7 @@ use quire_tenancy::Trail;
 use serde_json::{Value, json};
 
 use super::Admin;
+use super::body::Object;
 use crate::error::ApiError;
 
 /// Every request that waits or runs, oldest first.
@@ -87,6 +88,29 @@ pub(super) async fn reset_cache(
     llm.reset_cache();
     trail.changed(json!({ "action": "cache.reset" }));
     Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+pub(super) async fn log_level(State(admin): State<Admin>) -> Response {
+    Json(json!({ "level": admin.log_filter.level() })).into_response()
+}
+
+/// More or less is logged, until this is called again or the process ends.
+pub(super) async fn set_log_level(
+    State(admin): State<Admin>,
+    Extension(trail): Extension<Trail>,
+    Object(mut body): Object,
+) -> Result<Response, ApiError> {
+    let level = body.remove("level");
+    if let Some(name) = body.keys().next() {
+        return Err(ApiError::unknown_field(name));
+    }
+    let level = level.as_ref().and_then(Value::as_str);
+    let level = level.ok_or_else(|| ApiError::invalid("level", "must be a string, such as info or debug"))?;
+    let before = admin.log_filter.level();
+    admin.log_filter.set_level(level).map_err(|message| ApiError::invalid("level", message))?;
+    let after = admin.log_filter.level();
+    trail.changed(json!({ "action": "log.level", "before": before, "after": after }));
+    Ok(Json(json!({ "level": after })).into_response())
 }
 
 pub(super) async fn config(State(admin): State<Admin>) -> Response {

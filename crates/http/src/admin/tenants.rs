@@ -1,12 +1,16 @@
 //! `/admin/v1/tenants`: the tenants file, and what is used of the limits.
 
-use axum::extract::{Path, State};
+use std::time::Duration;
+
+use axum::extract::{Path, RawQuery, State};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use http::header::{ETAG, IF_MATCH, IF_NONE_MATCH};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use quire_core::calendar::rfc3339;
-use quire_tenancy::{Change, EditError, Expected, KeyView, TenantView, TenantsEditor, Trail, Usage};
+use quire_tenancy::{
+    Change, EditError, Expected, KeyView, MAX_WINDOW, TenantView, TenantsEditor, Trail, Usage,
+};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
@@ -97,9 +101,39 @@ pub(super) async fn remove_key(
     Ok(changed(&trail, "key.delete", &change))
 }
 
-pub(super) async fn usage(State(admin): State<Admin>, Path(id): Path<String>) -> Result<Response, ApiError> {
-    let usage = admin.tenancy.usage(&id).ok_or_else(|| refusal(EditError::NoTenant(id)))?;
+pub(super) async fn usage(
+    State(admin): State<Admin>,
+    Path(id): Path<String>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, ApiError> {
+    let window = window(query.as_deref().unwrap_or_default())?;
+    let usage = admin.tenancy.usage(&id, window).ok_or_else(|| refusal(EditError::NoTenant(id)))?;
     Ok(Json(render_usage(&usage)).into_response())
+}
+
+/// `window=1h`, as whole minutes or hours; nothing: since the start.
+fn window(query: &str) -> Result<Option<Duration>, ApiError> {
+    let wrong = |name: &str, message: &str| Err(ApiError::invalid(name.to_owned(), message));
+    let mut window = None;
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        if name != "window" {
+            return wrong(name, "is not known here; there is window");
+        }
+        if window.is_some() {
+            return wrong("window", "is there twice");
+        }
+        let parsed = value.strip_suffix('m').map(|number| (number, 60));
+        let parsed = parsed.or_else(|| value.strip_suffix('h').map(|number| (number, 3600)));
+        let seconds = parsed.and_then(|(number, unit)| number.parse::<u64>().ok()?.checked_mul(unit));
+        match seconds.filter(|seconds| (60..=MAX_WINDOW).contains(seconds)) {
+            Some(seconds) => window = Some(Duration::from_secs(seconds)),
+            None => {
+                return wrong("window", "must be between 1m and 24h, in minutes or hours, such as 15m or 1h");
+            }
+        }
+    }
+    Ok(window)
 }
 
 /// Runs a call of the editor where it may wait for files.
@@ -208,10 +242,12 @@ fn render_usage(usage: &Usage) -> Value {
     });
     json!({
         "tenant": usage.tenant,
-        "requests": usage.requests,
-        "prompt_tokens": usage.prompt_tokens,
-        "cached_tokens": usage.cached_tokens,
-        "completion_tokens": usage.completion_tokens,
+        "from": rfc3339(usage.from.saturating_mul(1000)),
+        "to": rfc3339(usage.to.saturating_mul(1000)),
+        "requests": usage.counts.requests,
+        "prompt_tokens": usage.counts.prompt_tokens,
+        "cached_tokens": usage.counts.cached_tokens,
+        "completion_tokens": usage.counts.completion_tokens,
         "in_flight": usage.in_flight,
         "waiting": usage.waiting,
         "budget": budget,
