@@ -3,6 +3,7 @@
 use std::fmt;
 
 use quire_core::{DType, Limits, Micros, QuantFormat};
+use quire_cpu::KvMemory;
 use quire_model::{Checkpoint, Mixer, ModelSpec, RopeScaling};
 use quire_runner::{MemoryPlan, RunnerConfig, WeightPlan};
 use quire_scheduler::{LatencyTargets, Policy};
@@ -68,6 +69,8 @@ pub struct Config {
     pub weights: WeightPlan,
     /// Where the memory of each rank goes.
     pub memory: MemoryPlan,
+    /// When the memory of a KV cache on CPU becomes present.
+    pub kv_memory: KvMemory,
     /// Blocks of the KV cache's second tier, in host memory; 0 without one.
     pub num_host_blocks: u32,
     /// Bounds of requests.
@@ -132,6 +135,7 @@ impl Config {
             tensor_parallel_size: args.tensor_parallel_size,
             weights: WeightPlan::new(spec, runner.quant),
             num_host_blocks: num_host_blocks(args, &memory, machine)?,
+            kv_memory: KvMemory::OnUse,
             memory,
             runner,
             limits,
@@ -149,6 +153,15 @@ impl Config {
         self.memory = MemoryPlan::of_checkpoint(checkpoint, &self.runner, self.tensor_parallel_size)
             .map_err(|refused| error("tensor-parallel-size", refused.to_string()))?;
         Ok(())
+    }
+
+    /// For a server: keys and values get their memory before requests wait for it, unless that is most of what is free.
+    pub fn populate_kv(&mut self, machine: &Machine) {
+        if self.memory.kv_bytes().saturating_mul(self.tensor_parallel_size.into())
+            <= machine.available_memory.0 / 2
+        {
+            self.kv_memory = KvMemory::WhenIdle;
+        }
     }
 
     /// A GPU's memory, measured after the largest step, leaves `budget` for keys and values, of which `num_blocks` blocks

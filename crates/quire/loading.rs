@@ -40,6 +40,16 @@ const BAR_TEMPLATE: &str = "loading weights {wide_bar} {bytes} of {total_bytes}"
 pub(crate) struct Served<'a> {
     pub(crate) name: &'a str,
     pub(crate) lora_modules: &'a [LoraModule],
+    pub(crate) to: Audience,
+}
+
+/// For whom it is loaded.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Audience {
+    /// Whoever sends requests: the machine is there for them.
+    Clients,
+    /// Somebody at a terminal, who has other programs.
+    Terminal,
 }
 
 /// A model that answers. Dropping it stops the engine thread.
@@ -77,6 +87,9 @@ pub(crate) fn load(
     let machine = Machine { gpu_memory: gpu.as_ref().map(Gpu::free_memory), ..Machine::detect() };
     let mut config = Config::resolve(args, checkpoint.spec(), &machine)?;
     config.count_adapters(&checkpoint)?;
+    if served.to == Audience::Clients {
+        config.populate_kv(&machine);
+    }
     if let Some(targets) = targets {
         config.policy = targets.policy(&config, checkpoint.spec());
     }

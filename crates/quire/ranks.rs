@@ -18,7 +18,7 @@ pub(crate) fn cpu_backends(dtype: DType, config: &Config) -> crate::Result<(Vec<
     let cpu = CpuConfig { threads: own, precision: cpu_precision(dtype), ..CpuConfig::default() };
     let group = Communicator::group(ranks as usize).into_iter();
     let backends: Vec<_> = group
-        .map(|rank| Ok(CpuBackend::new(cpu)?.with_communicator(rank)))
+        .map(|rank| Ok(CpuBackend::new(cpu)?.with_kv_memory(config.kv_memory).with_communicator(rank)))
         .collect::<Result<_, BackendError>>()
         .map_err(|error| Failure(format!("cannot use the CPU: {error}")))?;
     let count = |number: usize| format!("{number} thread{}", if number == 1 { "" } else { "s" });

@@ -8,7 +8,7 @@ use quire_llm::{ChatMessage, ChatPrompt, GenerateRequest, Generation, Llm, Promp
 use tokio::sync::mpsc;
 
 use crate::cli::RunArgs;
-use crate::loading::{self, Served};
+use crate::loading::{self, Audience, Served};
 use crate::model::ModelSource;
 use crate::signals::Signals;
 use crate::{Failure, Result};
@@ -24,7 +24,7 @@ pub(crate) fn run(args: &RunArgs, out: &mut impl Write) -> Result<()> {
         .enable_all()
         .build()
         .map_err(|error| Failure(format!("cannot start the I/O thread: {error}")))?;
-    let served = Served { name: &name, lora_modules: &[] };
+    let served = Served { name: &name, lora_modules: &[], to: Audience::Terminal };
     let loaded = loading::load(&args.engine, None, source, &served, runtime.handle())?;
     let chat = Chat { args, llm: loaded.llm.clone(), history: Vec::new() };
     let prompt = match &args.prompt {

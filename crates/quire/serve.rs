@@ -20,7 +20,7 @@ use crate::args::{LogFormat, ServerArgs};
 use crate::audit;
 use crate::cli::ServeArgs;
 use crate::config::check_server;
-use crate::loading::{self, Loaded, Served};
+use crate::loading::{self, Audience, Loaded, Served};
 use crate::lora;
 use crate::metrics::{self, MetricsPage};
 use crate::model::ModelSource;
@@ -99,7 +99,7 @@ impl Server<'_> {
         let targets = Targets::of(&self.args.server)?;
         let lora_modules = self.args.server.lora_modules.clone();
         let load = move || {
-            let served = Served { name: &name, lora_modules: &lora_modules };
+            let served = Served { name: &name, lora_modules: &lora_modules, to: Audience::Clients };
             loading::load(&args, targets, source, &served, &Handle::current())
         };
         let mut load = tokio::task::spawn_blocking(load);

@@ -79,7 +79,7 @@ async fn a_device_error_ends_streams_and_the_server() {
     let config = Config::resolve(&args.engine, checkpoint.spec(), &Machine::detect()).unwrap();
     let text = loading::load_text(&LocalModel::Demo, &args.engine).unwrap();
     let executor = Box::new(Broken { limits: loading::executor_limits(checkpoint.spec(), &config) });
-    let served = Served { name: "demo", lora_modules: &[] };
+    let served = Served { name: "demo", lora_modules: &[], to: Audience::Clients };
     let loaded =
         loading::assemble(&served, &checkpoint, config, text, executor, "broken".into(), &Handle::current());
     let loaded = loaded.unwrap();

@@ -1,5 +1,7 @@
 //! The trait's implementation: checks, then hands each operation to [`crate::ops`].
 
+use std::sync::Arc;
+
 use quire_backend::convert::to_f32;
 use quire_backend::{
     AddLora, AddNorm, AllGather, AllReduce, Attention, Backend, BackendError, BufRole, Communicator, Embed,
@@ -27,6 +29,7 @@ use crate::ops::sample::{SampleRow, Scratch, sanitize};
 use crate::ops::soft_cap::CapRow;
 use crate::ops::{MIN_WORK, grain};
 use crate::pool::{Pool, default_threads};
+use crate::populate::{Activity, KvMemory};
 use crate::prepacked::Prepacked;
 use crate::simd::dispatch;
 use crate::simd::pairs::PANEL;
@@ -79,6 +82,8 @@ pub struct CpuBackend {
     /// One per thread.
     scratch: Vec<Scratch>,
     precision: Precision,
+    kv_memory: KvMemory,
+    activity: Arc<Activity>,
     prepacked: Option<Prepacked>,
     /// For the linear layer at work, and for the one after it.
     inputs: [Inputs; 2],
@@ -109,6 +114,8 @@ impl CpuBackend {
             results: Vec::new(),
             scratch: (0..threads).map(|_| Scratch::default()).collect(),
             precision: config.precision,
+            kv_memory: KvMemory::OnUse,
+            activity: Arc::default(),
             prepacked: None,
             inputs: [Inputs::new(threads)?, Inputs::new(threads)?],
             attention: Workspace::default(),
@@ -121,6 +128,11 @@ impl CpuBackend {
     /// Takes packed weights from `prepacked` where it has them, and leaves with it what had to be packed.
     pub fn with_prepacked(self, prepacked: Prepacked) -> Self {
         Self { prepacked: Some(prepacked), ..self }
+    }
+
+    /// With keys and values whose memory is there when `kv_memory` says.
+    pub fn with_kv_memory(self, kv_memory: KvMemory) -> Self {
+        Self { kv_memory, ..self }
     }
 
     /// As one rank of a group whose ranks share this memory.
@@ -195,7 +207,11 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_kv(&mut self, layout: &KvLayout) -> Result<CpuKv, BackendError> {
-        CpuKv::new(layout, self.precision)
+        let kv = CpuKv::new(layout, self.precision)?;
+        Ok(match self.kv_memory {
+            KvMemory::OnUse => kv,
+            KvMemory::WhenIdle => kv.populated(Arc::clone(&self.activity)),
+        })
     }
 
     fn alloc_host_kv(&mut self, kv: &mut CpuKv, layout: &KvLayout) -> Result<(), BackendError> {
@@ -204,6 +220,7 @@ impl Backend for CpuBackend {
     }
 
     fn prepare(&mut self, input: &StepInput<'_>) -> Result<(), BackendError> {
+        self.activity.begin();
         self.step.copy_from(input);
         self.results.clear();
         self.row_seqs.clear();
@@ -475,6 +492,7 @@ impl Backend for CpuBackend {
     }
 
     fn fetch(&mut self, step: StepId, out: &mut ModelRunnerOutput) -> Result<(), BackendError> {
+        self.activity.end();
         out.step = step;
         for result in self.results.drain(..).flatten() {
             match result {

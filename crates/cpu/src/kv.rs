@@ -1,6 +1,8 @@
 //! The paged cache. Per layer either `[num_blocks, num_kv_heads, block_size, head_dim]`, so that one head's keys within a
 //! block follow each other, or packed for products of pairs (`pages.rs`).
 
+use std::sync::Arc;
+
 use half::{bf16, f16};
 use quire_backend::convert::tensor_error;
 use quire_backend::{BackendError, KvLayerShape, KvLayout};
@@ -10,9 +12,12 @@ use crate::Precision;
 use crate::buffer::Aligned;
 use crate::element::Element;
 use crate::pages::PackedPages;
+use crate::populate::{Activity, Populating, Range};
 
 /// The cache of one KV group.
 pub struct CpuKv {
+    /// Goes before the memory does.
+    _populating: Option<Populating>,
     pub(crate) layers: Vec<KvLayer>,
     /// The same layers with other blocks, if there is a host tier. All is host memory here; it is a tier all the same.
     pub(crate) host: Vec<KvLayer>,
@@ -74,7 +79,13 @@ impl CpuKv {
             })
         };
         let layers = layout.layers.iter().map(layer).collect::<Result<_, _>>()?;
-        Ok(Self { layers, host: Vec::new() })
+        Ok(Self { _populating: None, layers, host: Vec::new() })
+    }
+
+    /// With memory that becomes present while `activity` shows none.
+    pub(crate) fn populated(self, activity: Arc<Activity>) -> Self {
+        let ranges = self.layers.iter().flat_map(KvLayer::ranges).collect();
+        Self { _populating: Some(Populating::start(ranges, activity)), ..self }
     }
 
     pub(crate) fn copy_block(&mut self, copy: BlockCopy) {
@@ -90,6 +101,16 @@ impl CpuKv {
 }
 
 impl KvLayer {
+    /// Where its memory lies.
+    fn ranges(&self) -> Vec<Range> {
+        match self {
+            Self::F32(pages) => pages.ranges(),
+            Self::F16(pages) => pages.ranges(),
+            Self::Bf16(pages) => pages.ranges(),
+            Self::Packed(pages) => pages.ranges(),
+        }
+    }
+
     /// Copies block `src` of `from`, which is of the same form, to block `dst`.
     pub(crate) fn copy_block_of(&mut self, from: &Self, src: usize, dst: usize) {
         match (self, from) {
@@ -111,6 +132,10 @@ impl<T: Element> Pages<T> {
         };
         let len = layout.num_blocks as usize * shape.block_len();
         Ok(Self { k: Aligned::zeroed(len, "kv cache")?, v: Aligned::zeroed(len, "kv cache")?, shape })
+    }
+
+    fn ranges(&self) -> Vec<Range> {
+        vec![Range::of(&self.k), Range::of(&self.v)]
     }
 
     fn copy_block_of(&mut self, from: &Self, src: usize, dst: usize) {

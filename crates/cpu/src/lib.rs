@@ -14,7 +14,7 @@
 //!   pointer is made of them.
 //!
 //! Reading order: [`pool`] with `spread`; [`simd`] (what an instruction set must offer), [`element`], [`buffer`]; [`weights`] with
-//! `packed`, `quantized` and [`prepacked`]; [`kv`] with `pages` and `store`; [`ops`], in it `tiles`, `gemm`, `int_gemm`, `paged` for what
+//! `packed`, `quantized` and [`prepacked`]; [`kv`] with `pages`, `store` and `populate`; [`ops`], in it `tiles`, `gemm`, `int_gemm`, `paged` for what
 //! runs fast; [`backend`] ties them to the trait; `peak` is what all of it is held against. A new instruction set is
 //! one more file in `simd` and one more arm in [`simd::dispatch`] and [`simd::pairs::dispatch_pairs`].
 // Register tiles are small matrices; `acc[r][m] += w[r] * x[m]` reads best with its indices.
@@ -29,6 +29,7 @@ mod packed;
 mod pages;
 mod peak;
 pub mod pool;
+mod populate;
 pub mod prepacked;
 mod quantized;
 pub mod simd;
@@ -41,6 +42,7 @@ pub use buffer::CpuBuf;
 pub use kv::CpuKv;
 pub use peak::Peaks;
 pub use pool::default_threads;
+pub use populate::KvMemory;
 pub use prepacked::{PackError, PackFile, PackKey, Packing, Prepacked};
 pub use simd::Isa;
 pub use weights::CpuWeight;

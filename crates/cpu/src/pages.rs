@@ -11,6 +11,7 @@ use quire_core::DType;
 
 use crate::buffer::Aligned;
 use crate::element::Plain;
+use crate::populate::Range;
 use crate::simd::pairs::PANEL;
 
 /// Where things lie in [`PackedPages`].
@@ -103,6 +104,14 @@ impl PackedPages {
             Pairs::Bf16 { k: Aligned::zeroed(k, what)?, v: Aligned::zeroed(v, what)? }
         };
         Ok(Self { pairs, shape, num_blocks: layout.num_blocks as usize })
+    }
+
+    /// Where their memory lies.
+    pub(crate) fn ranges(&self) -> Vec<Range> {
+        match &self.pairs {
+            Pairs::Bf16 { k, v } => vec![Range::of(k), Range::of(v)],
+            Pairs::Int8 { k, v, scales } => vec![Range::of(k), Range::of(v), Range::of(scales)],
+        }
     }
 
     /// Whether elements are bytes with scales.
