@@ -22,6 +22,8 @@ CASE_TIMEOUT_S = 900
 TRACE_TIMEOUT_S = 1800
 WARMUP = [(64, 16)] * 4
 """Prompt and output lengths of requests before those that count."""
+SETTLE_S = 5
+"""Between those and the ones that count: a server that has been up for some seconds, as most are."""
 TRACE_TOKENS = load.CLIENTS * (load.PROMPT_RANGE[1] + load.OUTPUT_RANGE[1])
 """KV cache for as many requests as run at once, all of them the longest."""
 
@@ -126,6 +128,7 @@ def _server(peer: ModuleType, job: Job, number: int, work: Path) -> Iterator[lis
             server.ready()
             try:
                 load.run(server.port, job.model.vocab_size, peer.EXTRA_FIELDS, WARMUP)
+                time.sleep(SETTLE_S)
                 watch = Watch(peer, job, number)
                 before = machine.session_seconds(server.process.pid)
                 records = load.run(server.port, job.model.vocab_size, peer.EXTRA_FIELDS, requests)
