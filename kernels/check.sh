@@ -63,7 +63,7 @@ fi
 # Machine code: function by function.
 for image in "$work"/*.fatbin; do
     cuobjdump -sass "$image" | awk -v image="$(basename "$image" .fatbin)" '
-        BEGIN { streams = "^quire_(embed_b?f16|gather_rows|add_norm|rope_cache|act|copy_pages|logits_process|sample|logprobs)" }
+        BEGIN { streams = "^quire_(embed_b?f16|gather_rows|moe_gate_up|moe_down|add_norm|rope_cache|act|copy_pages|logits_process|sample|logprobs)" }
         function check() {
             if (name == "") return
             if (name ~ streams && name !~ /_any/ && !wide) print image ": " name " (" arch ") has no 16-byte loads"

@@ -6,18 +6,18 @@
 QUIRE_KERNEL_BOUNDS(quire_moe_route, QuireMoeRouteParams, QUIRE_MOE_ROUTE_THREADS, 2) { quire::moe_route(p); }
 QUIRE_KERNEL_BOUNDS(quire_moe_sort, QuireMoeSortParams, QUIRE_MOE_SORT_THREADS, 1) { quire::moe_sort(p); }
 
-QUIRE_KERNEL_BOUNDS(quire_moe_gate_up_bf16, QuireMoeGemmParams, QUIRE_MOE_THREADS, 3) {
-    quire::moe_gemm<quire::bf16, true>(p);
-}
-QUIRE_KERNEL_BOUNDS(quire_moe_gate_up_f16, QuireMoeGemmParams, QUIRE_MOE_THREADS, 3) {
-    quire::moe_gemm<quire::f16, true>(p);
-}
-QUIRE_KERNEL_BOUNDS(quire_moe_down_bf16, QuireMoeGemmParams, QUIRE_MOE_THREADS, 3) {
-    quire::moe_gemm<quire::bf16, false>(p);
-}
-QUIRE_KERNEL_BOUNDS(quire_moe_down_f16, QuireMoeGemmParams, QUIRE_MOE_THREADS, 3) {
-    quire::moe_gemm<quire::f16, false>(p);
-}
+#define QUIRE_MOE_GEMM(suffix, T, W)                                                                   \
+    QUIRE_KERNEL_BOUNDS(quire_moe_gate_up_##suffix, QuireMoeGemmParams, QUIRE_MOE_THREADS, 3) {        \
+        quire::moe_gemm<T, W, true>(p);                                                               \
+    }                                                                                                 \
+    QUIRE_KERNEL_BOUNDS(quire_moe_down_##suffix, QuireMoeGemmParams, QUIRE_MOE_THREADS, 3) {           \
+        quire::moe_gemm<T, W, false>(p);                                                              \
+    }
+
+QUIRE_MOE_GEMM(bf16, quire::bf16, quire::bf16)
+QUIRE_MOE_GEMM(f16, quire::f16, quire::f16)
+QUIRE_MOE_GEMM(fp8_bf16, quire::bf16, quire::e4m3)
+QUIRE_MOE_GEMM(fp8_f16, quire::f16, quire::e4m3)
 
 #define QUIRE_MOE_INT(bits, suffix, T)                                                                      \
     QUIRE_KERNEL_BOUNDS(quire_moe_gate_up_int##bits##_##suffix, QuireMoeIntParams, QUIRE_MOE_THREADS, 3) { \

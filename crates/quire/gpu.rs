@@ -1,7 +1,7 @@
 //! Where a model runs: on a GPU, where this build and this machine have one, else on the processor; and why.
 
-use quire_core::{DType, Executor, QuantFormat};
-use quire_model::{Checkpoint, Ffn, ModelSpec};
+use quire_core::{DType, Executor};
+use quire_model::{Checkpoint, ModelSpec};
 use quire_runner::LoadProgress;
 
 use crate::args::{Device, EngineArgs, ExecutorArg};
@@ -47,15 +47,8 @@ pub(crate) fn load(
 
 /// What was asked for that only the processor can do.
 fn unsuited(args: &EngineArgs, spec: &ModelSpec) -> Option<String> {
-    let (quant, dtype) = (args.quantize.format(), spec.dtype);
+    let dtype = spec.dtype;
     let kv = kv_dtype(args, dtype);
-    let has_experts = spec.layers.iter().any(|layer| matches!(layer.ffn, Ffn::Moe(_)));
-    if has_experts && quant == QuantFormat::Fp8 {
-        return Some(format!(
-            "--quantize {} of experts is not supported on CUDA; use int8 or int4, or leave it out",
-            quant.name()
-        ));
-    }
     if kv != DType::F8E4M3 && kv != activation_dtype(dtype) {
         return Some(format!("--kv-cache-dtype {kv} is not supported on CUDA; use auto or fp8"));
     }

@@ -19,6 +19,31 @@ constexpr bool is_bf16 = false;
 template <>
 constexpr bool is_bf16<bf16> = true;
 
+/// Two pairs of 16-bit numbers out of four e4m3 bytes: bytes 0 and 2, bytes 1 and 3. By moving the bits into place and
+/// multiplying by the difference of the exponents' biases, which is exact, also for subnormals.
+template <typename Number>
+QUIRE_DEVICE void widen_e4m3(uint32_t bytes, uint32_t& even, uint32_t& odd) {
+    const uint32_t even_sign = (bytes << 8) & 0x80008000u, odd_sign = bytes & 0x80008000u;
+#if defined(__CUDACC__)
+    if constexpr (is_bf16<Number>) {
+        even = even_sign | ((bytes << 4) & 0x07f007f0u);
+        odd = odd_sign | ((bytes >> 4) & 0x07f007f0u);
+        asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(even) : "r"(0x7b807b80u), "r"(0x80008000u));  // 2^120
+        asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(odd) : "r"(0x7b807b80u), "r"(0x80008000u));
+    } else {
+        even = even_sign | ((bytes << 7) & 0x3f803f80u);
+        odd = odd_sign | ((bytes >> 1) & 0x3f803f80u);
+        asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(even) : "r"(0x5c005c00u));  // 2^8
+        asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(odd) : "r"(0x5c005c00u));
+    }
+#else
+    (void)even_sign, (void)odd_sign;
+    const auto value = [&](int i) { return to_f32(e4m3{uint8_t(bytes >> (8 * i))}); };
+    even = pack2<Number>(value(0), value(2));
+    odd = pack2<Number>(value(1), value(3));
+#endif
+}
+
 /// An address in shared memory, for the instructions that take 32-bit ones.
 #ifdef __CUDACC__
 using SharedAddress = uint32_t;

@@ -9,6 +9,11 @@
 // KiB on a multiprocessor. Many rows: 16 products a load of x, which four warps share through L1, and the tiles of one
 // expert run side by side, so that its weights come through L2.
 // Every output is one chain over k in the same order, whatever the number of rows: no row shows its company.
+//
+// Weights in e4m3: half the bytes, and the same instructions. A 16-byte load is 16 inputs then, which become fragments of T
+// in registers (exactly; ten operations for four weights, once for all rows of a tile); what activations were rounded to
+// stays. Products of e4m3 with e4m3 would take activations in 8 bits: a launch more before each product, another
+// rounding by up to a sixteenth, and sm_89 at least. They would pay only where rows are many, which experts rarely have.
 #pragma once
 
 #include "activation.cuh"
@@ -26,29 +31,58 @@ QUIRE_DEVICE float moe_activate(int kind, float x) {
     }
 }
 
-template <typename T, bool kGated, int kGroups>
+/// Eight weights of a lane, of row r of a panel and of row r + 8, as A of two instructions: each with 16 inputs, of which
+/// this lane has four.
+template <typename T>
+QUIRE_DEVICE void moe_fragments(uint32_t (&a)[2][4], const uint32_t (&low)[4], const uint32_t (&high)[4]) {
+    QUIRE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        a[i][0] = low[2 * i], a[i][1] = high[2 * i], a[i][2] = low[2 * i + 1], a[i][3] = high[2 * i + 1];
+    }
+}
+
+/// The same of e4m3.
+template <typename T>
+QUIRE_DEVICE void moe_fragments(uint32_t (&a)[2][4], const uint32_t (&low)[2], const uint32_t (&high)[2]) {
+    QUIRE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        // Widening takes bytes 0 and 2, and 1 and 3.
+        widen_e4m3<T>(__byte_perm(low[i], 0, 0x3120), a[i][0], a[i][2]);
+        widen_e4m3<T>(__byte_perm(high[i], 0, 0x3120), a[i][1], a[i][3]);
+    }
+}
+
+/// W: T or e4m3. Inputs are counted in octets: eight of each of four lanes, 32 in all. A lane's octets lie side by side
+/// as far as 16 bytes go.
+template <typename T, typename W, bool kGated, int kGroups>
 struct MoeTile {
-    /// Inputs of a step, in chunks of 32: a 16-byte load of each of four lanes.
-    static constexpr int kChunks = kGroups <= 2 ? 2 : 1;
+    /// Octets that lie side by side.
+    static constexpr int kAdjacent = 2 / int(sizeof(W));
+    /// Words of an octet.
+    static constexpr int kWords = 2 * int(sizeof(W));
+    /// Octets of a step. With many rows, sums take the registers, and the other half of 16 bytes waits in L1.
+    static constexpr int kOctets = kGroups <= 2 ? 2 * kAdjacent : kGroups <= 4 ? kAdjacent : 1;
+    /// Octets of a load.
+    static constexpr int kPerLoad = kOctets < kAdjacent ? kOctets : kAdjacent;
 
     const QuireMoeGemmParams& p;
     const QuireMoeTile& tile;
     /// First output of each of the warp's panels.
     int outputs[2];
-    const T* panels[2];
-    /// Rows of x that this lane loads from; null past the tile's last.
-    const T* rows[kGroups];
+    const W* panels[2];
+    /// Rows of x that this lane loads from; negative past the tile's last. Numbers, as pointers would take the registers.
+    int rows[kGroups];
 
     struct Weights {
-        /// [panel][half of its rows][chunk]
-        uint4 v[2][2][kChunks];
+        /// [panel][half of its rows][octet]
+        uint32_t v[2][2][kOctets][kWords];
     };
 
     QUIRE_DEVICE MoeTile(const QuireMoeGemmParams& params, const QuireMoeTile& tile, int first)
         : p(params), tile(tile) {
         const int lane = int(threadIdx.x) % 32;
         const int64_t matrix = int64_t(p.out_features) * p.in_features;
-        const T* const expert = static_cast<const T*>(p.weight) + tile.expert * matrix * (kGated ? 2 : 1);
+        const W* const expert = static_cast<const W*>(p.weight) + tile.expert * matrix * (kGated ? 2 : 1);
         outputs[0] = first;
         outputs[1] = kGated ? first : first + 16;
         panels[0] = expert;
@@ -56,53 +90,71 @@ struct MoeTile {
         QUIRE_UNROLL
         for (int r = 0; r < kGroups; ++r) {
             const int row = 8 * r + lane / 4;
-            rows[r] = nullptr;
+            rows[r] = -1;
             if (row >= tile.count) continue;
             const int slot = p.slots[tile.first + row];
-            rows[r] = static_cast<const T*>(p.x) + int64_t(kGated ? slot / p.top_k : slot) * p.in_features;
+            rows[r] = kGated ? slot / p.top_k : slot;
         }
     }
 
-    QUIRE_DEVICE void load(Weights& w, int k) const {
+    /// First input of this lane's octet.
+    static QUIRE_DEVICE int column(int octet) {
         const int lane = int(threadIdx.x) % 32;
+        return octet / kAdjacent * kAdjacent * 32 + (lane % 4 * kAdjacent + octet % kAdjacent) * 8;
+    }
+
+    QUIRE_DEVICE void load(Weights& w, int first) const {
+        const int lane = fresh_lane();
         QUIRE_UNROLL
-        for (int i = 0; i < 4 * kChunks; ++i) {
-            const int panel = i / 2 / kChunks, half = i / kChunks % 2, chunk = i % kChunks;
-            const int output = outputs[panel] + 8 * half + lane / 4, column = k + 32 * chunk + 8 * (lane % 4);
-            const bool exists = output < p.out_features && column < p.in_features;
-            const T* const from = panels[panel] + int64_t(output) * p.in_features + column;
-            w.v[panel][half][chunk] = exists ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < 4 * kOctets; i += kPerLoad) {
+            const int panel = i / 2 / kOctets, half = i / kOctets % 2, octet = i % kOctets;
+            const int output = outputs[panel] + 8 * half + lane / 4, at = column(first + octet);
+            Vec<uint32_t, kWords * kPerLoad> words{};
+            if (output < p.out_features && at < p.in_features) {
+                words = quire::load<decltype(words)>(panels[panel] + int64_t(output) * p.in_features + at);
+            }
+            QUIRE_UNROLL
+            for (int j = 0; j < kWords * kPerLoad; ++j) w.v[panel][half][octet + j / kWords][j % kWords] = words.v[j];
         }
     }
 
-    QUIRE_DEVICE void multiply(float (&sum)[2][kGroups][4], const Weights& w, int k) const {
-        const int lane = int(threadIdx.x) % 32;
+    QUIRE_DEVICE void multiply(float (&sum)[2][kGroups][4], const Weights& w, int first) const {
         QUIRE_UNROLL
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
-            const int column = k + 32 * chunk + 8 * (lane % 4);
+        for (int octet = 0; octet < kOctets; ++octet) {
+            const int at = column(first + octet);
+            uint32_t a[2][2][4];
+            QUIRE_UNROLL
+            for (int panel = 0; panel < 2; ++panel) moe_fragments<T>(a[panel], w.v[panel][0][octet], w.v[panel][1][octet]);
             QUIRE_UNROLL
             for (int r = 0; r < kGroups; ++r) {
                 uint4 x = make_uint4(0, 0, 0, 0);
-                if (rows[r] != nullptr && column < p.in_features) x = *reinterpret_cast<const uint4*>(rows[r] + column);
+                const T* const from = static_cast<const T*>(p.x) + int64_t(rows[r]) * p.in_features + at;
+                if (rows[r] >= 0 && at < p.in_features) x = *reinterpret_cast<const uint4*>(from);
                 QUIRE_UNROLL
                 for (int panel = 0; panel < 2; ++panel) {
-                    const uint4 &low = w.v[panel][0][chunk], &high = w.v[panel][1][chunk];
-                    const uint32_t a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
-                    mma_m16n8k16<T>(sum[panel][r], a[0], x.x, x.y);
-                    mma_m16n8k16<T>(sum[panel][r], a[1], x.z, x.w);
+                    mma_m16n8k16<T>(sum[panel][r], a[panel][0], x.x, x.y);
+                    mma_m16n8k16<T>(sum[panel][r], a[panel][1], x.z, x.w);
                 }
             }
         }
+    }
+
+    /// Of an output of a panel.
+    QUIRE_DEVICE float scaled(int panel, int output, float sum) const {
+        if (sizeof(W) == sizeof(T)) return sum;
+        const int64_t matrix = (kGated ? 2 : 1) * int64_t(tile.expert) + (kGated ? panel : 0);
+        return sum * p.w_scales[matrix * p.out_features + output];
     }
 
     QUIRE_DEVICE void run() const {
         float sum[2][kGroups][4] = {};
         Weights next;
         load(next, 0);
-        for (int k = 0; k < p.in_features; k += 32 * kChunks) {
+        const int end = (p.in_features + 32 * kAdjacent - 1) / (32 * kAdjacent) * kAdjacent;
+        for (int octet = 0; octet < end; octet += kOctets) {
             const Weights now = next;
-            if (k + 32 * kChunks < p.in_features) load(next, k + 32 * kChunks);
-            multiply(sum, now, k);
+            if (octet + kOctets < end) load(next, octet + kOctets);
+            multiply(sum, now, octet);
         }
         const int lane = int(threadIdx.x) % 32;
         QUIRE_UNROLL
@@ -112,21 +164,22 @@ struct MoeTile {
             T* const out = static_cast<T*>(p.out) + int64_t(p.slots[tile.first + row]) * p.out_features;
             QUIRE_UNROLL
             for (int half = 0; half < 2; ++half) {
-                const int output = 8 * half + lane / 4, c = 2 * half + i % 2;
-                const float low = sum[0][r][c], high = sum[1][r][c];
+                const int c = 2 * half + i % 2, first = outputs[0] + 8 * half + lane / 4;
+                const int second = outputs[1] + 8 * half + lane / 4;
+                if (first >= p.out_features) continue;
+                const float low = scaled(0, first, sum[0][r][c]);
                 if (kGated) {
-                    if (outputs[0] + output >= p.out_features) continue;
-                    out[outputs[0] + output] = from_f32<T>(moe_activate(p.kind, low) * high);
+                    out[first] = from_f32<T>(moe_activate(p.kind, low) * scaled(1, second, sum[1][r][c]));
                 } else {
-                    if (outputs[0] + output < p.out_features) out[outputs[0] + output] = from_f32<T>(low);
-                    if (outputs[1] + output < p.out_features) out[outputs[1] + output] = from_f32<T>(high);
+                    out[first] = from_f32<T>(low);
+                    if (second < p.out_features) out[second] = from_f32<T>(scaled(1, second, sum[1][r][c]));
                 }
             }
         }
     }
 };
 
-template <typename T, bool kGated>
+template <typename T, typename W, bool kGated>
 QUIRE_DEVICE void moe_gemm(const QuireMoeGemmParams& p) {
     constexpr int kOutputs = kGated ? QUIRE_MOE_TILE_OUTPUTS : QUIRE_MOE_PAIR_OUTPUTS;
     constexpr int kWarps = QUIRE_MOE_THREADS / 32;
@@ -138,13 +191,13 @@ QUIRE_DEVICE void moe_gemm(const QuireMoeGemmParams& p) {
         const int first = item % parts * kOutputs + int(threadIdx.x) / 32 * (kOutputs / kWarps);
         if (first >= p.out_features) continue;
         if (tile.count <= 8) {
-            MoeTile<T, kGated, 1>(p, tile, first).run();
+            MoeTile<T, W, kGated, 1>(p, tile, first).run();
         } else if (tile.count <= 16) {
-            MoeTile<T, kGated, 2>(p, tile, first).run();
+            MoeTile<T, W, kGated, 2>(p, tile, first).run();
         } else if (tile.count <= 32) {
-            MoeTile<T, kGated, 4>(p, tile, first).run();
+            MoeTile<T, W, kGated, 4>(p, tile, first).run();
         } else {
-            MoeTile<T, kGated, 8>(p, tile, first).run();
+            MoeTile<T, W, kGated, 8>(p, tile, first).run();
         }
     }
 }

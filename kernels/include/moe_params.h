@@ -58,11 +58,15 @@ typedef struct QuireMoeSortParams {
 /// Any grid, they take tiles in turn (tiles times outputs / QUIRE_MOE_TILE_OUTPUTS, for down QUIRE_MOE_PAIR_OUTPUTS);
 /// block QUIRE_MOE_THREADS.
 /// A slot's bits do not depend on the other slots, or on the tile that it is in.
+/// quire_moe_{gate_up,down}_fp8_{bf16,f16}: the same with weights of e4m3, widened to act, and a scale for each output.
 typedef struct QuireMoeGemmParams {
     /// act [T, K]; for down act [T * k, K].
     const void* x;
-    /// act [num_experts, N, K]; for gate_up [num_experts, 2 N, K], gate's rows first. N the outputs, K a multiple of 8.
+    /// act or e4m3 [num_experts, N, K]; for gate_up [num_experts, 2 N, K], gate's rows first. N the outputs, K a multiple of
+    /// 8, of 16 with e4m3.
     const void* weight;
+    /// f32, one for each row of an e4m3 weight, else null.
+    const float* w_scales;
     /// act [T * k, N].
     void* out;
     const int32_t* slots;

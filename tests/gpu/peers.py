@@ -112,6 +112,33 @@ class Torch:
             flops = 2.0 * self.heads * self.head_dim * length * (length + 1)
             row(f"torch_prefill_tflop_s/{length}", 1e-6 * flops / us, "TFLOP/s")
 
+    def adapters(self):
+        """What PEFT does for a batch with several adapters: the rows of each by themselves, twice through thin products."""
+        rows, count, rank = 64, 8, 16
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        linears = [(self.hidden, [q, kv, kv]), (q, [self.hidden]), (self.hidden, [self.intermediate] * 2),
+                   (self.intermediate, [self.hidden])]
+        of = [self.torch.arange(adapter, rows, count, device=self.device) for adapter in range(count)]
+        # Copies of the factors that no cache holds.
+        copies = 1 if self.tiny else 16
+        work = []
+        for inputs, parts in linears:
+            x = self.random(rows, inputs)
+            for outputs in parts:
+                out = self.random(rows, outputs)
+                factors = [[(self.random(rank, inputs), self.random(outputs, rank)) for _ in range(count)]
+                           for _ in range(copies)]
+                work.append((x, out, factors))
+        turn = [0]
+
+        def add():
+            turn[0] += 1
+            for x, out, factors in work:
+                for rows_of, (a, b) in zip(of, factors[turn[0] % copies]):
+                    out.index_add_(0, rows_of, x[rows_of] @ a.T @ b.T, alpha=0.5)
+
+        row(f"torch_lora_us/{rows}x{count}/r{rank}", self.time(add), "us")
+
 
 def continuous_batching(shape, tiny):
     """Output tokens per second of transformers' own paged scheduler, prompts of 128 and answers of 128 tokens."""
@@ -147,7 +174,8 @@ def main():
     args = parser.parse_args()
     try:
         peer = Torch(args.tiny)
-        for function in (peer.copy, peer.products, peer.products_fp8, peer.decode, peer.prefill):
+        for function in (
+                peer.copy, peer.products, peer.products_fp8, peer.decode, peer.prefill, peer.adapters):
             part(function)
     except ImportError as error:
         print(f"left out: {error}")

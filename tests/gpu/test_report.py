@@ -34,6 +34,12 @@ class ReportTest(unittest.TestCase):
         self.assertEqual(len(met), 2, "what was not measured has no line")
         self.assertIn(f"{len(report.TARGETS) - 2} of {len(report.TARGETS)} targets were not measured", table)
 
+    def test_what_adapters_take_must_be_little(self):
+        rows = {"lora_of_products/64x8/r16": 0.1, "lora_us/64x8/r16": 50, "torch_lora_us/64x8/r16": 150}
+        _, _, result = self.run_on({"kernels.json": self.rows(**rows)})
+        met = [(line["value"], line["m1_met"], line["m2_met"]) for line in result["targets"]]
+        self.assertEqual(met, [(0.1, True, False), (3.0, True, True)])
+
     def test_a_failed_check_fails_the_run(self):
         checks = {"checks": [{"name": "conformance", "result": "ok"}, {"name": "models", "result": "failed (101)"}]}
         status, table, _ = self.run_on({"checks.json": checks})

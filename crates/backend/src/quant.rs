@@ -20,6 +20,9 @@
 //! y[n] = (Σ_k x[k] · v[n][k]) · a · w[n] + bias[n]      the sum in f32, in any order
 //! ```
 //!
+//! Of experts in fp8 only the weights are: `x` stays as it is, and `a` is 1. Few rows go to each, so that their weights'
+//! bytes are what they cost, and activations need not be rounded for it.
+//!
 //! Numbers below [`TINY`] count as zero, so that no reciprocal overflows.
 
 use quire_core::{DType, QuantFormat};

@@ -77,18 +77,19 @@ pub struct IntGemms {
 pub struct MoeKernels {
     pub route: Function<MoeRouteParams>,
     pub sort: Function<MoeSortParams>,
-    pub gate_up: Function<MoeGemmParams>,
-    pub down: Function<MoeGemmParams>,
     pub combine: Function<MoeCombineParams>,
-    int8: MoeIntKernels,
-    int4: MoeIntKernels,
+    /// Of weights in 16 bits.
+    pub dense: MoeProducts<MoeGemmParams>,
+    pub fp8: MoeProducts<MoeGemmParams>,
+    int8: MoeProducts<MoeIntParams>,
+    int4: MoeProducts<MoeIntParams>,
 }
 
-/// Products of experts with weights of one number of bits.
+/// Products of experts with weights of one format.
 #[derive(Debug)]
-pub struct MoeIntKernels {
-    pub gate_up: Function<MoeIntParams>,
-    pub down: Function<MoeIntParams>,
+pub struct MoeProducts<P> {
+    pub gate_up: Function<P>,
+    pub down: Function<P>,
 }
 
 /// LoRA adapters.
@@ -337,28 +338,31 @@ pub fn logits_splits(vocab: usize) -> usize {
 
 impl MoeKernels {
     fn find(modules: &Modules, act: &str) -> Result<Self, CudaError> {
-        let int = |bits: u32| -> Result<MoeIntKernels, CudaError> {
-            Ok(MoeIntKernels {
-                gate_up: modules.function(&format!("quire_moe_gate_up_int{bits}_{act}"), 0)?,
-                down: modules.function(&format!("quire_moe_down_int{bits}_{act}"), 0)?,
-            })
-        };
         Ok(Self {
             route: modules.function("quire_moe_route", 0)?,
             sort: modules.function("quire_moe_sort", 0)?,
-            gate_up: modules.function(&format!("quire_moe_gate_up_{act}"), 0)?,
-            down: modules.function(&format!("quire_moe_down_{act}"), 0)?,
             combine: modules.function(&format!("quire_moe_combine_{act}"), 0)?,
-            int8: int(8)?,
-            int4: int(4)?,
+            dense: MoeProducts::find(modules, act)?,
+            fp8: MoeProducts::find(modules, &format!("fp8_{act}"))?,
+            int8: MoeProducts::find(modules, &format!("int8_{act}"))?,
+            int4: MoeProducts::find(modules, &format!("int4_{act}"))?,
         })
     }
 
-    pub fn int(&self, bits: Bits) -> &MoeIntKernels {
+    pub fn int(&self, bits: Bits) -> &MoeProducts<MoeIntParams> {
         match bits {
             Bits::Eight => &self.int8,
             Bits::Four => &self.int4,
         }
+    }
+}
+
+impl<P: Copy> MoeProducts<P> {
+    fn find(modules: &Modules, suffix: &str) -> Result<Self, CudaError> {
+        Ok(Self {
+            gate_up: modules.function(&format!("quire_moe_gate_up_{suffix}"), 0)?,
+            down: modules.function(&format!("quire_moe_down_{suffix}"), 0)?,
+        })
     }
 }
 

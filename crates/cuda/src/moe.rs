@@ -5,10 +5,10 @@ use quire_backend::{BackendError, Moe};
 
 use crate::Cuda;
 use crate::blaslt::Element;
-use crate::buffers::CudaMatrix;
+use crate::buffers::{CudaMatrix, DenseMatrix};
 use crate::driver::DeviceSlice;
 use crate::int_weights::PANEL;
-use crate::kernels::{self, Kernels};
+use crate::kernels::{self, Kernels, MoeKernels, MoeProducts};
 use crate::ops::activation_kind;
 use crate::params::{MoeCombineParams, MoeGemmParams, MoeIntParams, MoeRouteParams, MoeSortParams, MoeTile};
 use crate::quantized::{IntMatrix, QuantizedRows};
@@ -16,6 +16,8 @@ use crate::step::Layout;
 
 /// Experts of a token at most: a warp keeps one in each lane.
 const MAX_TOP_K: usize = 32;
+/// What the inputs of experts in fp8 are a multiple of: a load of the kernel.
+const FP8_INPUTS: usize = 16;
 
 /// What routing leaves for the products, made at the first use. A slot is a token and a rank.
 #[derive(Debug)]
@@ -55,12 +57,19 @@ impl Cuda {
         self.route(op, shape)?;
         match (&op.up.matrix, &op.down.matrix) {
             (CudaMatrix::Dense(up), CudaMatrix::Dense(down)) => {
-                self.dense_experts(op, shape, [up.data.data, down.data.data])?;
+                self.float_experts(op, shape, [up, down], |moe| &moe.dense)?;
             }
-            (CudaMatrix::Int(up), CudaMatrix::Int(down)) => self.int_experts(op, shape, [up, down])?,
+            (CudaMatrix::Fp8(up), CudaMatrix::Fp8(down)) => {
+                self.are_whole(op, shape, FP8_INPUTS)?;
+                self.float_experts(op, shape, [up, down], |moe| &moe.fp8)?;
+            }
+            (CudaMatrix::Int(up), CudaMatrix::Int(down)) => {
+                self.are_whole(op, shape, PANEL)?;
+                self.int_experts(op, shape, [up, down])?;
+            }
             _ => {
-                let name = &op.up.name;
-                return Err(self.refused(format!("{name}: experts in fp8 are not supported, use int8")));
+                let (up, down) = (&op.up.name, &op.down.name);
+                return Err(self.refused(format!("{up} and {down} are quantized in different ways")));
             }
         }
         let combine = MoeCombineParams {
@@ -76,17 +85,31 @@ impl Cuda {
         self.check(launched)
     }
 
-    /// Experts' products in 16 bits, with rows as they are in the checkpoint.
-    fn dense_experts(
+    /// Quantized experts: rows of either product are whole multiples.
+    fn are_whole(&self, op: &Moe<'_, Self>, shape: Shape, multiple: usize) -> Result<(), BackendError> {
+        let Shape { hidden, width, .. } = shape;
+        if hidden.is_multiple_of(multiple) && width.is_multiple_of(multiple) {
+            return Ok(());
+        }
+        Err(self.refused(format!(
+            "{}: {hidden} and {width} columns are not multiples of {multiple}, which quantized experts need",
+            op.up.name
+        )))
+    }
+
+    /// Experts' products of activations in 16 bits, with rows of weights one after the other.
+    fn float_experts(
         &mut self,
         op: &Moe<'_, Self>,
         shape: Shape,
-        [up, down]: [DeviceSlice; 2],
+        [up, down]: [&DenseMatrix; 2],
+        kernels: impl Fn(&MoeKernels) -> &MoeProducts<MoeGemmParams>,
     ) -> Result<(), BackendError> {
-        let (experts, kernels, scratch) = (&self.routing, &self.kernels.moe, &op.scratch);
+        let (experts, kernels, scratch) = (&self.routing, kernels(&self.kernels.moe), &op.scratch);
         let gate_up = MoeGemmParams {
             x: op.x.slice.address(),
-            weight: up.address(),
+            weight: up.data.data.address(),
+            w_scales: up.data.scales.address(),
             out: scratch.hidden.slice.address(),
             slots: experts.slots.address(),
             tiles: experts.tiles.address(),
@@ -98,7 +121,8 @@ impl Cuda {
         };
         let down = MoeGemmParams {
             x: scratch.hidden.slice.address(),
-            weight: down.address(),
+            weight: down.data.data.address(),
+            w_scales: down.data.scales.address(),
             out: scratch.expert_out.slice.address(),
             in_features: shape.width as i32,
             out_features: shape.hidden as i32,
@@ -119,12 +143,6 @@ impl Cuda {
         [up, down]: [&IntMatrix; 2],
     ) -> Result<(), BackendError> {
         let Shape { hidden, width, top_k, .. } = shape;
-        if !(hidden.is_multiple_of(PANEL) && width.is_multiple_of(PANEL)) {
-            return Err(self.refused(format!(
-                "{}: {hidden} and {width} columns are not multiples of {PANEL}, which quantized experts need",
-                op.up.name
-            )));
-        }
         let (hidden_rows, expert_out) = (op.scratch.hidden.slice, op.scratch.expert_out.slice);
         let x = self.quantize(op.x.slice, hidden, self.token_rows(), 1)?;
         let gate_up = MoeIntParams { kind: activation_kind(op.activation), ..self.int_params(shape, up, x) };

@@ -360,10 +360,11 @@ params! {
         num_experts: i32,
         top_k: i32,
     }
-    /// `quire_moe_{gate_up,down}_*`.
+    /// `quire_moe_{gate_up,down}_*` and `quire_moe_{gate_up,down}_fp8_*`.
     MoeGemmParams = "QuireMoeGemmParams" {
         x: u64,
         weight: u64,
+        w_scales: u64,
         out: u64,
         slots: u64,
         tiles: u64,

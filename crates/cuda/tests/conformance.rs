@@ -13,12 +13,7 @@ fn options(gpu: &MockGpu) -> CudaOptions {
 
 /// Activations in bf16 between operations; the reference keeps f32.
 const TOLERANCE: Tolerance = Tolerance { f32: 3e-2, f16_kv: 0.0, bf16_kv: 0.0, fp8_kv: 0.125 };
-const SUPPORT: Support = Support {
-    dtype: Some(DType::BF16),
-    min_block_size: 16,
-    head_dim_multiple: 8,
-    has_quantized_experts: true,
-};
+const SUPPORT: Support = Support { dtype: Some(DType::BF16), min_block_size: 16, head_dim_multiple: 8 };
 
 #[test]
 fn conforms_with_graphs_and_late_streams() {
@@ -45,9 +40,7 @@ fn quantized_layers_agree_with_the_reference() {
     let Some(gpu) = MockGpu::new() else { return };
     gpu.delay(true);
     for quant in [QuantFormat::Int8, QuantFormat::Int4, QuantFormat::Fp8] {
-        // In fp8 there is no product of experts.
-        let support = Support { has_quantized_experts: quant != QuantFormat::Fp8, ..SUPPORT };
-        run_quantized_with(quant, support, || {
+        run_quantized_with(quant, SUPPORT, || {
             Cuda::new(mock::images(), options(&gpu)).expect("the double is a GPU")
         });
     }

@@ -266,6 +266,7 @@ fn company_changes_no_bit_of_quantized_layers_and_caches() {
         ("qwen3", QuantFormat::Fp8, DType::F8E4M3),
         ("qwen3-moe", QuantFormat::Int8, DType::BF16),
         ("qwen3-moe", QuantFormat::Int4, DType::BF16),
+        ("qwen3-moe", QuantFormat::Fp8, DType::BF16),
     ];
     for (name, quant, kv_dtype) in formats {
         let checkpoint = Checkpoint::open(&repository().join("tests/data/golden").join(name)).unwrap();
@@ -286,6 +287,7 @@ fn company_changes_no_bit_of_quantized_layers_and_caches() {
     if gpu.is_mock() {
         assert!(gpu.launches_of("quire_moe_down_int8_bf16") > 0);
         assert!(gpu.launches_of("quire_moe_gate_up_int4_bf16") > 0);
+        assert!(gpu.launches_of("quire_moe_gate_up_fp8_bf16") > 0);
     }
     gpu.assert_nothing_left();
 }
@@ -327,7 +329,7 @@ fn two_steps_in_flight_and_company_change_no_token() {
 /// Nine launches a layer (norm, qkv, rope, attention, o, norm, up, activation, down), twelve where it has experts (router,
 /// route, sort, gate and up, down, sum in place of the last three); the step's plan, that of attention, embedding, last
 /// norm, gather and head; two to sample. Quantized: one more before each product, but that of a router, and once before
-/// those of gate and up of all experts.
+/// those of gate and up of all experts; in fp8 none before those of experts, whose activations stay as they are.
 #[test]
 fn a_steady_step_is_one_graph_and_its_launches_are_counted() {
     for (name, quant, [nodes, products]) in [
@@ -335,6 +337,7 @@ fn a_steady_step_is_one_graph_and_its_launches_are_counted() {
         ("qwen3-moe", QuantFormat::None, [9 + 2 * 12 + 6, 4 + 2 * 3 + 1]),
         ("qwen3", QuantFormat::Int8, [2 * 13 + 7, 0]),
         ("qwen3-moe", QuantFormat::Int4, [13 + 2 * 16 + 7, 2]),
+        ("qwen3-moe", QuantFormat::Fp8, [13 + 2 * 14 + 7, 4 + 2 * 3 + 1]),
     ] {
         let Some(gpu) = MockGpu::new() else { return };
         let checkpoint = Checkpoint::open(&repository().join("tests/data/golden").join(name)).unwrap();
@@ -457,6 +460,42 @@ fn timed_algorithms_agree_and_are_remembered() {
     assert!(!gpu.is_mock() || after_second - after_first < after_first / 2, "nothing is timed again");
 }
 
+fn in_mode(gpu: &MockGpu, batch_invariant: bool) -> Cuda {
+    let options = CudaOptions {
+        ordinal: gpu.ordinal(),
+        arena_chunk: 0,
+        batch_invariant,
+        activations: Element::Bf16,
+        ..CudaOptions::default()
+    };
+    Cuda::new(mock::images(), options).expect("the double is a GPU")
+}
+
+/// Experts in fp8, whose routers' products of few rows are in another order where company may show. What that moves is
+/// rounded to other neighbours in fp8 by the layers of attention.
+#[test]
+fn experts_in_fp8_agree_in_both_modes() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let checkpoint = Checkpoint::open(&repository().join("tests/data/golden/qwen3-moe")).unwrap();
+    let config = RunnerConfig { quant: QuantFormat::Fp8, ..config(DType::BF16) };
+    let vocab = checkpoint.spec().vocab_size;
+    let [mut on, mut off] = [true, false].map(|batch_invariant| {
+        let runner = load_as(in_mode(&gpu, batch_invariant), &checkpoint, &config);
+        Steps::new(runner, prompts(vocab), &SamplingParams::greedy(100))
+    });
+    for step in 0..6 {
+        on.step();
+        off.step();
+        let (want, have) = (on.logits(), off.logits());
+        for (seq, (want, have)) in want.chunks(vocab).zip(have.chunks(vocab)).enumerate() {
+            let error = relative_error(have, want);
+            assert!(error <= GOLDEN_TOLERANCE, "step {step}, sequence {seq}: {error}");
+            off.force(seq, on.last_token(seq));
+        }
+    }
+    assert!(!gpu.is_mock() || gpu.launches_of("quire_gemv_bf16_f32") > 0, "of the routers");
+}
+
 /// Four sequences decode by our own kernel for few rows if rows may show their company, and never if not.
 #[test]
 fn few_rows_take_their_own_kernel_only_where_company_may_show() {
@@ -465,14 +504,7 @@ fn few_rows_take_their_own_kernel_only_where_company_may_show() {
     let config = own_config(&checkpoint);
     for batch_invariant in [true, false] {
         let before = gpu.launches_of("quire_gemv_bf16") + gpu.launches_of("quire_gemv_bf16_f32");
-        let options = CudaOptions {
-            ordinal: gpu.ordinal(),
-            arena_chunk: 0,
-            batch_invariant,
-            activations: element(&checkpoint),
-            ..CudaOptions::default()
-        };
-        let cuda = Cuda::new(mock::images(), options).expect("the double is a GPU");
+        let cuda = in_mode(&gpu, batch_invariant);
         let worst = compare("few rows", load_as(cuda, &checkpoint, &config), &checkpoint, &config, 4);
         assert!(worst <= GOLDEN_TOLERANCE, "batch invariant {batch_invariant}: {worst}");
         let launches = gpu.launches_of("quire_gemv_bf16") + gpu.launches_of("quire_gemv_bf16_f32") - before;

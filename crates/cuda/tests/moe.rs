@@ -6,7 +6,7 @@ mod data;
 
 use common::{HostKernels, under_sanitizers};
 use data::{ACTS, Act, POISON, Rng, address, address_mut, count};
-use quire_backend::{Activation, quant};
+use quire_backend::{Activation, fp8, quant};
 use quire_cuda::int_weights::{Bits, IntWeights};
 use quire_cuda::params::{
     MoeCombineParams, MoeGemmParams, MoeIntParams, MoeRouteParams, MoeSortParams, MoeTile, QuantizeParams,
@@ -130,29 +130,63 @@ fn every_slot_is_in_one_tile_of_its_expert() {
     }
 }
 
+/// How weights of floats are stored.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Stored {
+    AsActivations,
+    Fp8,
+}
+
+/// A matrix as a kernel reads it, and its numbers.
+struct Matrix {
+    bytes: Vec<u8>,
+    scales: Vec<f32>,
+    values: Vec<f64>,
+}
+
+impl Matrix {
+    fn random(rng: &mut Rng, act: Act, stored: Stored, rows: usize, cols: usize) -> Self {
+        let weights = rng.vector(rows * cols, 1.7 / (cols as f32).sqrt());
+        if stored == Stored::AsActivations {
+            let packed = act.pack(&weights);
+            let values = act.unpack(&packed).into_iter().map(f64::from).collect();
+            let bytes = packed.into_iter().flat_map(u16::to_le_bytes).collect();
+            return Self { bytes, scales: Vec::new(), values };
+        }
+        let (mut bytes, mut scales, mut values) = (vec![0; rows * cols], Vec::new(), Vec::new());
+        for (row, codes) in weights.chunks(cols).zip(bytes.chunks_mut(cols)) {
+            let scale = quant::quantize_fp8(row, codes);
+            values.extend(codes.iter().map(|&code| f64::from(scale) * f64::from(fp8::to_f32(code))));
+            scales.push(scale);
+        }
+        Self { bytes, scales, values }
+    }
+}
+
 /// The two products and the sum of a layer.
 struct Layer {
     act: Act,
+    stored: Stored,
     num_experts: usize,
     top_k: usize,
     hidden: usize,
     width: usize,
-    up: Vec<u16>,
-    down: Vec<u16>,
+    up: Matrix,
+    down: Matrix,
 }
 
 impl Layer {
     fn random(
         rng: &mut Rng,
-        act: Act,
+        (act, stored): (Act, Stored),
         num_experts: usize,
         top_k: usize,
         hidden: usize,
         width: usize,
     ) -> Self {
-        let up = act.pack(&rng.vector(num_experts * 2 * width * hidden, 1.7 / (hidden as f32).sqrt()));
-        let down = act.pack(&rng.vector(num_experts * hidden * width, 1.7 / (width as f32).sqrt()));
-        Self { act, num_experts, top_k, hidden, width, up, down }
+        let up = Matrix::random(rng, act, stored, num_experts * 2 * width, hidden);
+        let down = Matrix::random(rng, act, stored, num_experts * hidden, width);
+        Self { act, stored, num_experts, top_k, hidden, width, up, down }
     }
 
     /// Results of rows whose slots go to these experts.
@@ -164,7 +198,8 @@ impl Layer {
         let mut results = vec![POISON; slots * self.hidden];
         let gate_up = MoeGemmParams {
             x: address(x),
-            weight: address(&self.up),
+            weight: address(&self.up.bytes),
+            w_scales: address(&self.up.scales),
             out: address_mut(&mut hidden),
             slots: address(&sorted),
             tiles: address(&tiles),
@@ -176,13 +211,15 @@ impl Layer {
         };
         let down = MoeGemmParams {
             x: address(&hidden),
-            weight: address(&self.down),
+            weight: address(&self.down.bytes),
+            w_scales: address(&self.down.scales),
             out: address_mut(&mut results),
             in_features: self.width as i32,
             out_features: self.hidden as i32,
             ..gate_up
         };
-        let name = |what: &str| format!("quire_moe_{what}_{}", self.act.name());
+        let format = if self.stored == Stored::Fp8 { "fp8_" } else { "" };
+        let name = |what: &str| format!("quire_moe_{what}_{format}{}", self.act.name());
         kernels.launch(&name("gate_up"), [3, 1, 1], [128, 1, 1], 0, &gate_up, seed);
         kernels.launch(&name("down"), [2, 1, 1], [128, 1, 1], 0, &down, seed);
         let (num_rows, mut out) = (count(rows), vec![POISON; (rows + 1) * self.hidden]);
@@ -195,7 +232,8 @@ impl Layer {
             top_k: self.top_k as i32,
         };
         let grid = [rows as u32 + 1, self.hidden.div_ceil(2048) as u32, 1];
-        kernels.launch(&name("combine"), grid, [256, 1, 1], 0, &combine, seed);
+        let combine_kernel = format!("quire_moe_combine_{}", self.act.name());
+        kernels.launch(&combine_kernel, grid, [256, 1, 1], 0, &combine, seed);
         assert!(out[rows * self.hidden..].iter().all(|&x| x == POISON), "surplus rows");
         out.truncate(rows * self.hidden);
         out
@@ -204,18 +242,18 @@ impl Layer {
     /// One row in f64, rounded where the kernels round.
     fn exact(&self, x: &[u16], experts: &[i32], weights: &[f32]) -> Vec<f64> {
         let value = |bits: u16| f64::from(self.act.unpack(&[bits])[0]);
-        let dot = |row: &[u16], x: &[u16]| row.iter().zip(x).map(|(&w, &x)| value(w) * value(x)).sum::<f64>();
+        let dot = |row: &[f64], x: &[u16]| row.iter().zip(x).map(|(&w, &x)| w * value(x)).sum::<f64>();
         let mut out = vec![0.0; self.hidden];
         for (&expert, &weight) in experts.iter().zip(weights) {
-            let rows =
-                &self.up[expert as usize * 2 * self.width * self.hidden..][..2 * self.width * self.hidden];
+            let rows = &self.up.values[expert as usize * 2 * self.width * self.hidden..]
+                [..2 * self.width * self.hidden];
             let (gate, up) = rows.split_at(self.width * self.hidden);
             let pairs = gate.chunks(self.hidden).zip(up.chunks(self.hidden));
             let hidden: Vec<f32> = pairs
                 .map(|(gate, up)| Activation::Silu.apply(dot(gate, x) as f32) * dot(up, x) as f32)
                 .collect();
             let hidden = self.act.pack(&hidden);
-            let rows = &self.down[expert as usize * self.hidden * self.width..];
+            let rows = &self.down.values[expert as usize * self.hidden * self.width..];
             for (out, row) in out.iter_mut().zip(rows.chunks(self.width)) {
                 *out += f64::from(weight) * dot(row, &hidden);
             }
@@ -229,11 +267,14 @@ fn experts_give_right_values_in_any_company() {
     let Some(kernels) = HostKernels::load() else { return };
     let mut rng = Rng::new(9);
     // One expert with more rows than a tile, several with few; widths that end inside every kind of chunk.
-    for (num_experts, top_k, hidden, width, rows) in
-        [(4, 2, 72, 40, 13), (3, 2, 136, 24, 90), (40, 3, 64, 136, 12)]
-    {
+    let small = [(4, 2, 72, 40, 13), (3, 2, 136, 24, 90), (40, 3, 64, 136, 12)];
+    // The same of whole loads of e4m3, of which a chunk has four.
+    let small_fp8 = [(4, 2, 80, 48, 13), (3, 2, 144, 16, 90), (40, 3, 64, 144, 12)];
+    let cases = small.map(|case| (case, Stored::AsActivations)).into_iter();
+    let cases = cases.chain(small_fp8.map(|case| (case, Stored::Fp8)));
+    for ((num_experts, top_k, hidden, width, rows), stored) in cases {
         for act in ACTS {
-            let layer = Layer::random(&mut rng, act, num_experts, top_k, hidden, width);
+            let layer = Layer::random(&mut rng, (act, stored), num_experts, top_k, hidden, width);
             let x = act.pack(&rng.vector(rows * hidden, 1.5));
             let expert = |slot: usize| ((slot / top_k * 7 % 5 + slot % top_k * 2) % num_experts) as i32;
             let experts: Vec<i32> = (0..rows * top_k).map(expert).collect();
@@ -249,11 +290,12 @@ fn experts_give_right_values_in_any_company() {
                     let bound = 0.02 * (1.0 + want.abs());
                     assert!(
                         (f64::from(*got) - want).abs() < bound,
-                        "{act:?}, row {row}, {i}: {got}, not {want}"
+                        "{act:?}, {stored:?}, row {row}, {i}: {got}, not {want}"
                     );
                 }
                 let alone = layer.run(kernels, x, experts, weights, 2);
-                assert!(alone == all[row * hidden..][..hidden], "{act:?}: row {row} has other bits alone");
+                let company = &all[row * hidden..][..hidden];
+                assert!(alone == company, "{act:?}, {stored:?}: row {row} has other bits alone");
             }
         }
     }

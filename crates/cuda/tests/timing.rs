@@ -9,6 +9,8 @@
     reason = "a test may fail, and this one says what it measured"
 )]
 
+#[path = "timing/adapters.rs"]
+mod adapters;
 #[path = "timing/cases.rs"]
 mod cases;
 mod common;
@@ -147,13 +149,17 @@ fn every_kernel_is_timed() {
         cases::elementwise(&mut timings, rows);
     }
     experts::experts(&mut timings, if is_mock { experts::TINY } else { experts::QWEN3_30B_A3B });
+    adapters::adapters(&mut timings);
     cases::sampling(&mut timings, if is_mock { 4 } else { 256 });
     let names: Vec<_> = timings.rows.iter().map(|(name, ..)| name.as_str()).collect();
     for wanted in [
         "copy",
         "gemm_us/up",
         "gemm_us/down/1/fp8",
+        "moe_us/64/fp8",
         "moe_us/64/int4",
+        "lora_us/64x8",
+        "lora_of_products",
         "decode_us",
         "prefill_us",
         "norm_us",

@@ -169,11 +169,30 @@ fn lacks(name: &str) -> ModelError {
 
 fn unknown_tensor(name: &str, base: &Checkpoint) -> ModelError {
     let example = base.names().layer_name(0, LayerTensor::Q);
+    let what = expert_part(name, base).unwrap_or("changes nothing that can be adapted");
     ModelError::Unsupported(format!(
-        "{WEIGHTS}: tensor `{name}` changes nothing that can be adapted; supported are the linear layers of attention \
-         and of dense feed-forward networks, as in `{}`",
+        "{WEIGHTS}: tensor `{name}` {what}; supported are the linear layers of attention and of dense feed-forward \
+         networks, as in `{}`",
         pair_names(&example).a
     ))
+}
+
+/// What a tensor changes of a layer with experts.
+fn expert_part(name: &str, base: &Checkpoint) -> Option<&'static str> {
+    let layers = 0..base.spec().layers.len();
+    let mut tensors = layers
+        .flat_map(|layer| base.spec().layer_tensors(layer).into_iter().map(move |(role, _)| (layer, role)));
+    tensors.find_map(|(layer, role)| {
+        let what = match role {
+            LayerTensor::ExpertGate(_) | LayerTensor::ExpertUp(_) | LayerTensor::ExpertDown(_) => {
+                "changes an expert, and adapters of experts are not supported"
+            }
+            LayerTensor::Router => "changes the router of experts, and adapters of routers are not supported",
+            _ => return None,
+        };
+        let names = pair_names(&base.names().layer_name(layer, role));
+        (name == names.a || name == names.b).then_some(what)
+    })
 }
 
 /// Options that change what is computed. Their defaults (absent, null, false, empty) are fine.

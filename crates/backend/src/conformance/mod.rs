@@ -63,14 +63,12 @@ pub struct Support {
     pub min_block_size: u32,
     /// What `head_dim` is a multiple of.
     pub head_dim_multiple: u32,
-    /// Whether experts may be quantized.
-    pub has_quantized_experts: bool,
 }
 
 impl Default for Support {
     /// Everything.
     fn default() -> Self {
-        Self { dtype: None, min_block_size: 1, head_dim_multiple: 1, has_quantized_experts: true }
+        Self { dtype: None, min_block_size: 1, head_dim_multiple: 1 }
     }
 }
 
@@ -121,9 +119,7 @@ pub fn run_quantized<B: Backend>(quant: QuantFormat, make: impl FnMut() -> B) {
 /// As [`run`].
 pub fn run_quantized_with<B: Backend>(quant: QuantFormat, support: Support, mut make: impl FnMut() -> B) {
     quantized::run(quant, support, &mut make);
-    if support.has_quantized_experts {
-        moe::run(quant, Tolerance::default(), support, &mut make);
-    }
+    moe::run(quant, Tolerance::default(), support, &mut make);
     lora::run(quant, Tolerance::default(), support, &mut make);
 }
 

@@ -91,8 +91,18 @@ impl RefWeight {
         self.apply_rows(0, x, out);
     }
 
-    /// The same of as many rows as `out` has elements, from `first` on.
-    pub(super) fn apply_rows(&self, first: usize, x: &[f32], out: &mut [f32]) {
+    /// The rows of an expert, as many as `out` has elements, from `first` on. In fp8, `x` is not rounded.
+    pub(super) fn apply_expert(&self, first: usize, x: &[f32], out: &mut [f32]) {
+        let Matrix::Fp8 { values, scales } = &self.matrix else { return self.apply_rows(first, x, out) };
+        let rows = values.chunks_exact(self.in_features).zip(scales).skip(first);
+        for (out, (row, &scale)) in out.iter_mut().zip(rows) {
+            let dot: f64 = row.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum();
+            *out = (dot * f64::from(scale)) as f32;
+        }
+    }
+
+    /// As many rows as `out` has elements, from `first` on.
+    fn apply_rows(&self, first: usize, x: &[f32], out: &mut [f32]) {
         let (rows, k) = (first..first + out.len(), self.in_features);
         let elements = rows.start * k..rows.end * k;
         let bias = &self.bias[rows.clone()];

@@ -36,10 +36,10 @@ pub(super) fn expert(
 ) {
     let width = down.in_features;
     let mut hidden = vec![0.0; 2 * width];
-    up.apply_rows(index * 2 * width, x, &mut hidden);
+    up.apply_expert(index * 2 * width, x, &mut hidden);
     let (gate, values) = hidden.split_at_mut(width);
     gate.iter_mut().zip(values).for_each(|(g, u)| *g = round(activation.apply(*g) * *u));
-    down.apply_rows(index * out.len(), gate, out);
+    down.apply_expert(index * out.len(), gate, out);
     out.iter_mut().for_each(|x| *x = round(*x));
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use quire_backend::reference::RefBackend;
 use quire_core::{AdapterId, DType, SamplingParams, TokenId};
+use quire_cpu::{CpuBackend, CpuConfig, Precision};
 use quire_model::{Checkpoint, LoraAdapter};
 
 use super::steps::{Runner, Steps};
@@ -75,6 +76,56 @@ fn adapters_agree_with_the_reference_and_do_not_show_their_company() {
         assert_eq!(got.outputs(), expected.outputs(), "step {step}");
     }
     drop((got, alone));
+    gpu.assert_nothing_left();
+}
+
+/// A model with experts, whose attention has an adapter made by PEFT in some sequences: against the CPU backend, in one
+/// graph with those that have none, whose bits are those of the model without.
+#[test]
+fn an_adapter_of_a_model_with_experts_agrees_with_the_cpu() {
+    let Some(gpu) = MockGpu::new() else { return };
+    let open =
+        || Checkpoint::open(&super::repository().join("tests/data/golden/qwen3-moe")).expect("it is whole");
+    let folder = super::repository().join("tests/data/adapters/qwen3-moe");
+    let adapter = LoraAdapter::open(&folder, &open()).expect("it fits");
+    let (plain, adapted) = (open(), open().with_adapters(vec![adapter]));
+    let vocab = adapted.spec().vocab_size;
+    let start = |prompts: Vec<Vec<TokenId>>, checkpoint: &Checkpoint, adapters: &[Option<AdapterId>]| {
+        let runner = load(cuda(&gpu), checkpoint, DType::BF16);
+        let mut steps = Steps::new(runner, prompts, &SamplingParams::greedy(100));
+        steps.adapters = adapters.to_vec();
+        steps
+    };
+    let adapters = [Some(AdapterId(0)), None, Some(AdapterId(0)), None];
+    let prompts = super::prompts(vocab);
+    let mut got = start(prompts.clone(), &adapted, &adapters);
+    let mut without = start(vec![prompts[1].clone(), prompts[3].clone()], &plain, &[None, None]);
+    let cpu = CpuConfig { threads: 1, precision: Precision::Bf16, ..CpuConfig::default() };
+    let cpu = load_as(CpuBackend::new(cpu).expect("threads can be started"), &adapted, &config(DType::BF16));
+    let mut expected = Steps::new(cpu, prompts, &SamplingParams::greedy(100));
+    expected.adapters = adapters.to_vec();
+    for step in 0..5 {
+        let before = gpu.counters().graph_launches;
+        got.step();
+        assert!(
+            !gpu.is_mock() || step < 3 || gpu.counters().graph_launches == before + 1,
+            "one graph for all"
+        );
+        without.step();
+        expected.step();
+        let (have, want, plain) = (got.logits(), expected.logits(), without.logits());
+        let row = |logits: &[f32], seq: usize| logits[seq * vocab..(seq + 1) * vocab].to_vec();
+        for seq in 0..4 {
+            let error = relative_error(&row(&have, seq), &row(&want, seq));
+            assert!(error <= GOLDEN_TOLERANCE, "step {step}, sequence {seq}: relative error {error}");
+            got.force(seq, expected.last_token(seq));
+        }
+        for (seq, alone) in [(1, 0), (3, 1)] {
+            assert_eq!(row(&have, seq), row(&plain, alone), "step {step}, sequence {seq} has no adapter");
+            without.force(alone, expected.last_token(seq));
+        }
+    }
+    drop((got, without));
     gpu.assert_nothing_left();
 }
 

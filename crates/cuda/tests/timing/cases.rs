@@ -14,7 +14,7 @@ use crate::common::mock;
 use crate::step::{PAGE, Step};
 
 /// Keys and values that are walked through, at least: several times the cache of an H200.
-const COLD_BYTES: usize = 256 << 20;
+pub const COLD_BYTES: usize = 256 << 20;
 
 /// Numbers between -1 and 1, bf16.
 pub fn random_bf16(count: usize) -> Vec<u8> {

@@ -23,7 +23,12 @@ pub const TINY: Experts = Experts { num_experts: 8, top_k: 2, hidden: 64, width:
 const ROWS: usize = 64;
 
 pub fn experts(timings: &mut Timings, shape: Experts) {
-    let formats = [("bf16", QuantFormat::None), ("int8", QuantFormat::Int8), ("int4", QuantFormat::Int4)];
+    let formats = [
+        ("bf16", QuantFormat::None),
+        ("fp8", QuantFormat::Fp8),
+        ("int8", QuantFormat::Int8),
+        ("int4", QuantFormat::Int4),
+    ];
     for (format, quant) in formats {
         timings.case(&format!("moe_us/{ROWS}/{format}"), |timings| {
             let us = layer(timings, shape, quant)?;

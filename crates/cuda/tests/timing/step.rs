@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use quire_backend::{LogitKind, LogitRow, SeqState, StepInput};
-use quire_core::{SamplingParams, Slot, StepId};
+use quire_core::{AdapterId, SamplingParams, Slot, StepId};
 
 /// Tokens of a page.
 pub const PAGE: usize = 16;
@@ -16,6 +16,7 @@ pub struct Step {
     cu_seqlens_q: Vec<u32>,
     seq_lens: Vec<u32>,
     seq_slots: Vec<Slot>,
+    seq_adapters: Vec<Option<AdapterId>>,
     block_tables: Vec<u32>,
     blocks_per_seq: usize,
     logit_rows: Vec<LogitRow>,
@@ -48,11 +49,19 @@ impl Step {
             cu_seqlens_q: (0..=num_seqs).map(|s| (s * num_new) as u32).collect(),
             seq_lens: vec![len as u32; num_seqs],
             seq_slots: (0..num_seqs).map(slot).collect(),
+            seq_adapters: Vec::new(),
             block_tables: (0..(num_seqs * blocks_per_seq) as u32).collect(),
             blocks_per_seq,
             logit_rows: (0..num_seqs).map(logit_row).collect(),
             seqs: (0..num_seqs).map(|s| Some(seq(s))).collect(),
         }
+    }
+
+    /// Every sequence with one of `count` adapters, in turn.
+    pub fn with_adapters(mut self, count: usize) -> Self {
+        let adapter = |s: usize| Some(AdapterId((s % count) as u32));
+        self.seq_adapters = (0..self.seq_slots.len()).map(adapter).collect();
+        self
     }
 
     pub fn num_blocks(&self) -> usize {
@@ -72,7 +81,7 @@ impl Step {
             cu_seqlens_q: &self.cu_seqlens_q,
             seq_lens: &self.seq_lens,
             seq_slots: &self.seq_slots,
-            seq_adapters: &[],
+            seq_adapters: &self.seq_adapters,
             block_tables: &self.block_tables,
             max_blocks_per_seq: self.blocks_per_seq as u32,
             logit_rows: &self.logit_rows,

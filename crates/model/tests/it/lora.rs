@@ -96,6 +96,29 @@ fn what_does_not_fit_the_base_is_named() {
 }
 
 #[test]
+fn adapters_of_experts_and_routers_are_refused_by_name() {
+    let base = Checkpoint::open(&golden_dir("qwen3-moe")).unwrap();
+    let attention: [(&str, Dtype, &[usize]); 2] = [(A, Dtype::F32, &[2, 64]), (B, Dtype::F32, &[128, 2])];
+    let open = |tensors: &[(&str, Dtype, &[usize])]| {
+        LoraAdapter::open(&write("lora-experts", &CONFIG.replace("RS", "false"), tensors), &base)
+    };
+    assert_eq!(open(&attention).unwrap().rank(), 2, "projections of attention are adapted");
+    for (module, what) in [
+        ("layers.2.mlp.experts.7.up_proj", "changes an expert"),
+        ("layers.0.mlp.experts.0.down_proj", "changes an expert"),
+        ("layers.0.mlp.gate", "changes the router of experts"),
+        // Layer 1 is dense, and there is no ninth expert.
+        ("layers.1.mlp.experts.0.up_proj", "changes nothing that can be adapted"),
+        ("layers.0.mlp.experts.8.up_proj", "changes nothing that can be adapted"),
+    ] {
+        let name = format!("base_model.model.model.{module}.lora_A.weight");
+        let message =
+            open(&[attention[0], attention[1], (&name, Dtype::F32, &[2, 64])]).unwrap_err().to_string();
+        assert!(message.contains(&format!("tensor `{name}` {what}")), "{message}");
+    }
+}
+
+#[test]
 fn options_that_are_not_supported_are_refused_by_name() {
     let plain = CONFIG.replace("RS", "false");
     let case = |from: &str, to: &str, expected: &str| {

@@ -51,6 +51,14 @@ pub fn family_named(name: &str) -> Family {
     family(&workspace().join("tests/data/golden").join(name))
 }
 
+/// What must come out of a checkpoint with the adapter in this folder.
+pub fn adapted_prompts(path: &Path) -> Vec<Prompt> {
+    let golden = read_json(&path.join("golden.json"));
+    let logits = std::fs::read(path.join("golden.safetensors")).unwrap();
+    let logits = SafeTensors::deserialize(&logits).unwrap();
+    list(&golden["prompts"]).iter().map(|value| prompt(value, &logits)).collect()
+}
+
 fn family(path: &Path) -> Family {
     let golden = read_json(&path.join("golden.json"));
     let logits = std::fs::read(path.join("golden.safetensors")).unwrap();

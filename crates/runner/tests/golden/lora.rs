@@ -9,7 +9,9 @@ use quire_runner::MemoryPlan;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use crate::checkpoints::{ids, list, read_json, trained_model};
+use crate::checkpoints::{
+    Prompt, adapted_prompts, family_named, ids, list, max_error, read_json, trained_model, workspace,
+};
 use crate::driver::{Driver, Seq, TestBackend, config, greedy};
 
 /// On log-probabilities; `reference.json` has six decimals.
@@ -18,7 +20,7 @@ const TOLERANCE: f32 = 1e-4;
 const MIN_MARGIN: f64 = 1e-3;
 const ADAPTERS: [&str; 2] = ["stories260k-robot", "stories260k-rhyme"];
 
-test_on_each_backend!(agrees_with_peft_in_one_batch);
+test_on_each_backend!(agrees_with_peft_in_one_batch, agrees_with_peft_on_experts);
 
 /// What one sequence must say.
 struct Case {
@@ -50,6 +52,43 @@ pub fn agrees_with_peft_in_one_batch<B: TestBackend>() {
         alone.run(&[only], usize::MAX, |_| case.steps.len());
         assert_eq!(alone.seqs[only].tokens, seq.tokens, "{:?}", case.adapter);
         assert!(bits(&alone.seqs[only]) == bits(seq), "{:?}: other bits in company", case.adapter);
+    }
+}
+
+/// An adapter of attention on a model with experts, in one batch with the model as it is: the logits of PEFT and those of
+/// transformers, and greedy tokens in chunks of any size.
+pub fn agrees_with_peft_on_experts<B: TestBackend>() {
+    let family = family_named("qwen3-moe");
+    let folder = workspace().join("tests/data/adapters/qwen3-moe");
+    let adapter = LoraAdapter::open(&folder, &family.checkpoint).unwrap();
+    let adapted = family.checkpoint.with_adapters(vec![adapter]);
+    let with_adapter = adapted_prompts(&folder).into_iter().map(|prompt| (Some(AdapterId(0)), prompt));
+    let cases = family.cases.into_iter().flat_map(|case| case.prompts);
+    let without = cases.filter(|prompt| prompt.ids.len() < 20).map(|prompt| (None, prompt));
+    let cases: Vec<_> = with_adapter.chain(without).collect();
+    assert_eq!(cases.len(), 5);
+
+    let mut driver = Driver::<B>::new(&adapted, &config(128, 16));
+    let all = |driver: &mut Driver<B>| -> Vec<usize> {
+        let add = |(adapter, prompt): &(Option<AdapterId>, Prompt)| {
+            let seq = driver.add(&prompt.ids, &greedy());
+            driver.seqs[seq].adapter = *adapter;
+            seq
+        };
+        cases.iter().map(add).collect()
+    };
+    let seqs = all(&mut driver);
+    let rows: Vec<_> = seqs.iter().map(|&seq| (seq, driver.seqs[seq].left())).collect();
+    driver.step(&rows);
+    let want: Vec<f32> = cases.iter().flat_map(|(_, prompt)| prompt.logits.clone()).collect();
+    let worst = max_error(&driver.logits(), &want);
+    assert!(worst <= TOLERANCE, "{}: {worst}", B::NAME);
+
+    let mut driver = Driver::<B>::new(&adapted, &config(128, 16));
+    let seqs = all(&mut driver);
+    driver.run(&seqs, 3, |seq| cases[seq].1.greedy.len());
+    for ((adapter, prompt), seq) in cases.iter().zip(&driver.seqs) {
+        assert_eq!(seq.output(), prompt.greedy, "{adapter:?}, prompt of {}", prompt.ids.len());
     }
 }
 

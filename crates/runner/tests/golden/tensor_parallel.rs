@@ -80,6 +80,7 @@ fn four_ranks_agree_with_transformers() {
 fn ranks_agree_with_peft() {
     lora::agrees_with_peft_in_one_batch::<Ranks<2>>();
     lora::agrees_with_peft_in_one_batch::<Ranks<4>>();
+    lora::agrees_with_peft_on_experts::<Ranks<2>>();
 }
 
 #[test]
