@@ -10,8 +10,8 @@
 //!
 //! microseconds: launches, work per sequence, the linear layers (bound by reading the weights, or by arithmetic), reading
 //! the KV cache, the arithmetic of attention in prefill, and the link to the host tier. [`CostModel`] is that formula; [`OnlineCostModel`] learns a
-//! factor for each of its six terms while the engine runs. The simulator uses the first as the truth, the policies use
-//! the second.
+//! factor for each coefficient while the engine runs, so that it also learns from how many tokens on arithmetic takes
+//! longer than reading the weights. The simulator uses the first as the truth, the policies use the second.
 
 use crate::host_tier::HostTierConfig;
 
@@ -69,25 +69,34 @@ pub struct CostModel {
     pub per_copied_block: f64,
 }
 
-/// Terms of the sum that the model is.
-const NUM_TERMS: usize = 6;
+/// What each coefficient comes to in a step, in microseconds, in the order of the fields.
+type Terms = [f64; 7];
+/// Places of the two of which the longer hides the other.
+const WEIGHTS: usize = 2;
+const PER_TOKEN: usize = 3;
+const PER_COPIED_BLOCK: usize = 6;
 
 impl CostModel {
     /// Predicted duration in microseconds.
     pub fn predict(&self, shape: &StepShape) -> f64 {
-        self.terms(shape).iter().sum()
+        duration(&self.terms(shape))
     }
 
-    fn terms(&self, shape: &StepShape) -> [f64; NUM_TERMS] {
+    fn terms(&self, shape: &StepShape) -> Terms {
         [
             self.fixed,
             self.per_row * f64::from(shape.num_rows),
-            self.weights.max(self.per_token * f64::from(shape.num_tokens)),
+            self.weights,
+            self.per_token * f64::from(shape.num_tokens),
             self.per_context_token * shape.num_context_tokens as f64,
             self.per_attention * shape.num_attended_pairs,
             self.per_copied_block * f64::from(shape.num_copied_blocks),
         ]
     }
+}
+
+fn duration(&[fixed, rows, weights, tokens, context, attention, copies]: &Terms) -> f64 {
+    fixed + rows + weights.max(tokens) + context + attention + copies
 }
 
 /// A model on a device, in the units in which they are published; [`Self::cost`] turns it into a [`CostModel`].
@@ -196,28 +205,34 @@ impl Calibration {
 
 /// Factors stay within these bounds of the base model, so that no run of odd measurements makes a prediction absurd.
 const FACTOR_BOUNDS: (f64, f64) = (1.0 / 256.0, 256.0);
-/// Variance of a factor before anything was measured: the base model may be quite wrong.
+/// Variance of a factor, relative to it, before anything was measured: the base model may be quite wrong.
 const PRIOR_VARIANCE: f64 = 1.0;
-/// How much a factor may drift per step (variance): clocks throttle, batches change character.
-const DRIFT_VARIANCE: f64 = 1e-6;
+/// How much a factor may drift per step (variance): clocks throttle, neighbours come, batches change character.
+const DRIFT_VARIANCE: f64 = 1e-5;
 /// Variance of one relative measurement.
 const NOISE_VARIANCE: f64 = 4e-4;
 /// A measurement moves the factors by at most so many mean deviations; a page fault is not a trend.
 const MAX_DEVIATIONS: f64 = 3.0;
+/// Nor by more than this at a time, up or down: beyond, what a step would do to the factors is not what its errors say.
+const MAX_INCREASE: f64 = 1.0;
+const MAX_DECREASE: f64 = 0.5;
 /// Weight of the newest deviation in their mean.
 const DEVIATION_WEIGHT: f64 = 0.05;
 /// The quantile of the error that is tracked, and how fast.
 const ERROR_QUANTILE: f64 = 0.9;
 const QUANTILE_RATE: f64 = 0.05;
 
-/// A [`CostModel`] corrected by measurements: one factor per term, by a Kalman filter on the relative error (recursive
-/// least squares with a random walk in place of forgetting, so that a term that does not occur for a while keeps what
-/// was learned). Innovations are clipped, factors are bounded. Deterministic; about a hundred operations a step.
+/// A [`CostModel`] corrected by measurements: one factor per coefficient, by an extended Kalman filter on the logarithm of
+/// the duration, so that the unit of the base model does not matter (recursive least squares with a random walk in place
+/// of forgetting, so that a term that does not occur for a while keeps what was learned). Of reading weights and
+/// arithmetic on tokens, which hide each other, a step teaches the one that is thought to take longer. Errors are clipped,
+/// and what was clipped is not taken for knowledge. Factors stay positive, so predictions grow with the step.
+/// Deterministic; about two hundred operations a step.
 #[derive(Clone, Debug)]
 pub struct OnlineCostModel {
     base: CostModel,
-    factors: [f64; NUM_TERMS],
-    covariance: [[f64; NUM_TERMS]; NUM_TERMS],
+    factors: Terms,
+    covariance: [Terms; 7],
     /// Mean absolute innovation.
     deviation: f64,
     last_error: f64,
@@ -228,13 +243,13 @@ pub struct OnlineCostModel {
 impl OnlineCostModel {
     /// Starts with the base model as it is.
     pub fn new(base: CostModel) -> Self {
-        let mut covariance = [[0.0; NUM_TERMS]; NUM_TERMS];
+        let mut covariance = [Terms::default(); 7];
         for (at, row) in covariance.iter_mut().enumerate() {
             row[at] = PRIOR_VARIANCE;
         }
         Self {
             base,
-            factors: [1.0; NUM_TERMS],
+            factors: [1.0; 7],
             covariance,
             deviation: 1.0,
             last_error: 0.0,
@@ -245,13 +260,18 @@ impl OnlineCostModel {
 
     /// Predicted duration in microseconds.
     pub fn predict(&self, shape: &StepShape) -> f64 {
-        let terms = self.base.terms(shape);
-        terms.iter().zip(&self.factors).map(|(term, factor)| term * factor).sum()
+        duration(&self.terms(shape))
+    }
+
+    fn terms(&self, shape: &StepShape) -> Terms {
+        let mut terms = self.base.terms(shape);
+        terms.iter_mut().zip(&self.factors).for_each(|(term, factor)| *term *= factor);
+        terms
     }
 
     /// What copying one block takes, in microseconds.
     pub fn copied_block(&self) -> f64 {
-        self.base.per_copied_block * self.factors[NUM_TERMS - 1]
+        self.base.per_copied_block * self.factors[PER_COPIED_BLOCK]
     }
 
     /// The most tokens, `<= max_tokens`, that a row starting at `start` may have beside `shape` for the step to take at
@@ -272,35 +292,41 @@ impl OnlineCostModel {
 
     /// Learns that a step of this shape took `measured_us`. What is not a positive number is ignored.
     pub fn observe(&mut self, shape: &StepShape, measured_us: f64) {
-        let terms = self.base.terms(shape);
-        let scale: f64 = terms.iter().sum();
-        if !(measured_us.is_finite() && measured_us > 0.0 && scale > 0.0) {
+        let mut terms = self.terms(shape);
+        let predicted = duration(&terms);
+        if !(measured_us.is_finite() && measured_us > 0.0 && predicted > 0.0) {
             return;
         }
-        self.record_error(self.predict(shape), measured_us);
-        // In units of the base prediction every step weighs the same, long or short.
-        let x = terms.map(|term| term / scale);
-        let predicted: f64 = x.iter().zip(&self.factors).map(|(x, factor)| x * factor).sum();
-        let innovation = measured_us / scale - predicted;
+        self.record_error(predicted, measured_us);
+        let hidden = if terms[PER_TOKEN] > terms[WEIGHTS] { WEIGHTS } else { PER_TOKEN };
+        terms[hidden] = 0.0;
+        let shares = terms.map(|term| term / predicted);
+        let error = (measured_us - predicted) / predicted;
         let bound = MAX_DEVIATIONS * self.deviation;
-        let innovation = innovation.clamp(-bound, bound);
+        let innovation = error.clamp(-bound.min(MAX_DECREASE), bound.min(MAX_INCREASE));
         self.deviation += DEVIATION_WEIGHT * (innovation.abs() - self.deviation);
         self.deviation = self.deviation.max(NOISE_VARIANCE.sqrt());
-        self.correct(&x, innovation);
+        self.correct(&shares, innovation, innovation == error);
     }
 
-    fn correct(&mut self, x: &[f64; NUM_TERMS], innovation: f64) {
-        let mut spread = [0.0; NUM_TERMS];
+    /// A step whose terms had these shares took longer by `innovation` of what was predicted, or, if not `exact`, by more.
+    fn correct(&mut self, shares: &Terms, innovation: f64, exact: bool) {
+        let mut spread = Terms::default();
         for (at, row) in self.covariance.iter_mut().enumerate() {
             row[at] = (row[at] + DRIFT_VARIANCE).min(PRIOR_VARIANCE);
-            spread[at] = row.iter().zip(x).map(|(c, x)| c * x).sum();
+            spread[at] = row.iter().zip(shares).map(|(c, share)| c * share).sum();
         }
-        let variance = NOISE_VARIANCE + spread.iter().zip(x).map(|(s, x)| s * x).sum::<f64>();
-        for at in 0..NUM_TERMS {
+        let variance = NOISE_VARIANCE + spread.iter().zip(shares).map(|(s, share)| s * share).sum::<f64>();
+        for at in 0..shares.len() {
             let gain = spread[at] / variance;
-            self.factors[at] = (self.factors[at] + gain * innovation).clamp(FACTOR_BOUNDS.0, FACTOR_BOUNDS.1);
-            for (other, cell) in self.covariance[at].iter_mut().enumerate() {
-                *cell -= gain * spread[other];
+            // What may be a stall must not tell terms apart that have not been told apart yet.
+            let limited = if exact { gain } else { gain.clamp(-1.0, 1.0) };
+            let change = (1.0 + limited * innovation).clamp(1.0 - MAX_DECREASE, 1.0 + MAX_INCREASE);
+            self.factors[at] = (self.factors[at] * change).clamp(FACTOR_BOUNDS.0, FACTOR_BOUNDS.1);
+            if exact {
+                for (other, cell) in self.covariance[at].iter_mut().enumerate() {
+                    *cell -= gain * spread[other];
+                }
             }
         }
     }
@@ -383,32 +409,60 @@ mod tests {
         })
     }
 
-    /// The truth is another machine, with noise of ±3 % and a stall in every fiftieth step.
+    /// Below what error nine in ten of `steps` are on a device that takes `scale` times what `truth` says, with noise of
+    /// ±3 %, and a stall in every fiftieth step, which does not count.
+    fn error_on(truth: &CostModel, scale: f64, steps: std::ops::Range<usize>) -> f64 {
+        let mut model = OnlineCostModel::new(Calibration::H200_LLAMA_3_1_8B.cost());
+        let mut errors = Vec::new();
+        for (step, shape) in shapes().take(steps.end).enumerate() {
+            let noise = 0.97 + 0.06 * ((step * 7919 % 101) as f64 / 100.0);
+            let stall = if step % 50 == 7 { 20.0 } else { 1.0 };
+            model.observe(&shape, scale * noise * stall * truth.predict(&shape));
+            if step >= steps.start && stall == 1.0 {
+                errors.push(model.last_error());
+            }
+        }
+        assert!(model.error_p90() < 0.15, "with stalls: {}", model.error_p90());
+        errors.sort_by(f64::total_cmp);
+        errors[errors.len() * 9 / 10]
+    }
+
     #[test]
     fn the_error_of_the_corrected_model_is_small_on_another_machine() {
         let base = Calibration::H200_LLAMA_3_1_8B.cost();
-        let mut truth = base;
-        truth.fixed *= 3.0;
-        truth.per_row *= 0.3;
-        truth.weights *= 1.6;
-        truth.per_token *= 1.6;
-        truth.per_context_token *= 2.5;
-        truth.per_attention *= 0.6;
-        for scale in [1.0, 0.05, 40.0] {
-            let mut model = OnlineCostModel::new(base);
-            let mut errors = Vec::new();
-            for (step, shape) in shapes().take(4000).enumerate() {
-                let noise = 0.97 + 0.06 * ((step * 7919 % 101) as f64 / 100.0);
-                let stall = if step % 50 == 7 { 20.0 } else { 1.0 };
-                model.observe(&shape, scale * noise * stall * truth.predict(&shape));
-                if step >= 1000 && stall == 1.0 {
-                    errors.push(model.last_error());
-                }
+        let other = CostModel {
+            fixed: base.fixed * 3.0,
+            per_row: base.per_row * 0.3,
+            per_context_token: base.per_context_token * 2.5,
+            per_attention: base.per_attention * 0.6,
+            ..base
+        };
+        // Arithmetic takes longer than reading the weights from 168 tokens on, from 34, from 900.
+        for (weights, per_token) in [(1.6, 1.6), (0.6, 3.0), (1.6, 0.3)] {
+            let weights = other.weights * weights;
+            let truth = CostModel { weights, per_token: other.per_token * per_token, ..other };
+            for scale in [1.0, 0.05, 40.0] {
+                let error = error_on(&truth, scale, 200..1000);
+                assert!(error < 0.08, "{truth:?} times {scale}: {error}");
             }
-            errors.sort_by(f64::total_cmp);
-            let p90 = errors[errors.len() * 9 / 10];
-            assert!(p90 < 0.08, "scale {scale}: p90 {p90}, factors {:?}", model.factors);
-            assert!(model.error_p90() < 0.15, "with stalls: {}", model.error_p90());
+        }
+    }
+
+    /// Whatever was measured, predictions are positive numbers that grow with every part of a step.
+    #[test]
+    fn predictions_grow_with_the_step() {
+        let mut model = OnlineCostModel::new(Calibration::H200_LLAMA_3_1_8B.cost());
+        for (step, shape) in shapes().take(3000).enumerate() {
+            // From a nanosecond to a quarter of an hour.
+            model.observe(&shape, 10_f64.powi((step * 7919 % 13) as i32 - 3));
+            let mut before = model.predict(&shape);
+            assert!(before > 0.0);
+            for len in [1, 2, 3, 40, 41, 500, 8000] {
+                let longer = model.predict(&shape.with_row(700, len));
+                assert!(longer.is_finite() && longer >= before, "{len} tokens: {longer}, fewer {before}");
+                before = longer;
+            }
+            assert!(model.predict(&shape.with_row(900, 8000)) >= before);
         }
     }
 
