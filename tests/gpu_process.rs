@@ -17,8 +17,6 @@ use crate::process::{Server, completion, grpc_request};
 
 /// More than are computed before the device fails: an emulated step takes milliseconds.
 const MANY_TOKENS: u32 = 400;
-/// Steps before the first request: the largest, the longest, and those of 8, 4, 2 and 1 sequences twice.
-const STEPS_AT_START: usize = 10;
 
 /// The embedded model on the double's GPU, which fails once `fail` exists. `None` without a compiler.
 fn start(fail: &Path) -> Option<Server> {
@@ -46,9 +44,32 @@ fn events(stream: impl Read) -> impl Iterator<Item = String> {
     lines.filter_map(|line| line.strip_prefix("data: ").map(str::to_owned))
 }
 
-fn token_count(event: &str) -> usize {
-    let event: Value = serde_json::from_str(event).unwrap();
-    event["choices"][0]["token_ids"].as_array().map_or(0, Vec::len)
+fn token_ids(answer: &str) -> Vec<u64> {
+    let answer: Value = serde_json::from_str(answer).unwrap();
+    let ids = answer["choices"][0]["token_ids"].as_array();
+    ids.map_or_else(Vec::new, |ids| ids.iter().map(|id| id.as_u64().unwrap()).collect())
+}
+
+/// How many copies the device had made to the host when it failed: some at the start, then one for each step, of its
+/// tokens.
+fn copies_until(fail: &Path) -> usize {
+    let copies = std::fs::read_to_string(fail).unwrap();
+    std::fs::remove_file(fail).unwrap();
+    copies.trim().parse().expect("the double noted it once")
+}
+
+/// What the same request gives alone, `max_tokens` of it, on a device that fails in the step after its last; and the copies
+/// until then.
+fn undisturbed(max_tokens: u32) -> (Vec<u64>, usize) {
+    let fail = trigger("late-device-error");
+    let server = start(&fail).expect("there was a compiler before");
+    let (head, body) = server.ask("POST", "/v1/completions", &completion(max_tokens));
+    assert!(head.starts_with("http/1.1 200"), "{head}");
+    std::fs::write(&fail, "").unwrap();
+    let (head, _) = server.ask("POST", "/v1/completions", &completion(1));
+    assert!(head.starts_with("http/1.1 500"), "{head}");
+    assert!(server.wait() > 0);
+    (token_ids(&body), copies_until(&fail))
 }
 
 /// gRPC: how a whole answer ends, and how a stream does.
@@ -109,8 +130,8 @@ fn a_device_error_ends_every_answer_and_the_process() {
     let mut body = completion(MANY_TOKENS);
     body["stream"] = json!(true);
     let mut streamed = events(server.open("POST", "/v1/completions", &body));
-    let mut num_tokens: usize = streamed.by_ref().take(3).map(|event| token_count(&event)).sum();
-    assert!(num_tokens > 0);
+    let mut tokens: Vec<u64> = streamed.by_ref().take(3).flat_map(|event| token_ids(&event)).collect();
+    assert!(!tokens.is_empty());
 
     let whole = server.open("POST", "/v1/completions", &completion(MANY_TOKENS));
     let url = server.grpc_url();
@@ -128,7 +149,7 @@ fn a_device_error_ends_every_answer_and_the_process() {
     let (last, before) = rest.split_last().expect("a stream has an end");
     let error: Value = serde_json::from_str(last).expect("an error, and not [DONE]");
     assert_eq!(error["error"]["type"], "server_error", "{last}");
-    num_tokens += before.iter().map(|event| token_count(event)).sum::<usize>();
+    tokens.extend(before.iter().flat_map(|event| token_ids(event)));
     let mut answer = String::new();
     { whole }.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 500") && answer.contains("server_error"), "{answer}");
@@ -141,13 +162,15 @@ fn a_device_error_ends_every_answer_and_the_process() {
     assert!(seen[off].0 < ended_at + Duration::from_millis(500), "with the streams, not later");
     assert!(seen[off..].iter().all(|(_, status)| status == "503"), "{seen:?}");
 
-    // Each step copies its tokens back once, and the streamed request was in every step since the first. What was not
-    // sent when the error came is dropped with it.
-    let copies = std::fs::read_to_string(&fail).unwrap();
-    let copies: usize = copies.trim().parse().expect("the double noted it once");
-    let num_steps = copies - STEPS_AT_START;
-    assert!(num_tokens <= num_steps, "{num_tokens} tokens of {num_steps} steps");
-    std::fs::remove_file(fail).unwrap();
+    // The streamed request was in every step since the first: its token `i` is that of step `i`, and the step in which the
+    // device failed brought none. What was not sent when the error came is dropped with it.
+    let (one, after_one) = undisturbed(1);
+    let (undisturbed, after_all) = undisturbed(MANY_TOKENS);
+    let lengths = (one.len(), undisturbed.len(), after_all - after_one);
+    assert_eq!(lengths, (1, MANY_TOKENS as usize, MANY_TOKENS as usize - 1), "a step for each token");
+    let num_steps = copies_until(&fail) + 1 - after_one;
+    assert!(tokens.len() <= num_steps, "{} tokens of {num_steps} steps", tokens.len());
+    assert_eq!(tokens, undisturbed[..tokens.len()], "each is the one that the step before the failure gave");
 }
 
 /// The rows of a benchmark under the double.

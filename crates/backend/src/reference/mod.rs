@@ -68,7 +68,7 @@ impl RefBackend {
     }
 
     /// Rounds what experts pass on, as a backend does that keeps it in this type.
-    pub(crate) fn with_rounding(self, rounding: Option<DType>) -> Self {
+    pub fn with_rounding(self, rounding: Option<DType>) -> Self {
         Self { rounding, ..self }
     }
 

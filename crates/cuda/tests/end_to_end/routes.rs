@@ -1,6 +1,10 @@
 //! Experts end to end, apart from routing's one discontinuity: where two experts are so close that rounding decides between
 //! them, the GPU and the reference go different ways, and everything after that is another computation. So both note
 //! what their routers said, and results are compared where both chose the same experts.
+//!
+//! The reference rounds activations to bf16 where the GPU does. Without that it is another computation just as far away: it
+//! differs from itself with rounding by 3.4 % in int8 over all sequences that chose the same, and by 11.3 % in one of them
+//! on two ranks (token 95 by itself), where the GPU gives what the reference gives with rounding.
 
 use std::ops::Range;
 
@@ -50,8 +54,10 @@ fn run<B: Backend + Send + 'static>(
     checkpoint: &Checkpoint,
     kv_dtype: DType,
     quant: QuantFormat,
+    rounding: Option<DType>,
 ) -> Outcome {
-    let (backends, routers): (Vec<_>, Vec<_>) = backends.into_iter().map(Recording::new).unzip();
+    let record = |backend| Recording::new(backend, rounding);
+    let (backends, routers): (Vec<_>, Vec<_>) = backends.into_iter().map(record).unzip();
     let config = RunnerConfig { max_num_seqs: NUM_SEQS as u32, quant, ..config(kv_dtype) };
     let runners = load_ranks(backends, checkpoint, &config, |_| {}).expect("the checkpoint loads");
     let executor = TensorParallel::new(runners).expect("threads can be had");
@@ -112,6 +118,8 @@ struct Comparison {
     num_same: usize,
     /// Logits of the others.
     parted: Pairs,
+    /// Logits of sequences of one token: attention has nothing to weigh there, and all that is rounded, both round.
+    lone: Pairs,
 }
 
 fn compare(checkpoint: &Checkpoint, got: &Outcome, want: &Outcome) -> Comparison {
@@ -135,21 +143,30 @@ fn compare(checkpoint: &Checkpoint, got: &Outcome, want: &Outcome) -> Comparison
             has_parted |= rows.any(|(got, want)| chosen(got, top_k) != chosen(want, top_k));
         }
         let numbers = seq * spec.vocab_size..(seq + 1) * spec.vocab_size;
+        let (got, want) = (&got.logits[numbers.clone()], &want.logits[numbers]);
+        if rows.len() == 1 {
+            comparison.lone.add(got, want);
+        }
         let of = if has_parted { &mut comparison.parted } else { &mut comparison.same };
-        of.add(&got.logits[numbers.clone()], &want.logits[numbers]);
+        of.add(got, want);
         comparison.num_same += usize::from(!has_parted);
     }
     comparison
 }
 
-/// How far routers and logits may be off, norm over norm. In fp8 all other layers round activations too, to numbers an
-/// eighth apart, and do so differently where those are off by a rounding of bf16.
+/// What the reference rounds activations to, as the GPU does.
+const ROUNDED: Option<DType> = Some(DType::BF16);
+
+/// How far routers and logits may be off, norm over norm. In fp8 dense layers round activations to numbers an eighth apart, and
+/// do so differently where those are off by a rounding of bf16.
 const BOUNDS: [(QuantFormat, f32); 4] = [
-    (QuantFormat::None, 0.015),
-    (QuantFormat::Int8, 0.04),
-    (QuantFormat::Int4, 0.04),
-    (QuantFormat::Fp8, 0.1),
+    (QuantFormat::None, 0.01),
+    (QuantFormat::Int8, 0.025),
+    (QuantFormat::Int4, 0.025),
+    (QuantFormat::Fp8, 0.055),
 ];
+/// The same of logits of lone tokens.
+const LONE_BOUND: f32 = 1e-3;
 
 /// On one GPU and, but for int4, whose groups of 32 columns make a whole expert, on two. The reference is split as they are: a
 /// quantized layer rounds the inputs of each rank by themselves.
@@ -162,24 +179,25 @@ fn experts_agree_where_the_same_were_chosen() {
         let groups = [Some(vec![cuda(&gpu)]), pair.map(|gpus| backends(gpus, Element::Bf16))];
         for backends in groups.into_iter().flatten() {
             let world = backends.len();
-            let reference = Communicator::group(world).into_iter();
-            let reference = reference.map(|rank| RefBackend::new().with_communicator(rank)).collect();
-            let want = run(reference, &checkpoint, DType::F32, quant);
-            let got = run(backends, &checkpoint, DType::BF16, quant);
-            let Comparison { routers, same, num_same, parted } = compare(&checkpoint, &got, &want);
+            let ranks = Communicator::group(world).into_iter();
+            let reference = |rank| RefBackend::new().with_communicator(rank).with_rounding(ROUNDED);
+            let want = run(ranks.map(reference).collect(), &checkpoint, DType::BF16, quant, ROUNDED);
+            let got = run(backends, &checkpoint, DType::BF16, quant, None);
+            let Comparison { routers, same, num_same, parted, lone } = compare(&checkpoint, &got, &want);
             let worst = same.worst_row;
             let what = format!(
                 "qwen3-moe {:4} {world} GPUs: routers {:.4}, {num_same} sequences with the same experts {:.4}, the worst \
-                 {worst:.4}, those that parted up to {:.4}",
+                 {worst:.4}, those that parted up to {:.4}, lone tokens up to {:.6}",
                 quant.name(),
                 routers.error(),
                 same.error(),
-                parted.worst_row
+                parted.worst_row,
+                lone.worst_row
             );
             println!("{what}");
             // Random layers amplify what is rounded in some rows more than in others.
             assert!(routers.error() <= bound && same.error() <= bound && worst <= 3.0 * bound, "{what}");
-            assert!(num_same >= NUM_SEQS * 3 / 4, "{what}");
+            assert!(num_same >= NUM_SEQS * 9 / 10 && lone.worst_row <= LONE_BOUND, "{what}");
         }
     }
     gpu.assert_nothing_left();
