@@ -300,8 +300,10 @@ impl OnlineCostModel {
         self.record_error(predicted, measured_us);
         let hidden = if terms[PER_TOKEN] > terms[WEIGHTS] { WEIGHTS } else { PER_TOKEN };
         terms[hidden] = 0.0;
-        let shares = terms.map(|term| term / predicted);
-        let error = (measured_us - predicted) / predicted;
+        // One division, not eight.
+        let inverse = 1.0 / predicted;
+        let shares = terms.map(|term| term * inverse);
+        let error = (measured_us - predicted) * inverse;
         let bound = MAX_DEVIATIONS * self.deviation;
         let innovation = error.clamp(-bound.min(MAX_DECREASE), bound.min(MAX_INCREASE));
         self.deviation += DEVIATION_WEIGHT * (innovation.abs() - self.deviation);
@@ -317,16 +319,17 @@ impl OnlineCostModel {
             spread[at] = row.iter().zip(shares).map(|(c, share)| c * share).sum();
         }
         let variance = NOISE_VARIANCE + spread.iter().zip(shares).map(|(s, share)| s * share).sum::<f64>();
-        for at in 0..shares.len() {
-            let gain = spread[at] / variance;
-            // What may be a stall must not tell terms apart that have not been told apart yet.
-            let limited = if exact { gain } else { gain.clamp(-1.0, 1.0) };
-            let change = (1.0 + limited * innovation).clamp(1.0 - MAX_DECREASE, 1.0 + MAX_INCREASE);
-            self.factors[at] = (self.factors[at] * change).clamp(FACTOR_BOUNDS.0, FACTOR_BOUNDS.1);
-            if exact {
-                for (other, cell) in self.covariance[at].iter_mut().enumerate() {
-                    *cell -= gain * spread[other];
-                }
+        let gains = spread.map(|spread| spread * (1.0 / variance));
+        // What may be a stall must not tell terms apart that have not been told apart yet.
+        let limit = if exact { f64::INFINITY } else { 1.0 };
+        for (factor, gain) in self.factors.iter_mut().zip(&gains) {
+            let change = 1.0 + gain.clamp(-limit, limit) * innovation;
+            let change = change.clamp(1.0 - MAX_DECREASE, 1.0 + MAX_INCREASE);
+            *factor = (*factor * change).clamp(FACTOR_BOUNDS.0, FACTOR_BOUNDS.1);
+        }
+        if exact {
+            for (row, gain) in self.covariance.iter_mut().zip(&gains) {
+                row.iter_mut().zip(&spread).for_each(|(cell, spread)| *cell -= gain * spread);
             }
         }
     }
