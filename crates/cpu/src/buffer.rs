@@ -94,22 +94,6 @@ impl<T: Plain> std::ops::DerefMut for Aligned<T> {
     }
 }
 
-impl Aligned<u32> {
-    /// The same memory as halves, the low one first.
-    pub fn halves_mut(&mut self) -> &mut [u16] {
-        // SAFETY: twice as many elements of half the size, whose alignment is less; any bits are a `u16`.
-        unsafe { std::slice::from_raw_parts_mut(self.start.cast(), 2 * self.len) }
-    }
-}
-
-impl Aligned<u16> {
-    /// The same memory as signed bytes, the low one first.
-    pub fn bytes_mut(&mut self) -> &mut [i8] {
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.start.cast(), 2 * self.len) }
-    }
-}
-
 /// An array that is never written again: in memory of its own, or part of a mapped file. Clones share it.
 pub(crate) struct Frozen<T> {
     start: *const T,
@@ -238,6 +222,20 @@ impl<T> Shared<'_, T> {
         );
         // SAFETY: `start <= end < len`.
         unsafe { self.start.add(start) }
+    }
+}
+
+impl<'a> Shared<'a, u32> {
+    /// The same memory as halves, the low one first.
+    pub const fn halves(&self) -> Shared<'a, u16> {
+        Shared { start: self.start.cast(), len: 2 * self.len, borrow: PhantomData }
+    }
+}
+
+impl<'a> Shared<'a, u16> {
+    /// The same memory as signed bytes, the low one first.
+    pub const fn bytes(&self) -> Shared<'a, i8> {
+        Shared { start: self.start.cast(), len: 2 * self.len, borrow: PhantomData }
     }
 }
 

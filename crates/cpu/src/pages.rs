@@ -1,9 +1,10 @@
 //! Pages whose keys and values are ready for pair products: what `store` writes and [`crate::ops::paged`] reads.
 //!
-//! A block of `B` tokens holds, per head, its keys as panels `[head_dim / 2][lane][2]` of up to [`PANEL`] tokens a lane,
-//! and its values as `[pair of tokens][head_dim][2]`. Odd ends are filled up: `head_dim` to whole panels, and a block of
-//! one token to a pair. Elements are bf16, or bytes with one scale per key and one per value, of a token and head. Stored
-//! numbers are finite, so that a weight of zero leaves nothing of them.
+//! A block of `B` tokens holds first, per head, its keys as panels `[head_dim / 2][lane][2]` of up to [`PANEL`] tokens a
+//! lane, then, per head, its values as `[pair of tokens][head_dim][2]`: blocks lie in any order, and memory gives the more
+//! the longer a piece is. Odd ends are filled up: `head_dim` to whole panels, and a block of one token to a pair. Elements
+//! are bf16, or bytes with one scale per key and one per value, of a token and head. Stored numbers are finite, so that a
+//! weight of zero leaves nothing of them.
 
 use quire_backend::{BackendError, KvLayerShape, KvLayout};
 
@@ -48,17 +49,31 @@ impl PackedShape {
         self.block_size.div_ceil(2) * self.columns()
     }
 
+    /// Pairs of a block.
+    const fn block_len(&self) -> usize {
+        self.num_kv_heads * (self.key_len() + self.value_len())
+    }
+
+    /// Scales of a block.
+    const fn block_scales(&self) -> usize {
+        self.num_kv_heads * 2 * self.block_size
+    }
+
     /// First pair of the panel with `offset` of `head`'s keys.
     #[inline(always)]
     pub const fn key_panel(&self, block: usize, head: usize, offset: usize) -> usize {
-        (block * self.num_kv_heads + head) * self.key_len()
+        block * self.block_len()
+            + head * self.key_len()
             + offset / self.lanes() * self.lanes() * self.key_pairs()
     }
 
     /// First column of the row with `offset` of `head`'s values.
     #[inline(always)]
     pub const fn value_row(&self, block: usize, head: usize, offset: usize) -> usize {
-        (block * self.num_kv_heads + head) * self.value_len() + offset / 2 * self.columns()
+        block * self.block_len()
+            + self.num_kv_heads * self.key_len()
+            + head * self.value_len()
+            + offset / 2 * self.columns()
     }
 }
 
@@ -71,14 +86,10 @@ pub(crate) struct PackedPages {
 
 /// The elements.
 pub(crate) enum Pairs {
-    Bf16 {
-        k: Aligned<u32>,
-        v: Aligned<u32>,
-    },
+    Bf16(Aligned<u32>),
     /// Scales are `[num_blocks, num_kv_heads, 2, block_size]`: those of keys, then those of values. None is zero.
     Int8 {
-        k: Aligned<u16>,
-        v: Aligned<u16>,
+        bytes: Aligned<u16>,
         scales: Aligned<f32>,
     },
 }
@@ -92,25 +103,23 @@ impl PackedPages {
             head_dim: layer.head_dim as usize,
             block_size: layout.block_size as usize,
         };
-        let heads = layout.num_blocks as usize * shape.num_kv_heads;
-        let (k, v, what) = (heads * shape.key_len(), heads * shape.value_len(), "kv cache");
+        let (num_blocks, what) = (layout.num_blocks as usize, "kv cache");
         let pairs = if layout.dtype == DType::I8 {
             Pairs::Int8 {
-                k: Aligned::zeroed(k, what)?,
-                v: Aligned::zeroed(v, what)?,
-                scales: Aligned::zeroed(heads * 2 * shape.block_size, what)?,
+                bytes: Aligned::zeroed(num_blocks * shape.block_len(), what)?,
+                scales: Aligned::zeroed(num_blocks * shape.block_scales(), what)?,
             }
         } else {
-            Pairs::Bf16 { k: Aligned::zeroed(k, what)?, v: Aligned::zeroed(v, what)? }
+            Pairs::Bf16(Aligned::zeroed(num_blocks * shape.block_len(), what)?)
         };
-        Ok(Self { pairs, shape, num_blocks: layout.num_blocks as usize })
+        Ok(Self { pairs, shape, num_blocks })
     }
 
     /// Where their memory lies.
     pub(crate) fn ranges(&self) -> Vec<Range> {
         match &self.pairs {
-            Pairs::Bf16 { k, v } => vec![Range::of(k), Range::of(v)],
-            Pairs::Int8 { k, v, scales } => vec![Range::of(k), Range::of(v), Range::of(scales)],
+            Pairs::Bf16(pairs) => vec![Range::of(pairs)],
+            Pairs::Int8 { bytes, scales } => vec![Range::of(bytes), Range::of(scales)],
         }
     }
 
@@ -132,11 +141,13 @@ impl PackedPages {
         let (key, value) =
             (self.shape.key_panel(block, head, offset), self.shape.value_row(block, head, offset));
         match &self.pairs {
-            Pairs::Bf16 { k, v } => {
-                (k.as_ptr().wrapping_add(key).cast(), v.as_ptr().wrapping_add(value).cast())
+            Pairs::Bf16(pairs) => {
+                let start = pairs.as_ptr();
+                (start.wrapping_add(key).cast(), start.wrapping_add(value).cast())
             }
-            Pairs::Int8 { k, v, .. } => {
-                (k.as_ptr().wrapping_add(key).cast(), v.as_ptr().wrapping_add(value).cast())
+            Pairs::Int8 { bytes, .. } => {
+                let start = bytes.as_ptr();
+                (start.wrapping_add(key).cast(), start.wrapping_add(value).cast())
             }
         }
     }
@@ -153,17 +164,12 @@ impl PackedPages {
         fn copy<T: Plain>(to: &mut Aligned<T>, from: &Aligned<T>, len: usize, src: usize, dst: usize) {
             to[dst * len..(dst + 1) * len].copy_from_slice(&from[src * len..(src + 1) * len]);
         }
-        let heads = self.shape.num_kv_heads;
-        let (key, value) = (heads * self.shape.key_len(), heads * self.shape.value_len());
+        let shape = self.shape;
         match (&mut self.pairs, &from.pairs) {
-            (Pairs::Bf16 { k, v }, Pairs::Bf16 { k: from_k, v: from_v }) => {
-                copy(k, from_k, key, src, dst);
-                copy(v, from_v, value, src, dst);
-            }
-            (Pairs::Int8 { k, v, scales }, Pairs::Int8 { k: from_k, v: from_v, scales: from_scales }) => {
-                copy(k, from_k, key, src, dst);
-                copy(v, from_v, value, src, dst);
-                copy(scales, from_scales, heads * 2 * self.shape.block_size, src, dst);
+            (Pairs::Bf16(pairs), Pairs::Bf16(from)) => copy(pairs, from, shape.block_len(), src, dst),
+            (Pairs::Int8 { bytes, scales }, Pairs::Int8 { bytes: from, scales: from_scales }) => {
+                copy(bytes, from, shape.block_len(), src, dst);
+                copy(scales, from_scales, shape.block_scales(), src, dst);
             }
             _ => unreachable!("both are allocated from one layout"),
         }
@@ -173,17 +179,12 @@ impl PackedPages {
         fn copy<T: Plain>(array: &mut Aligned<T>, len: usize, src: usize, dst: usize) {
             array.copy_within(src * len..(src + 1) * len, dst * len);
         }
-        let heads = self.shape.num_kv_heads;
-        let (key, value) = (heads * self.shape.key_len(), heads * self.shape.value_len());
+        let shape = self.shape;
         match &mut self.pairs {
-            Pairs::Bf16 { k, v } => {
-                copy(k, key, src, dst);
-                copy(v, value, src, dst);
-            }
-            Pairs::Int8 { k, v, scales } => {
-                copy(k, key, src, dst);
-                copy(v, value, src, dst);
-                copy(scales, heads * 2 * self.shape.block_size, src, dst);
+            Pairs::Bf16(pairs) => copy(pairs, shape.block_len(), src, dst),
+            Pairs::Int8 { bytes, scales } => {
+                copy(bytes, shape.block_len(), src, dst);
+                copy(scales, shape.block_scales(), src, dst);
             }
         }
     }

@@ -167,6 +167,35 @@ impl Pool {
         self.hand_out(n, grain, |_| grain, job)
     }
 
+    /// As [`Pool::split`], but a thread takes a range before it begins with the one before, and knows where it starts:
+    /// `job(worker, range, next)`.
+    ///
+    /// # Errors
+    /// As [`Pool::run`].
+    pub fn split_ahead(
+        &mut self,
+        n: usize,
+        grain: usize,
+        job: impl Fn(usize, Range<usize>, Option<usize>) + Sync,
+    ) -> Result<(), ExecError> {
+        let grain = grain.max(1);
+        if n <= grain || self.threads.is_empty() {
+            return self.split(n, grain, |worker, range| job(worker, range, None));
+        }
+        let next = AtomicUsize::new(0);
+        let take = || {
+            let start = next.fetch_add(grain, Ordering::Relaxed);
+            (start < n).then(|| start..(start + grain).min(n))
+        };
+        self.run(&|worker| {
+            let mut at_work = take();
+            while let Some(range) = at_work {
+                at_work = take();
+                job(worker, range, at_work.as_ref().map(|next| next.start));
+            }
+        })
+    }
+
     /// As [`Pool::split`], in ranges that begin long, at half of each thread's share, and shrink to `grain`: each thread
     /// reads most of its part from end to end, and still none waits for long at the end ("guided self-scheduling",
     /// Polychronopoulos and Kuck, 1987).

@@ -9,7 +9,7 @@ use crate::simd::bytes::ByteDot;
 use crate::simd::pairs::{PANEL, PairKernel};
 
 /// [`PackedPages`], written by several threads, each its own slots. Of values single halves are shared, since the tokens
-/// of a pair may be written by two threads.
+/// of a pair may be written by two threads. Keys and values are parts of one array.
 #[derive(Clone, Copy)]
 pub(crate) struct SharedPackedPages<'a> {
     pairs: SharedPairs<'a>,
@@ -26,12 +26,14 @@ impl<'a> SharedPackedPages<'a> {
     pub(crate) fn new(pages: &'a mut PackedPages) -> Self {
         let shape = pages.shape;
         let pairs = match &mut pages.pairs {
-            Pairs::Bf16 { k, v } => SharedPairs::Bf16 { k: Shared::new(k), v: Shared::new(v.halves_mut()) },
-            Pairs::Int8 { k, v, scales } => SharedPairs::Int8 {
-                k: Shared::new(k),
-                v: Shared::new(v.bytes_mut()),
-                scales: Shared::new(scales),
-            },
+            Pairs::Bf16(pairs) => {
+                let k = Shared::new(pairs);
+                SharedPairs::Bf16 { k, v: k.halves() }
+            }
+            Pairs::Int8 { bytes, scales } => {
+                let k = Shared::new(bytes);
+                SharedPairs::Int8 { k, v: k.bytes(), scales: Shared::new(scales) }
+            }
         };
         Self { pairs, shape }
     }
@@ -339,9 +341,9 @@ mod tests {
     /// Everything in the pages, as bytes of numbers.
     fn content(pages: &PackedPages) -> Vec<u32> {
         match &pages.pairs {
-            Pairs::Bf16 { k, v } => k.iter().chain(v.iter()).copied().collect(),
-            Pairs::Int8 { k, v, scales } => {
-                let codes = k.iter().chain(v.iter()).map(|pair| u32::from(*pair));
+            Pairs::Bf16(pairs) => pairs.to_vec(),
+            Pairs::Int8 { bytes, scales } => {
+                let codes = bytes.iter().map(|pair| u32::from(*pair));
                 codes.chain(scales.iter().map(|scale| scale.to_bits())).collect()
             }
         }

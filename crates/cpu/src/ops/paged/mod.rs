@@ -35,6 +35,11 @@ const PANELS: usize = TILE / PANEL;
 const PANEL_PAIRS: usize = PANEL / 2;
 /// Panels of values that a few rows take at once.
 const WIDE: usize = 8;
+/// Heads whose scores a few rows take at once.
+const HEADS: usize = 4;
+/// How far ahead of the work memory is asked for keys and values, up to a panel of all heads more: what arrives within its
+/// latency several times over, and little beside the caches.
+const AHEAD_BYTES: usize = 16 * 1024;
 /// Positions of a partial result.
 const SPLIT: usize = 1024;
 /// Rows (tokens times query heads) of an item.
@@ -100,13 +105,14 @@ pub(crate) fn paged_attention(
     let splits = items.iter().map(|item| work.splits(item.block).end).max().unwrap_or(0);
     if splits < 2 || count >= 4 * pool.num_threads() {
         // Neighbours share a block of tokens, and each asks for what the next one reads first.
-        let grain = (count / (8 * pool.num_threads())).clamp(1, kv_heads);
-        return pool.split(count, grain, |worker, range| {
+        let grain = (count / (16 * pool.num_threads())).clamp(1, kv_heads);
+        return pool.split_ahead(count, grain, |worker, range, next| {
             for i in range.clone() {
                 // SAFETY: `isa` was detected; scratch `worker` is this thread's, the item's columns of `out` its own.
                 unsafe {
                     let scratch = &mut scratch.slice(worker, 1)[0];
-                    let after = (i + 1 < range.end).then(|| item(i + 1));
+                    let after = if i + 1 < range.end { Some(i + 1) } else { next };
+                    let after = after.map(item);
                     let run = Run { work: &work, item: item(i), after, scratch, task: Task::Whole };
                     dispatch_pairs(isa, run);
                 }

@@ -18,7 +18,7 @@ pub(super) struct Scores<'a, F> {
     pub q: &'a [u32],
     pub pairs: usize,
     pub keys: [*const u8; PANELS],
-    /// Of the next tile.
+    /// What memory works on meanwhile, as much for each panel.
     pub next: [*const u8; PANELS],
     pub out: Shared<'a, f32>,
     pub form: PhantomData<F>,
@@ -60,12 +60,66 @@ impl<F: Form> Tiled for Scores<'_, F> {
     }
 }
 
+/// [`Scores`] of one panel of keys of each head: rows of a head by heads. A sum is a chain of products of which each waits
+/// for the one before, so several heads' chains run side by side.
+pub(super) struct HeadScores<'a, F> {
+    /// Of all heads.
+    pub q: &'a [u32],
+    pub pairs: usize,
+    /// Rows from a head to the next one.
+    pub head_rows: usize,
+    /// The first head's, and the panel's number in the tile.
+    pub keys: *const u8,
+    pub panel: usize,
+    /// What memory works on meanwhile.
+    pub next: *const u8,
+    /// Bytes from a head to the next one.
+    pub stride: usize,
+    pub out: Shared<'a, f32>,
+    pub form: PhantomData<F>,
+}
+
+impl<F: Form> Tiled for HeadScores<'_, F> {
+    #[inline(always)]
+    unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, head: usize, _: Turn) {
+        let first = |i: usize| (head + i) * self.head_rows + row;
+        let q = &self.q[..(first(P - 1) + M) * self.pairs];
+        // SAFETY: `q` holds the rows of all heads; each panel holds `pairs` vectors, and its values or more of them follow.
+        unsafe {
+            let rows: [*const u32; P] = std::array::from_fn(|i| q.as_ptr().add(first(i) * self.pairs));
+            let at = |of: *const u8, i: usize| of.wrapping_add((head + i) * self.stride);
+            let keys: [*const u8; P] = std::array::from_fn(|i| at(self.keys, i));
+            let next: [*const u8; P] = std::array::from_fn(|i| at(self.next, i));
+            let mut sums = [[D::zero(); P]; M];
+            for line in (0..self.pairs).step_by(LINE / F::SIZE) {
+                for i in 0..P {
+                    D::prefetch(next[i].wrapping_add(line * F::SIZE).cast());
+                }
+                for k in line..(line + LINE / F::SIZE).min(self.pairs) {
+                    for i in 0..P {
+                        let weights = F::load::<D>(keys[i], k);
+                        for r in 0..M {
+                            sums[r][i] = D::dot(sums[r][i], weights, rows[i].add(r * self.pairs + k));
+                        }
+                    }
+                }
+            }
+            for r in 0..M {
+                for i in 0..P {
+                    let out = self.out.slice((first(i) + r) * TILE + self.panel * PANEL, PANEL);
+                    D::store(out.as_mut_ptr(), sums[r][i]);
+                }
+            }
+        }
+    }
+}
+
 /// `out = out * shrink + weights · values`: rows by panels of columns.
 pub(super) struct Values<'a, F> {
     pub weights: &'a [u32],
     pub shrink: &'a [f32],
     pub values: [*const u8; PANELS],
-    /// Of the next tile.
+    /// What memory works on meanwhile, as much for each panel.
     pub next: [*const u8; PANELS],
     /// Pairs of keys.
     pub pairs: Range<usize>,

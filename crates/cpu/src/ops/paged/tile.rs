@@ -13,6 +13,9 @@ use crate::simd::pairs::PANEL;
 pub(super) trait Form: Copy {
     /// Bytes of a vector.
     const SIZE: usize;
+    /// Whether a few rows take the scores of several heads at once: where vectors take work, the chains of sums of one head
+    /// alone leave the processor idle; where they do not, one stream from memory is faster than four.
+    const SIDE_BY_SIDE: bool;
 
     /// Vector `i` from `at` on.
     ///
@@ -31,6 +34,7 @@ pub(super) struct Bytes;
 
 impl Form for Wide {
     const SIZE: usize = PANEL * size_of::<u32>();
+    const SIDE_BY_SIDE: bool = false;
 
     #[inline(always)]
     unsafe fn load<D: ByteDot>(at: *const u8, i: usize) -> D::W {
@@ -41,6 +45,7 @@ impl Form for Wide {
 
 impl Form for Bytes {
     const SIZE: usize = PANEL * size_of::<u16>();
+    const SIDE_BY_SIDE: bool = true;
 
     #[inline(always)]
     unsafe fn load<D: ByteDot>(at: *const u8, i: usize) -> D::W {
@@ -93,6 +98,19 @@ impl Tile {
             (tile.keys[panel], tile.values[panel]) = pages.address(block, wanted.first_head, offset);
         }
         Some(tile)
+    }
+
+    /// What memory works on while each of these panels is at work: what comes `depth` panels later in the order of work,
+    /// which is keys and then values of this tile, then `next`. So it is in the cache in time, but not long before.
+    pub fn ahead(&self, panels: &Range<usize>, depth: usize, next: &Self) -> Self {
+        let mut order = [next.values[PANELS - 1]; 4 * PANELS];
+        let all = [&self.keys[panels.clone()], &self.values[panels.clone()], &next.keys, &next.values];
+        order.iter_mut().zip(all.into_iter().flatten()).for_each(|(to, from)| *to = *from);
+        let mut ahead = *self;
+        let (keys, values) = order[depth..].split_at(panels.len());
+        ahead.keys[panels.clone()].copy_from_slice(keys);
+        ahead.values[panels.clone()].copy_from_slice(&values[..panels.len()]);
+        ahead
     }
 
     /// The keys of another head, `strides` apart.
@@ -175,15 +193,15 @@ pub(super) fn gather(pages: &PackedPages, wanted: &Wanted<'_>, room: &mut TileRo
         let from = shape.key_panel(block, wanted.first_head, offset) + offset;
         for i in 0..pairs {
             room.keys[(key / PANEL * pairs + i) * PANEL + key % PANEL] = match &pages.pairs {
-                Pairs::Bf16 { k, .. } => k[from + i * lanes],
-                Pairs::Int8 { k, .. } => widen_pair(k[from + i * lanes]),
+                Pairs::Bf16(pairs) => pairs[from + i * lanes],
+                Pairs::Int8 { bytes, .. } => widen_pair(bytes[from + i * lanes]),
             };
         }
         let from = shape.value_row(block, wanted.first_head, offset);
         for column in 0..columns {
             let pair = match &pages.pairs {
-                Pairs::Bf16 { v, .. } => v[from + column],
-                Pairs::Int8 { v, .. } => widen_pair(v[from + column]),
+                Pairs::Bf16(pairs) => pairs[from + column],
+                Pairs::Int8 { bytes, .. } => widen_pair(bytes[from + column]),
             };
             let half = if offset % 2 == 0 { pair & 0xFFFF } else { pair >> 16 };
             let to = &mut room.values[key / 2 * columns + column];

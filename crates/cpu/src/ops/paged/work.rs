@@ -5,11 +5,11 @@ use std::ops::Range;
 
 use quire_backend::{AttnShape, StepBuffer};
 
-use super::products::{Scores, Values};
+use super::products::{HeadScores, Scores, Values};
 use super::scratch::Buffers;
 use super::softmax::{SCALES, ScoreRule, Softmax, State, sum_lanes};
 use super::tile::{Bytes, Form, Tile, Wanted, Wide, find_scales, gather};
-use super::{Block, Item, PANEL_PAIRS, PANELS, ROWS, SPLIT, TILE, WIDE};
+use super::{AHEAD_BYTES, Block, HEADS, Item, PANEL_PAIRS, PANELS, ROWS, SPLIT, TILE, WIDE};
 use crate::buffer::{CpuBuf, Shared, SharedRows};
 use crate::ops::tiles::{NARROW, each_panel, each_wide_panel};
 use crate::packed::round_row;
@@ -153,11 +153,11 @@ impl Work<'_> {
             }
             match Tile::in_place(pages, &wanted) {
                 Some(tile) if !pages.is_bytes() => {
-                    self.attend::<D, Wide>(&shown, tile, next.unwrap_or(tile), s, state);
+                    self.attend::<D, Wide>(&shown, tile, self.ahead(&shown, &tile, next), s, state);
                 }
                 // Few rows are one tile, which reads everything once.
                 Some(tile) if heads > 1 || shown.rows.len() <= D::TILE_SUMS / NARROW => {
-                    self.attend::<D, Bytes>(&shown, tile, next.unwrap_or(tile), s, state);
+                    self.attend::<D, Bytes>(&shown, tile, self.ahead(&shown, &tile, next), s, state);
                 }
                 Some(bytes) => {
                     let tile = bytes.widen::<D>(pages, &shown.panels, &next.unwrap_or(bytes), &mut s.tile);
@@ -171,7 +171,14 @@ impl Work<'_> {
         }
     }
 
-    /// Scores, weights, and the weighted values of a tile, while memory works on the next one.
+    /// See [`Tile::ahead`].
+    fn ahead(&self, shown: &Shown, tile: &Tile, next: Option<Tile>) -> Tile {
+        let [panel, _] = self.pages.head_strides();
+        let panel = panel / (self.pages.shape.block_size / PANEL).max(1) * shown.item.heads;
+        tile.ahead(&shown.panels, (AHEAD_BYTES / panel).clamp(1, PANELS), &next.unwrap_or(*tile))
+    }
+
+    /// Scores, weights, and the weighted values of a tile, while memory works on `next`.
     #[inline(always)]
     unsafe fn attend<D: ByteDot, F: Form>(
         &self,
@@ -190,12 +197,20 @@ impl Work<'_> {
         let strides = self.pages.head_strides();
         // SAFETY: the tile was found, and the buffers have been made for its shape.
         unsafe {
-            let mut scores =
-                Scores { q: s.q, pairs, keys: tile.keys, next: next.keys, out: Shared::new(s.scores), form };
-            for run in self.runs(shown) {
-                for head in 0..item.heads {
-                    (scores.keys, scores.next) = (tile.keys_of(head, strides), next.keys_of(head, strides));
-                    each_panel::<D, _>(&scores, rows_of(head), run.clone());
+            let (q, out) = (&*s.q, Shared::new(s.scores));
+            if item.heads == 1 || !F::SIDE_BY_SIDE {
+                for run in self.runs(shown) {
+                    for head in 0..item.heads {
+                        let (keys, next) = (tile.keys_of(head, strides), next.keys_of(head, strides));
+                        let scores = Scores { q, pairs, keys, next, out, form };
+                        each_panel::<D, _>(&scores, rows_of(head), run.clone());
+                    }
+                }
+            } else {
+                for panel in panels.clone() {
+                    let (keys, next, stride) = (tile.keys[panel], next.keys[panel], strides[0]);
+                    let scores = HeadScores { q, pairs, head_rows, keys, panel, next, stride, out, form };
+                    each_wide_panel::<D, _, HEADS>(&scores, rows.clone(), 0..item.heads);
                 }
             }
             for head in 0..item.heads {
