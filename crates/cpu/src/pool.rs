@@ -331,6 +331,15 @@ mod tests {
             lengths.lock().clear();
             pool.split_guided(n, grain, job).unwrap();
             assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 2), "n {n}, grain {grain}");
+            let promised = Mutex::new([None; 3]);
+            let ahead = |worker: usize, range: Range<usize>, next: Option<usize>| {
+                let promise = std::mem::replace(&mut promised.lock()[worker], next);
+                assert!(promise.is_none_or(|start| start == range.start), "{range:?} instead of {promise:?}");
+                job(worker, range);
+            };
+            pool.split_ahead(n, grain, ahead).unwrap();
+            assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 3), "n {n}, grain {grain}");
+            assert_eq!(*promised.lock(), [None; 3], "nobody waits for more");
             let longest = grain.max(n / 6);
             assert!(n <= grain || lengths.lock().iter().all(|len| *len <= longest), "n {n}, grain {grain}");
         }
