@@ -18,6 +18,7 @@ use crate::buffer::{Aligned, CpuBuf, Shared};
 use crate::kv::{CpuKv, KvLayer};
 use crate::ops::attention::attention;
 use crate::ops::embed::embed_row;
+use crate::ops::highest::sanitize;
 use crate::ops::linear::{Input, Inputs, Rows, linear};
 use crate::ops::lora::{CpuLora, LoraRows, add_lora};
 use crate::ops::mlp::{MlpArgs, MlpLora, mlp};
@@ -25,7 +26,7 @@ use crate::ops::moe::{MoeArgs, Routing, moe};
 use crate::ops::norm::AddNormRow;
 use crate::ops::paged::{Workspace, paged_attention};
 use crate::ops::rope::{CpuRope, RopeRow, SharedLayer};
-use crate::ops::sample::{SampleRow, Scratch, sanitize};
+use crate::ops::sample::{SampleRow, Scratch};
 use crate::ops::soft_cap::CapRow;
 use crate::ops::{MIN_WORK, grain};
 use crate::pool::{Pool, default_threads};
@@ -527,8 +528,8 @@ fn sample_row(
 ) -> Option<RowResult> {
     let seq = row.seq(seqs).ok()?;
     let mask = late.masks.iter().find(|(slot, _)| *slot == row.slot).map(|(_, mask)| &mask[..]);
-    sanitize(logits);
-    let sampler = SampleRow { isa, logits, row, seq, mask };
+    let highest = sanitize(isa, logits);
+    let sampler = SampleRow { isa, logits, highest, row, seq, mask };
     Some(match row.kind {
         LogitKind::Sample => {
             let token = sampler.choose(scratch);

@@ -4,6 +4,7 @@ pub mod attention;
 pub mod dot;
 pub mod embed;
 pub mod gemm;
+pub(crate) mod highest;
 pub(crate) mod int_gemm;
 pub mod linear;
 pub(crate) mod lora;

@@ -6,6 +6,7 @@
 use quire_backend::{LogitRow, SeqState, sampling_rng};
 use quire_core::{SamplingParams, TokenId, TokenLogprobs};
 
+use super::highest::{Highest, sanitized};
 use super::topk::{TopK, id_of, key, sort_best_first};
 use crate::simd::{Isa, Kernel, LANES, Simd, dispatch, exp};
 
@@ -34,19 +35,10 @@ pub(crate) struct SampleRow<'a> {
     pub isa: Isa,
     /// Raw, but sanitized.
     pub logits: &'a [f32],
+    pub highest: Highest,
     pub row: &'a LogitRow,
     pub seq: &'a SeqState,
     pub mask: Option<&'a [u32]>,
-}
-
-/// NaN to -∞, +∞ to the largest finite number.
-pub(crate) fn sanitize(logits: &mut [f32]) {
-    logits.iter_mut().for_each(|l| *l = sanitized(*l));
-}
-
-fn sanitized(l: f32) -> f32 {
-    // `min` would turn NaN into MAX, so look at it first.
-    if l.is_nan() { f32::NEG_INFINITY } else { l.min(f32::MAX) }
 }
 
 impl SampleRow<'_> {
@@ -54,7 +46,7 @@ impl SampleRow<'_> {
     pub(crate) fn choose(&self, scratch: &mut Scratch) -> TokenId {
         let params = &*self.seq.params;
         if params.temperature == 0.0 && !self.is_adjusted() {
-            return self.greedy(self.logits);
+            return self.greedy(self.logits, self.highest);
         }
         let mut logits = std::mem::take(&mut scratch.logits);
         logits.clear();
@@ -63,7 +55,7 @@ impl SampleRow<'_> {
             self.adjust(&mut logits, &mut scratch.counts);
         }
         let token = if params.temperature == 0.0 {
-            self.greedy(&logits)
+            self.greedy(&logits, Highest::of(self.isa, &logits))
         } else {
             if params.temperature != 1.0 {
                 logits.iter_mut().for_each(|l| *l = sanitized(*l / params.temperature));
@@ -130,17 +122,16 @@ impl SampleRow<'_> {
     }
 
     /// The largest logit, ties to the lower id.
-    fn greedy(&self, logits: &[f32]) -> TokenId {
-        let max = maximum(self.isa, logits);
-        if max == f32::NEG_INFINITY {
+    fn greedy(&self, logits: &[f32], highest: Highest) -> TokenId {
+        if highest.logit == f32::NEG_INFINITY {
             return self.lowest_allowed();
         }
-        logits.iter().position(|&l| l == max).map_or(0, |id| id as TokenId)
+        highest.id(logits)
     }
 
     fn draw(&self, logits: &[f32], scratch: &mut Scratch) -> TokenId {
         let params = &*self.seq.params;
-        let max = maximum(self.isa, logits);
+        let max = Highest::of(self.isa, logits).logit;
         if max == f32::NEG_INFINITY {
             return self.lowest_allowed();
         }
@@ -221,7 +212,7 @@ impl SampleRow<'_> {
     /// Log-probability of `token` under the raw logits, its rank, and the `k` most likely tokens.
     pub(crate) fn logprobs(&self, token: TokenId, k: u32, scratch: &mut Scratch) -> TokenLogprobs {
         let logits = self.logits;
-        let max = maximum(self.isa, logits);
+        let max = self.highest.logit;
         let log_sum = self.exponentials(logits, max, scratch).ln();
         let logprob = |id: TokenId| match logits.get(id as usize) {
             None | Some(&f32::NEG_INFINITY) => f32::NEG_INFINITY,
@@ -308,33 +299,6 @@ fn draw_from_candidates(
         sum > target
     });
     drawn.or(candidates.last()).map_or(0, |&key| id_of(key))
-}
-
-fn maximum(isa: Isa, logits: &[f32]) -> f32 {
-    // SAFETY: `isa` was detected.
-    unsafe { dispatch(isa, Maximum(logits)) }
-}
-
-struct Maximum<'a>(&'a [f32]);
-
-impl Kernel for Maximum<'_> {
-    type Output = f32;
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) -> f32 {
-        let (vectors, rest) = self.0.as_chunks::<LANES>();
-        // SAFETY: every chunk holds LANES elements; the rest is the caller's.
-        let lanes = unsafe {
-            let mut max = S::splat(f32::NEG_INFINITY);
-            for v in vectors {
-                max = S::max(max, S::load(v.as_ptr()));
-            }
-            let mut lanes = [0.0; LANES];
-            S::store(lanes.as_mut_ptr(), max);
-            lanes
-        };
-        lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
-    }
 }
 
 struct Exponentials<'a> {
