@@ -12,7 +12,7 @@ use quire_core::ExecError;
 
 use super::lora::Expand;
 use super::mlp::activate_lanes;
-use super::tiles::{Ahead, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel, pieces};
+use super::tiles::{Ahead, Cut, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel};
 use crate::buffer::SharedRows;
 use crate::packed::{Packed, Rounded, RoundedRows};
 use crate::pool::Pool;
@@ -68,13 +68,19 @@ impl Gemm<'_> {
         places: Places,
         to: impl Sink,
     ) -> Result<(), ExecError> {
-        let units = panels.div_ceil(NARROW);
-        let work = NARROW * PANEL * 2 * self.weight.k2() * self.tokens;
-        pool.split_guided(units, pieces(units, work, self.tokens, pool.num_threads()), |_, units| {
-            let panels = units.start * NARROW..(units.end * NARROW).min(panels);
-            // SAFETY: `isa` was detected; each piece has panels, that is columns of the output, of its own.
-            unsafe { self.piece(isa, 0..self.tokens, panels, places, to) }
+        let cut = Cut { tokens: self.tokens, group: self.group(), panels };
+        let work = NARROW * PANEL * 2 * self.weight.k2();
+        pool.split_guided(cut.units(), cut.grain(work, pool.num_threads()), |_, units| {
+            cut.each(units, |rows, panels| {
+                // SAFETY: `isa` was detected; each piece has rows and panels, that is columns of the output, of its own.
+                unsafe { self.piece(isa, rows, panels, places, to) }
+            });
         })
+    }
+
+    /// Rows that stay in cache.
+    fn group(&self) -> usize {
+        (GROUP_PAIRS / self.weight.k2().max(1)).max(MIN_GROUP)
     }
 
     /// Some panels for some rows of `x`, on this thread.
@@ -194,20 +200,23 @@ pub(crate) struct ToRows<'a> {
 impl Sink for ToRows<'_> {
     #[inline(always)]
     unsafe fn take<D: PairDot, const P: usize>(&self, m: usize, p: usize, sums: [D::V; P]) {
-        for i in 0..P {
-            let first = (p + i) * PANEL;
-            let width = PANEL.min(self.n - first);
-            // SAFETY: the columns are ours by contract; `out` holds a panel if it is a whole one.
-            unsafe {
-                let out = self.out.part(m, first, width);
-                if width == PANEL && self.bias.is_none() {
-                    D::store(out.as_mut_ptr(), sums[i]);
-                } else {
-                    let mut values = [0.0; PANEL];
-                    D::store(values.as_mut_ptr(), sums[i]);
-                    add_bias(&mut values[..width], self.bias, first);
-                    out.copy_from_slice(&values[..width]);
+        let first = p * PANEL;
+        let width = (P * PANEL).min(self.n - first);
+        // SAFETY: the columns are ours by contract; `out` holds whole panels if all are.
+        unsafe {
+            let out = self.out.part(m, first, width);
+            if width == P * PANEL && self.bias.is_none() {
+                for i in 0..P {
+                    D::store(out.as_mut_ptr().add(i * PANEL), sums[i]);
                 }
+                return;
+            }
+            for (i, out) in out.chunks_mut(PANEL).enumerate() {
+                let mut values = [0.0; PANEL];
+                D::store(values.as_mut_ptr(), sums[i]);
+                let values = &mut values[..out.len()];
+                add_bias(values, self.bias, first + i * PANEL);
+                out.copy_from_slice(values);
             }
         }
     }
@@ -284,7 +293,7 @@ impl<T: Sink> PairKernel for Product<'_, T> {
 
     #[inline(always)]
     unsafe fn run<D: ByteDot>(self) {
-        let group = (GROUP_PAIRS / self.gemm.weight.k2().max(1)).max(MIN_GROUP);
+        let group = self.gemm.group();
         for first in self.rows.clone().step_by(group) {
             let rows = first..(first + group).min(self.rows.end);
             // SAFETY: the caller's.

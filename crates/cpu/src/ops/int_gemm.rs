@@ -9,7 +9,7 @@ use std::ops::Range;
 use quire_core::ExecError;
 
 use super::gemm::{Places, Sink, give};
-use super::tiles::{Ahead, MEMORY_BOUND, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel, pieces};
+use super::tiles::{Ahead, Cut, MEMORY_BOUND, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel};
 use crate::buffer::Shared;
 use crate::pool::Pool;
 use crate::quantized::{ACT_QUADS, ByteRows, Bytes, Codes, INT4_QUADS, INT4_VECTORS, Quantized};
@@ -50,14 +50,20 @@ impl IntGemm<'_> {
     ) -> Result<(), ExecError> {
         self.reserve(scratch, self.tokens);
         let scratch = Shared::new(scratch);
-        let units = panels.div_ceil(NARROW);
-        let work = NARROW * PANEL * self.weight.quads() * self.tokens;
-        pool.split_guided(units, pieces(units, work, self.tokens, pool.num_threads()), |worker, units| {
-            let panels = units.start * NARROW..(units.end * NARROW).min(panels);
-            // SAFETY: `isa` was detected; each piece has panels, that is columns of the output, of its own, and each
-            // thread its scratch.
-            unsafe { self.piece(isa, &mut scratch.slice(worker, 1)[0], 0..self.tokens, panels, places, to) }
+        let cut = Cut { tokens: self.tokens, group: self.group(), panels };
+        let work = NARROW * PANEL * self.weight.quads();
+        pool.split_guided(cut.units(), cut.grain(work, pool.num_threads()), |worker, units| {
+            cut.each(units, |rows, panels| {
+                // SAFETY: `isa` was detected; each piece has rows and panels, that is columns of the output, of its own,
+                // and each thread its scratch.
+                unsafe { self.piece(isa, &mut scratch.slice(worker, 1)[0], rows, panels, places, to) }
+            });
         })
+    }
+
+    /// Rows that stay in cache.
+    fn group(&self) -> usize {
+        (GROUP_QUADS / self.weight.quads().max(1)).max(MIN_GROUP)
     }
 
     /// Makes the room that [`Self::piece`] needs for up to `rows` rows.
@@ -103,8 +109,7 @@ impl<T: Sink> PairKernel for Piece<'_, T> {
 
     #[inline(always)]
     unsafe fn run<D: ByteDot>(self) {
-        let weight = self.gemm.weight;
-        let group = (GROUP_QUADS / weight.quads().max(1)).max(MIN_GROUP);
+        let (weight, group) = (self.gemm.weight, self.gemm.group());
         for first in self.rows.clone().step_by(group) {
             let rows = first..(first + group).min(self.rows.end);
             // SAFETY: the caller's.
@@ -150,32 +155,18 @@ impl<T: Sink> Piece<'_, T> {
         Ahead::of(panels, self.gemm.weight.quads(), turn, next)
     }
 
-    /// Where sums go to.
+    /// Sums of panels `p..p + P` in the unit of their channels.
     #[inline(always)]
-    fn scaled(&self) -> Scaled<'_, T> {
-        Scaled { weight: self.gemm.weight, places: self.places, to: self.to }
-    }
-}
-
-/// Scales sums by those of the weights.
-#[derive(Clone, Copy)]
-struct Scaled<'a, T> {
-    weight: &'a Quantized,
-    places: Places,
-    to: T,
-}
-
-impl<T: Sink> Sink for Scaled<'_, T> {
-    #[inline(always)]
-    unsafe fn take<D: PairDot, const P: usize>(&self, m: usize, p: usize, sums: [D::V; P]) {
-        let mut scaled = sums;
-        // SAFETY: a panel's scales are one vector; the rest is the caller's.
-        unsafe {
-            for i in 0..P {
-                let scales = self.weight.scales(self.places.at(p + i));
-                scaled[i] = D::mul(sums[i], D::load_sums(scales.as_ptr()));
+    unsafe fn scale<D: PairDot, const M: usize, const P: usize>(&self, p: usize, sums: &mut [[D::V; P]; M]) {
+        for i in 0..P {
+            let scales = self.gemm.weight.scales(self.places.at(p + i));
+            // SAFETY: a panel's scales are one vector; the rest is the caller's.
+            unsafe {
+                let scales = D::load_sums(scales.as_ptr());
+                for r in 0..M {
+                    sums[r][i] = D::mul(sums[r][i], scales);
+                }
             }
-            self.to.take::<D, P>(m, p, scaled);
         }
     }
 }
@@ -224,7 +215,8 @@ impl<T: Sink> Tiled for Piece<'_, T> {
                         sums[r][i] = column[r];
                     }
                 }
-                return give::<D, M, P>(&self.scaled(), m, p, sums);
+                self.scale::<D, M, P>(p, &mut sums);
+                return give::<D, M, P>(&self.to, m, p, sums);
             }
             let ahead = self.ahead(p, panels, turn);
             for (g, first) in (0..quads).step_by(ACT_QUADS).enumerate() {
@@ -236,12 +228,14 @@ impl<T: Sink> Tiled for Piece<'_, T> {
                     let mut weights = [D::load(panels[0]); P];
                     for i in 0..P {
                         weights[i] = D::load(panels[i].add(k * PANEL));
-                        ahead.fetch::<D>(i, k);
                     }
                     for r in 0..M {
                         for i in 0..P {
                             dots[r][i] = D::dot_bytes(dots[r][i], weights[i], x.quads.add(r * x.stride + k));
                         }
+                    }
+                    for i in 0..P {
+                        ahead.fetch::<D>(i, k);
                     }
                 }
                 for r in 0..M {
@@ -251,7 +245,8 @@ impl<T: Sink> Tiled for Piece<'_, T> {
                     }
                 }
             }
-            give::<D, M, P>(&self.scaled(), m, p, sums);
+            self.scale::<D, M, P>(p, &mut sums);
+            give::<D, M, P>(&self.to, m, p, sums);
         }
     }
 }
@@ -311,9 +306,9 @@ impl<T: Sink> Tiled for Nibbles<'_, '_, T> {
                 }
             }
             // A tile is too short for a call of its own (15 % at 4 tokens).
-            let to = self.0.scaled();
+            self.0.scale::<D, M, P>(p, &mut sums);
             for r in 0..M {
-                to.take::<D, P>(m + r, p, sums[r]);
+                self.0.to.take::<D, P>(m + r, p, sums[r]);
             }
         }
     }

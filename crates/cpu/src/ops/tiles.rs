@@ -70,10 +70,57 @@ impl<const P: usize> Ahead<P> {
     }
 }
 
-/// How many of `units` make a piece. Where memory is the limit, each thread gets one, to read it from end to end.
-pub(crate) fn pieces(units: usize, work_per_unit: usize, tokens: usize, threads: usize) -> usize {
-    let grain = grain(units, work_per_unit, threads);
-    if tokens <= MEMORY_BOUND { grain.max(units.div_ceil(threads)) } else { grain }
+/// Work of a piece, in multiply-adds, beside which its beginning does not count: some 30 us.
+const LONG_WORK: usize = 16 << 20;
+
+/// How the rows and panels of a product are handed out: in units of some rows and [`NARROW`] panels, of which those of
+/// the same rows are neighbours.
+#[derive(Clone, Copy)]
+pub(crate) struct Cut {
+    pub tokens: usize,
+    /// Rows that stay in cache while panels pass by: at most so many are a unit's.
+    pub group: usize,
+    pub panels: usize,
+}
+
+impl Cut {
+    /// Rows of a unit: all groups about the same.
+    const fn rows(self) -> usize {
+        let groups = self.tokens.div_ceil(self.group);
+        if groups < 2 { self.tokens } else { self.tokens.div_ceil(groups) }
+    }
+
+    /// Units of the same rows.
+    const fn pairs(self) -> usize {
+        self.panels.div_ceil(NARROW)
+    }
+
+    pub const fn units(self) -> usize {
+        if self.tokens == 0 { 0 } else { self.tokens.div_ceil(self.rows()) * self.pairs() }
+    }
+
+    /// How many units make a piece at least. Where memory is the limit, each thread gets one, to read it from end to end.
+    pub fn grain(self, work_per_row: usize, threads: usize) -> usize {
+        let (units, work) = (self.units(), work_per_row * self.rows());
+        let grain = grain(units, work, threads);
+        if self.tokens <= MEMORY_BOUND {
+            return grain.max(units.div_ceil(threads));
+        }
+        grain.min(LONG_WORK.div_ceil(work.max(1)))
+    }
+
+    /// The rows and panels of these units.
+    pub fn each(self, units: Range<usize>, mut piece: impl FnMut(Range<usize>, Range<usize>)) {
+        let (rows, pairs) = (self.rows(), self.pairs());
+        let mut next = units.start;
+        while next < units.end {
+            let (group, pair) = (next / pairs, next % pairs);
+            let end = (pair + units.end - next).min(pairs);
+            let panels = pair * NARROW..(end * NARROW).min(self.panels);
+            piece(group * rows..((group + 1) * rows).min(self.tokens), panels);
+            next += end - pair;
+        }
+    }
 }
 
 /// How far ahead of one stream memory is asked, in words: what comes within its latency, twice over. The processor looks
