@@ -51,7 +51,7 @@ fn main() -> Result<(), BackendError> {
             feed_forward(&mut backend, rows)?;
         }
     }
-    let attentions = [(1, 1, 16_384), (8, 1, 512), (32, 1, 512), (1, 512, 512)];
+    let attentions = [(1, 1, 16_384), (8, 1, 512), (32, 1, 512), (1, 512, 512), (4, 128, 1024), (1, 512, 2048)];
     for (seqs, rows, context) in attentions
         .into_iter()
         .filter(|(_, rows, _)| wanted("attention") || wanted(if *rows == 1 { "decode" } else { "prefill" }))

@@ -11,6 +11,7 @@ mod products;
 mod scratch;
 mod softmax;
 mod tile;
+mod tiling;
 mod work;
 
 use quire_backend::{Attention, StepBuffer};
@@ -43,7 +44,7 @@ const AHEAD_BYTES: usize = 16 * 1024;
 /// Positions of a partial result.
 const SPLIT: usize = 1024;
 /// Rows (tokens times query heads) of an item.
-const ROWS: usize = 64;
+const ROWS: usize = 128;
 
 /// Consecutive tokens of one sequence.
 #[derive(Clone, Copy)]

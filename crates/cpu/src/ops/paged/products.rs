@@ -114,8 +114,32 @@ impl<F: Form> Tiled for HeadScores<'_, F> {
     }
 }
 
+/// Where some rows of tokens by query heads lie in an activation.
+#[derive(Clone, Copy)]
+pub(super) struct Lines {
+    pub start: *const f32,
+    /// Numbers from a token to the next one.
+    pub stride: usize,
+    /// Rows of a token, and what each holds.
+    pub group: usize,
+    pub head_dim: usize,
+}
+
+impl Lines {
+    /// Memory works on a panel of a row.
+    ///
+    /// # Safety
+    /// As for [`ByteDot`].
+    #[inline(always)]
+    unsafe fn prefetch<D: ByteDot>(&self, row: usize, panel: usize) {
+        let at = row / self.group * self.stride + row % self.group * self.head_dim + panel * PANEL;
+        // SAFETY: any address may be prefetched; the rest is the caller's.
+        unsafe { D::prefetch(self.start.wrapping_add(at).cast()) };
+    }
+}
+
 /// `out = out * shrink + weights · values`: rows by panels of columns.
-pub(super) struct Values<'a, F> {
+pub(super) struct Values<'a, F, U> {
     pub weights: &'a [u32],
     pub shrink: &'a [f32],
     pub values: [*const u8; PANELS],
@@ -125,10 +149,14 @@ pub(super) struct Values<'a, F> {
     pub pairs: Range<usize>,
     pub columns: usize,
     pub out: Shared<'a, f32>,
+    /// What is read and written next: as many rows and panels.
+    pub lines: [Option<Lines>; 2],
+    /// Pairs of keys from this one on are hidden from rows up to this one.
+    pub until: U,
     pub form: PhantomData<F>,
 }
 
-impl<F: Form> Tiled for Values<'_, F> {
+impl<F: Form, U: Fn(usize) -> usize> Tiled for Values<'_, F, U> {
     #[inline(always)]
     unsafe fn tile<D: ByteDot, const M: usize, const P: usize>(&self, row: usize, panel: usize, _: Turn) {
         let weights = &self.weights[row * TILE / 2..(row + M) * TILE / 2];
@@ -138,6 +166,14 @@ impl<F: Form> Tiled for Values<'_, F> {
             let out: [*mut f32; M] = std::array::from_fn(|r| {
                 self.out.slice((row + r) * self.columns + panel * PANEL, P * PANEL).as_mut_ptr()
             });
+            for lines in self.lines.iter().flatten() {
+                for r in 0..M {
+                    for i in 0..P {
+                        lines.prefetch::<D>(row + r, panel + i);
+                    }
+                }
+            }
+            let last = self.pairs.end.min((self.until)(row + M - 1));
             let mut sums = [[D::zero(); P]; M];
             for r in 0..M {
                 let shrink = D::splat(self.shrink[row + r]);
@@ -146,8 +182,8 @@ impl<F: Form> Tiled for Values<'_, F> {
                 }
             }
             let mut pair = self.pairs.start;
-            while pair < self.pairs.end {
-                let end = (pair + PANEL_PAIRS).min(self.pairs.end);
+            while pair < last {
+                let end = (pair + PANEL_PAIRS).min(last);
                 let (from, next) = (self.values[pair / PANEL_PAIRS], self.next[pair / PANEL_PAIRS]);
                 for k in 0..end - pair {
                     let mut values = [F::load::<D>(from, panel); P];

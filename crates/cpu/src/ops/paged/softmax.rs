@@ -107,9 +107,22 @@ impl ScoreRule {
         }
     }
 
-    /// Whether [`ScoreRule::cap`] does anything.
-    pub const fn has_cap(&self) -> bool {
-        self.soft_cap.is_some()
+    /// Makes the scales of a KV head's keys what their scores are multiplied by.
+    ///
+    /// # Safety
+    /// As for [`PairDot`].
+    #[inline(always)]
+    pub unsafe fn weigh<D: PairDot>(&self, key_scales: &mut [f32]) {
+        for scales in key_scales.as_chunks_mut::<PANEL>().0 {
+            // SAFETY: every chunk holds a panel; the rest is the caller's.
+            unsafe {
+                let factor = D::splat(self.factor);
+                // A cap has them in already.
+                let scales_in = self.soft_cap.is_some();
+                let x = if scales_in { factor } else { D::mul(D::load_sums(scales.as_ptr()), factor) };
+                D::store(scales.as_mut_ptr(), x);
+            }
+        }
     }
 
     /// Puts `cap * tanh(score / cap)` in place of the dot products of one KV head, by tanh x = 1 - 2 / (e^2x + 1), if there
@@ -154,13 +167,12 @@ pub(super) const SCALES: usize = 2 * TILE;
 pub(super) struct Softmax<'a> {
     /// Of a score, in the exponent of 2.
     pub factor: f32,
-    /// Of each KV head's keys, [`SCALES`] apart, if they have any and they are still to be applied.
-    pub key_scales: Option<&'a [f32]>,
-    /// Of its values.
-    pub value_scales: Option<&'a [f32]>,
+    /// Of each KV head, [`SCALES`] apart, if they have any; those of keys are factors already ([`ScoreRule::weigh`]).
+    pub scales: Option<&'a [f32]>,
     /// Rows of a KV head.
     pub head_rows: usize,
     pub rows: Range<usize>,
+    /// In twos: weights are stored as pairs of keys.
     pub panels: Range<usize>,
 }
 
@@ -179,19 +191,14 @@ impl Softmax<'_> {
         weights: &mut [u32],
         state: &mut State<'_>,
     ) {
-        let scores = scores.as_chunks::<PANEL>().0.as_chunks::<PANELS>().0;
-        let weights = weights.as_chunks_mut::<PANEL>().0.as_chunks_mut::<{ PANELS / 2 }>().0;
-        let (rows, vectors) = (self.rows.clone(), self.rows.start / PANEL..self.rows.end.div_ceil(PANEL));
+        let vectors = self.rows.start / PANEL..self.rows.end.div_ceil(PANEL);
         // A row that sees nothing here keeps its maximum.
         highest[vectors.start * PANEL..vectors.end * PANEL].fill(f32::NEG_INFINITY);
         // SAFETY: every chunk holds a panel; the rest is the caller's.
         unsafe {
-            for r in rows.clone() {
-                let mut most = D::splat(f32::NEG_INFINITY);
-                for x in &self.scaled::<D>(&scores[r], self.of_head(self.key_scales, r)) {
-                    most = D::max(*x, most);
-                }
-                highest[r] = D::highest(most);
+            match self.scales {
+                Some(scales) => self.find_highest::<D, true>(scores, scales, highest),
+                None => self.find_highest::<D, false>(scores, &[], highest),
             }
             let maxima = &mut state.max.as_chunks_mut::<PANEL>().0[vectors.clone()];
             let tile_maxima = &mut highest.as_chunks_mut::<PANEL>().0[vectors];
@@ -201,50 +208,91 @@ impl Softmax<'_> {
                 D::store(highest.as_mut_ptr(), exp2::<D>(D::sub(before, now)));
                 D::store(max.as_mut_ptr(), now);
             }
-            let known = rows.clone().zip(&state.max[rows.clone()]).zip(&mut state.sum[rows.clone()]);
-            for ((r, max), sum) in known {
-                let [key_scales, value_scales] =
-                    [self.of_head(self.key_scales, r), self.of_head(self.value_scales, r)];
-                let (mut x, max) = (self.scaled::<D>(&scores[r], key_scales), D::splat(*max));
-                let mut total = D::mul(D::load_sums(sum.as_ptr()), D::splat(highest[r]));
-                for i in 0..PANELS {
-                    x[i] = exp2::<D>(D::sub(x[i], max));
-                    total = D::add(total, x[i]);
-                    if let Some(scales) = value_scales {
-                        x[i] = D::mul(x[i], D::load_sums(scales[i * PANEL..][..PANEL].as_ptr()));
+            match self.scales {
+                Some(scales) => self.weigh::<D, true>(scores, scales, highest, weights, state),
+                None => self.weigh::<D, false>(scores, &[], highest, weights, state),
+            }
+        }
+    }
+
+    /// The first pass.
+    #[inline(always)]
+    unsafe fn find_highest<D: PairDot, const SCALED: bool>(
+        &self,
+        scores: &[f32],
+        scales: &[f32],
+        highest: &mut [f32],
+    ) {
+        let scores = scores.as_chunks::<TILE>().0;
+        let known = scores[self.rows.clone()].iter().zip(&mut highest[self.rows.clone()]);
+        for (r, (scores, highest)) in self.rows.clone().zip(known) {
+            let (scores, scales) = (self.of_panels(scores), self.of_head::<SCALED>(scales, r));
+            // SAFETY: every chunk holds a panel; the rest is the caller's.
+            unsafe {
+                let mut most = D::splat(f32::NEG_INFINITY);
+                for (i, score) in scores.iter().enumerate() {
+                    let score = D::load_sums(score.as_ptr());
+                    let x = if SCALED { D::mul(score, D::load_sums(scales[0][i].as_ptr())) } else { score };
+                    most = D::max(x, most);
+                }
+                // Factors are positive: the largest product is that of the largest score.
+                *highest = if SCALED { D::highest(most) } else { D::highest(most) * self.factor };
+            }
+        }
+    }
+
+    /// The third.
+    #[inline(always)]
+    unsafe fn weigh<D: PairDot, const SCALED: bool>(
+        &self,
+        scores: &[f32],
+        scales: &[f32],
+        shrink: &[f32],
+        weights: &mut [u32],
+        state: &mut State<'_>,
+    ) {
+        let rows = self.rows.clone();
+        let scores = scores.as_chunks::<TILE>().0[rows.clone()].iter();
+        let weights = weights.as_chunks_mut::<{ TILE / 2 }>().0[rows.clone()].iter_mut();
+        let known = state.max[rows.clone()].iter().zip(&mut state.sum[rows.clone()]).zip(&shrink[rows.clone()]);
+        for (r, ((scores, weights), ((max, sum), shrink))) in rows.zip(scores.zip(weights).zip(known)) {
+            let (scores, scales) = (self.of_panels(scores), self.of_head::<SCALED>(scales, r));
+            let weights = &mut weights.as_chunks_mut::<PANEL>().0[self.panels.start / 2..];
+            // SAFETY: every chunk holds a panel; the rest is the caller's.
+            unsafe {
+                let (factor, less) = (D::splat(self.factor), D::splat(-*max));
+                let mut total = D::mul(D::load_sums(sum.as_ptr()), D::splat(*shrink));
+                for (pair, (scores, to)) in scores.as_chunks::<2>().0.iter().zip(weights).enumerate() {
+                    let mut x = [less; 2];
+                    for i in 0..2 {
+                        let at = 2 * pair + i;
+                        let factor = if SCALED { D::load_sums(scales[0][at].as_ptr()) } else { factor };
+                        x[i] = exp2::<D>(D::fma(D::load_sums(scores[i].as_ptr()), factor, less));
+                        total = D::add(total, x[i]);
+                        if SCALED {
+                            x[i] = D::mul(x[i], D::load_sums(scales[1][at].as_ptr()));
+                        }
                     }
+                    D::store_pairs(to.as_mut_ptr(), x[0], x[1]);
                 }
                 D::store(sum.as_mut_ptr(), total);
-                for (i, pairs) in weights[r].iter_mut().enumerate() {
-                    D::store_pairs(pairs.as_mut_ptr(), x[2 * i], x[2 * i + 1]);
-                }
             }
         }
     }
 
-    /// Those of row `r`'s KV head.
+    /// A row's scores.
     #[inline(always)]
-    fn of_head<'b>(&self, scales: Option<&'b [f32]>, r: usize) -> Option<&'b [f32]> {
-        scales.map(|scales| &scales[r / self.head_rows * SCALES..][..TILE])
+    fn of_panels<'b>(&self, row: &'b [f32; TILE]) -> &'b [[f32; PANEL]] {
+        &row.as_chunks().0[self.panels.clone()]
     }
 
-    /// A row's scores as exponents of 2; in panels that nobody sees, of nothing.
+    /// Those of row `r`'s KV head, of keys and of values, if there are any.
     #[inline(always)]
-    unsafe fn scaled<D: PairDot>(
-        &self,
-        scores: &[[f32; PANEL]; PANELS],
-        scales: Option<&[f32]>,
-    ) -> [D::V; PANELS] {
-        // SAFETY: every chunk holds a panel; the rest is the caller's.
-        unsafe {
-            let mut x = [D::splat(f32::NEG_INFINITY); PANELS];
-            for i in self.panels.clone() {
-                x[i] = D::mul(D::load_sums(scores[i].as_ptr()), D::splat(self.factor));
-                if let Some(scales) = scales {
-                    x[i] = D::mul(x[i], D::load_sums(scales[i * PANEL..][..PANEL].as_ptr()));
-                }
-            }
-            x
+    fn of_head<'b, const SCALED: bool>(&self, scales: &'b [f32], r: usize) -> [&'b [[f32; PANEL]]; 2] {
+        if !SCALED {
+            return [&[]; 2];
         }
+        let (keys, values) = scales[r / self.head_rows * SCALES..][..SCALES].split_at(TILE);
+        [keys, values].map(|scales| &scales.as_chunks().0[self.panels.clone()])
     }
 }

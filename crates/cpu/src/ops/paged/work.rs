@@ -5,13 +5,14 @@ use std::ops::Range;
 
 use quire_backend::{AttnShape, StepBuffer};
 
-use super::products::{HeadScores, Scores, Values};
+use super::products::{HeadScores, Lines, Scores, Values};
 use super::scratch::Buffers;
 use super::softmax::{SCALES, ScoreRule, Softmax, State, sum_lanes};
+use super::tiling::{each_broad_panel, few_rows};
 use super::tile::{Bytes, Form, Tile, Wanted, Wide, find_scales, gather};
 use super::{AHEAD_BYTES, Block, HEADS, Item, PANEL_PAIRS, PANELS, ROWS, SPLIT, TILE, WIDE};
 use crate::buffer::{CpuBuf, Shared, SharedRows};
-use crate::ops::tiles::{NARROW, each_panel, each_wide_panel};
+use crate::ops::tiles::{each_panel, each_wide_panel};
 use crate::packed::round_row;
 use crate::pages::{PackedPages, Pairs};
 use crate::simd::bytes::ByteDot;
@@ -144,7 +145,8 @@ impl Work<'_> {
         let block_table = self.step.block_table(block.seq);
         let wanted = Wanted { block_table, first_head, heads, start, keys };
         let pages = self.pages;
-        let shown = Shown { item, start, keys: wanted.keys.clone(), panels, rows };
+        let lines = self.lines(item, ahead, start);
+        let shown = Shown { item, start, keys: wanted.keys.clone(), panels, rows, lines };
         // SAFETY: the caller's; bytes are read as bytes.
         unsafe {
             let next = self.next_tile::<D>(item, ahead, start);
@@ -156,7 +158,7 @@ impl Work<'_> {
                     self.attend::<D, Wide>(&shown, tile, self.ahead(&shown, &tile, next), s, state);
                 }
                 // Few rows are one tile, which reads everything once.
-                Some(tile) if heads > 1 || shown.rows.len() <= D::TILE_SUMS / NARROW => {
+                Some(tile) if heads > 1 || shown.rows.len() <= const { few_rows::<D>() } => {
                     self.attend::<D, Bytes>(&shown, tile, self.ahead(&shown, &tile, next), s, state);
                 }
                 Some(bytes) => {
@@ -188,13 +190,16 @@ impl Work<'_> {
         s: &mut Buffers<'_>,
         state: &mut State<'_>,
     ) {
-        let Shown { item, keys, panels, rows, .. } = shown;
+        let Shown { item, start, keys, panels, rows, .. } = shown;
         let (pairs, columns) = (self.pages.shape.key_pairs(), self.pages.shape.columns());
-        let scales = self.pages.is_bytes().then_some(&*s.tile.scales);
         let (head_rows, form) = (item.block.tokens * self.group, PhantomData::<F>);
         let rows_of = |head: usize| head * head_rows + rows.start..head * head_rows + rows.end;
         let all_rows = rows.start..rows_of(item.heads - 1).end;
         let strides = self.pages.head_strides();
+        let shown_keys = |row: usize| {
+            let end = self.seen(item.block, row / self.group % item.block.tokens).end;
+            end.saturating_sub(*start).min(TILE)
+        };
         // SAFETY: the tile was found, and the buffers have been made for its shape.
         unsafe {
             let (q, out) = (&*s.q, Shared::new(s.scores));
@@ -203,7 +208,12 @@ impl Work<'_> {
                     for head in 0..item.heads {
                         let (keys, next) = (tile.keys_of(head, strides), next.keys_of(head, strides));
                         let scores = Scores { q, pairs, keys, next, out, form };
-                        each_panel::<D, _>(&scores, rows_of(head), run.clone());
+                        if rows.len() > const { few_rows::<D>() } {
+                            let until = |row: usize| shown_keys(row).div_ceil(PANEL);
+                            each_broad_panel::<D, _>(&scores, rows_of(head), run.clone(), until);
+                        } else {
+                            each_panel::<D, _>(&scores, rows_of(head), run.clone());
+                        }
                     }
                 }
             } else {
@@ -213,19 +223,21 @@ impl Work<'_> {
                     each_wide_panel::<D, _, HEADS>(&scores, rows.clone(), 0..item.heads);
                 }
             }
+            let scaled = self.pages.is_bytes();
             for head in 0..item.heads {
-                let scales = scales.map(|scales| &scales[head * SCALES..]);
-                self.rule.cap::<D>(s.scores, scales, rows_of(head), panels.clone());
+                let scales = &mut s.tile.scales[head * SCALES..][..TILE];
+                self.rule.cap::<D>(s.scores, scaled.then_some(&*scales), rows_of(head), panels.clone());
+                if scaled {
+                    self.rule.weigh::<D>(&mut scales[panels.start * PANEL..panels.end * PANEL]);
+                }
             }
             self.hide(shown, s.scores);
             let softmax = Softmax {
                 factor: self.rule.factor,
-                // Caps have them in already.
-                key_scales: scales.filter(|_| !self.rule.has_cap()),
-                value_scales: scales.map(|scales| &scales[TILE..]),
+                scales: scaled.then_some(&*s.tile.scales),
                 head_rows,
                 rows: all_rows.clone(),
-                panels: panels.clone(),
+                panels: in_twos(panels),
             };
             softmax.run::<D>(s.scores, s.highest, s.weights, state);
             for run in self.runs(shown) {
@@ -238,9 +250,15 @@ impl Work<'_> {
                         pairs: run.start * PANEL_PAIRS..(run.end * PANEL_PAIRS).min(keys.end.div_ceil(2)),
                         columns,
                         out: Shared::new(state.out),
+                        lines: shown.lines,
+                        until: |row: usize| shown_keys(row).div_ceil(2),
                         form,
                     };
-                    each_wide_panel::<D, _, WIDE>(&values, rows_of(head), 0..columns / PANEL);
+                    if rows.len() > const { few_rows::<D>() } {
+                        each_broad_panel::<D, _>(&values, rows_of(head), 0..columns / PANEL, |_| usize::MAX);
+                    } else {
+                        each_wide_panel::<D, _, WIDE>(&values, rows_of(head), 0..columns / PANEL);
+                    }
                 }
                 s.highest[all_rows.clone()].fill(1.0);
             }
@@ -262,7 +280,8 @@ impl Work<'_> {
     #[inline(always)]
     fn hide(&self, shown: &Shown, scores: &mut [f32]) {
         let Shown { item: Item { block, heads, .. }, start, panels, rows, .. } = shown;
-        let all = panels.start * PANEL..panels.end * PANEL;
+        let Range { start: first, end } = in_twos(panels);
+        let all = first * PANEL..end * PANEL;
         for t in rows.start / self.group..rows.end / self.group {
             let seen = self.seen(*block, t);
             let seen = seen.start.max(*start) - start..seen.end.min(start + TILE) - start;
@@ -313,6 +332,24 @@ impl Work<'_> {
         Some(Tile { keys, values })
     }
 
+    /// After the last tile of an item of several tokens: the queries of the next one, and its own results.
+    fn lines(&self, item: Item, ahead: Ahead, start: usize) -> [Option<Lines>; 2] {
+        let Item { block, first_head, .. } = item;
+        if block.tokens == 1 || start + TILE < self.all_seen(block).end.min(ahead.until) {
+            return [None; 2];
+        }
+        let (group, head_dim) = (self.group, self.shape.head_dim as usize);
+        let size = group * head_dim;
+        let lines = |start: &[f32], stride: usize| Lines { start: start.as_ptr(), stride, group, head_dim };
+        let queries = ahead.after.map(|after| {
+            let row = self.qkv.row(after.block.first_row);
+            lines(&row[after.first_head * size..], row.len())
+        });
+        // SAFETY: the columns are this item's, by contract.
+        let out = unsafe { self.out.part(block.first_row, first_head * size, size) };
+        [queries, Some(lines(out, self.shape.q_size()))]
+    }
+
     /// Divides by the sums and writes the rows of an item.
     #[inline(always)]
     pub unsafe fn finish(&self, item: Item, state: &mut State<'_>) {
@@ -330,6 +367,11 @@ impl Work<'_> {
             out.iter_mut().zip(state.row(r)).for_each(|(out, x)| *out = *x * scale);
         }
     }
+}
+
+/// With the other one of each two: weights are stored as pairs.
+const fn in_twos(panels: &Range<usize>) -> Range<usize> {
+    panels.start / 2 * 2..panels.end.next_multiple_of(2)
 }
 
 /// What a thread reads after a tile of an item: the item's next one, if it begins before `until`, or the first one of the
@@ -350,4 +392,6 @@ struct Shown {
     panels: Range<usize>,
     /// Rows of the first head that see any of them.
     rows: Range<usize>,
+    /// See [`Values::lines`].
+    lines: [Option<Lines>; 2],
 }
