@@ -1,15 +1,16 @@
 //! What the kernels reach on this machine, at the shapes of a Qwen3-0.6B: `cargo run --release -p quire-cpu --example
-//! throughput -- [threads [row]]`, where a row is `qkv`, `down`, `attention` (or only its `decode` or `prefill`) or the like.
+//! throughput -- [threads [row]]`, where a row is `qkv`, `down`, `rows`, `attention` (or only its `decode` or `prefill`) or the like.
 #![allow(clippy::print_stdout)]
 
 use std::time::Instant;
 
 use quire_backend::{
-    Activation, Attention, AttnShape, Backend, BackendError, BufRole, KvLayerShape, KvLayout, Linear,
-    LinearPart, LinearSource, Mlp, MlpShape, RopeAndCache, RopeTable, StepInput,
+    Activation, AddNorm, Attention, AttnShape, Backend, BackendError, BufRole, KvLayerShape, KvLayout,
+    Linear, LinearPart, LinearSource, Mlp, MlpShape, RopeAndCache, RopeTable, StepInput,
 };
 use quire_core::{DType, QuantFormat, Slot, StepId, TensorView};
-use quire_cpu::{CpuBackend, CpuBuf, CpuConfig, CpuWeight, Precision};
+use quire_cpu::ops::rope::CpuRope;
+use quire_cpu::{CpuBackend, CpuBuf, CpuConfig, CpuKv, CpuWeight, Precision};
 
 /// Linear layers of one block: outputs, inputs; as `mlp`, the last two with the nonlinearity between them.
 const SHAPES: [(&str, usize, usize); 4] =
@@ -51,7 +52,13 @@ fn main() -> Result<(), BackendError> {
             feed_forward(&mut backend, rows)?;
         }
     }
-    let attentions = [(1, 1, 16_384), (8, 1, 512), (32, 1, 512), (1, 512, 512), (4, 128, 1024), (1, 512, 2048)];
+    for rows in [32, 512] {
+        if wanted("rows") {
+            row_wise(&mut backend, rows)?;
+        }
+    }
+    let attentions =
+        [(1, 1, 16_384), (8, 1, 512), (32, 1, 512), (1, 512, 512), (4, 128, 1024), (1, 512, 2048)];
     for (seqs, rows, context) in attentions
         .into_iter()
         .filter(|(_, rows, _)| wanted("attention") || wanted(if *rows == 1 { "decode" } else { "prefill" }))
@@ -164,6 +171,100 @@ fn report(
     Ok(())
 }
 
+/// A layer's keys and values and what comes before them: of `seqs` sequences of `context` tokens.
+struct Cached {
+    layout: KvLayout,
+    kv: CpuKv,
+    qkv: CpuBuf,
+    norm: Vec<f32>,
+    rope: CpuRope,
+    turn: usize,
+}
+
+impl Cached {
+    const SHAPE: AttnShape = AttnShape { num_heads: 16, num_kv_heads: 8, head_dim: 128 };
+
+    fn new(
+        backend: &mut CpuBackend,
+        (seqs, context): (u32, u32),
+        num_layers: usize,
+        dtype: DType,
+    ) -> Result<Self, BackendError> {
+        let layout = KvLayout {
+            num_blocks: seqs * context / 16,
+            block_size: 16,
+            layers: vec![KvLayerShape { num_kv_heads: 8, head_dim: 128 }; num_layers],
+            dtype,
+        };
+        let angles = RopeTable { inv_freq: vec![0.1; 64], max_positions: context, attention_factor: 1.0 };
+        let ones = TensorView { dtype: DType::F32, shape: &[128], data: &1f32.to_le_bytes().repeat(128) };
+        let mut cached = Self {
+            kv: backend.alloc_kv(&layout)?,
+            layout,
+            qkv: activations(backend, seqs * context, Self::SHAPE.qkv_size())?,
+            norm: backend.load_norm("norm", ones)?,
+            rope: backend.load_rope(&angles)?,
+            turn: 0,
+        };
+        prepare(backend, seqs, context, context)?;
+        (0..num_layers).try_for_each(|_| cached.rope_and_cache(backend))?;
+        Ok(cached)
+    }
+
+    /// One layer, each in turn.
+    fn rope_and_cache(&mut self, backend: &mut CpuBackend) -> Result<(), BackendError> {
+        self.turn = (self.turn + 1) % self.layout.layers.len();
+        backend.rope_and_cache(RopeAndCache {
+            qkv: &mut self.qkv,
+            shape: Self::SHAPE,
+            qk_norm: Some((&self.norm, &self.norm)),
+            eps: 1e-6,
+            rope: Some(&self.rope),
+            kv: &mut self.kv,
+            layer: self.turn,
+        })
+    }
+}
+
+/// What works row by row: rotation and cache, norm, and activations to bytes (with the product of one panel of outputs).
+fn row_wise(backend: &mut CpuBackend, rows: u32) -> Result<(), BackendError> {
+    const HIDDEN: usize = 1024;
+    for dtype in [DType::BF16, DType::I8] {
+        // As many layers as a model has, as their pages come from memory.
+        let (seqs, new, context) = if rows > 100 { (1, rows, rows) } else { (rows, 1, 16) };
+        let mut cached = Cached::new(backend, (seqs, context), 28, dtype)?;
+        prepare(backend, seqs, new, context)?;
+        report_best(&format!("rope {dtype:?}"), rows, || cached.rope_and_cache(backend))?;
+    }
+    prepare(backend, 1, rows, rows)?;
+    let (mut residual, delta) = (activations(backend, rows, HIDDEN)?, activations(backend, rows, HIDDEN)?);
+    let mut out = backend.alloc(BufRole::Hidden, rows as usize, HIDDEN)?;
+    let weight = vec![1.0; HIDDEN];
+    report_best("norm", rows, || {
+        let (residual, out, delta) = (&mut residual, &mut out, Some(&delta));
+        backend.add_norm(AddNorm { residual, delta, delta_norm: None, weight: &weight, eps: 1e-6, out })
+    })?;
+    for k in [HIDDEN, 3 * HIDDEN] {
+        let (x, mut out) =
+            (activations(backend, rows, k)?, backend.alloc(BufRole::Hidden, rows as usize, 16)?);
+        let weight = load(backend, QuantFormat::Int8, (16, k))?;
+        report_best(&format!("bytes of {k}"), rows, || {
+            backend.linear(Linear { x: &x, weight: &weight, out: &mut out })
+        })?;
+    }
+    Ok(())
+}
+
+fn report_best(
+    name: &str,
+    rows: u32,
+    run: impl FnMut() -> Result<(), BackendError>,
+) -> Result<(), BackendError> {
+    let (least, median) = best(run)?;
+    println!("{name:>13} {rows:>4} rows: {:.1} us, median {:.1}", least * 1e6, median * 1e6);
+    Ok(())
+}
+
 /// `rows` new rows at the end of each of `seqs` sequences of `context` tokens.
 fn attention(
     backend: &mut CpuBackend,
@@ -172,40 +273,11 @@ fn attention(
     context: u32,
     dtype: DType,
 ) -> Result<(), BackendError> {
-    let shape = AttnShape { num_heads: 16, num_kv_heads: 8, head_dim: 128 };
-    let layout = KvLayout {
-        num_blocks: seqs * context / 16,
-        block_size: 16,
-        layers: vec![KvLayerShape { num_kv_heads: 8, head_dim: 128 }; LAYERS],
-        dtype,
-    };
-    let mut kv = backend.alloc_kv(&layout)?;
-    let tokens = (seqs * context) as usize;
-    let (mut qkv, mut out) = (
-        backend.alloc(BufRole::Hidden, tokens, shape.qkv_size())?,
-        backend.alloc(BufRole::Hidden, tokens, shape.q_size())?,
-    );
-    let angles = RopeTable { inv_freq: vec![0.1; 64], max_positions: context, attention_factor: 1.0 };
-    let ones = TensorView { dtype: DType::F32, shape: &[128], data: &1f32.to_le_bytes().repeat(128) };
-    let (norm, rope) = (backend.load_norm("norm", ones)?, backend.load_rope(&angles)?);
-    prepare(backend, seqs, context, context)?;
-    let mut turn = 0;
-    let mut rope_and_cache = |backend: &mut CpuBackend| {
-        turn += 1;
-        let (qk_norm, rope) = (Some((&norm, &norm)), Some(&rope));
-        backend.rope_and_cache(RopeAndCache {
-            qkv: &mut qkv,
-            shape,
-            qk_norm,
-            eps: 1e-6,
-            rope,
-            kv: &mut kv,
-            layer: turn % LAYERS,
-        })
-    };
-    (0..LAYERS).try_for_each(|_| rope_and_cache(backend))?;
+    let shape = Cached::SHAPE;
+    let mut cached = Cached::new(backend, (seqs, context), LAYERS, dtype)?;
+    let mut out = backend.alloc(BufRole::Hidden, (seqs * context) as usize, shape.q_size())?;
     prepare(backend, seqs, rows, context)?;
-    let rope_seconds = best(|| rope_and_cache(backend))?;
+    let (rope_seconds, _) = best(|| cached.rope_and_cache(backend))?;
     let mut reader = Reader::new(backend)?;
     let (mut times, mut read_times, begin) = (Vec::new(), Vec::new(), Instant::now());
     while begin.elapsed().as_secs_f64() < 1.0 {
@@ -213,16 +285,16 @@ fn attention(
         prepare(backend, seqs, rows, context)?;
         let start = Instant::now();
         for _ in 0..LAYERS {
-            turn += 1;
-            let (layer, out) = (turn % LAYERS, &mut out);
+            cached.turn = (cached.turn + 1) % LAYERS;
+            let (layer, out) = (cached.turn, &mut out);
             backend.attention(Attention {
-                qkv: &qkv,
+                qkv: &cached.qkv,
                 shape,
                 scale: 0.1,
                 soft_cap: None,
                 window: None,
                 sinks: None,
-                kv: &kv,
+                kv: &cached.kv,
                 layer,
                 out,
             })?;
@@ -232,7 +304,7 @@ fn attention(
     let (seconds, read) = (middle(times), Reader::BYTES as f64 / middle(read_times));
     let keys: u64 = u64::from(seqs) * (context - rows..context).map(|p| u64::from(p) + 1).sum::<u64>();
     let flops = 4.0 * keys as f64 * shape.q_size() as f64;
-    let bytes = layout.block_bytes() * layout.num_blocks as usize / LAYERS;
+    let bytes = cached.layout.block_bytes() * cached.layout.num_blocks as usize / LAYERS;
     println!(
         "attention {dtype:?} {seqs} x {rows} rows, context {context}: {:.1} us, {:.1} GFLOP/s, {:.1} GB/s = {:.0} % of a layer's; rope {:.1} us",
         seconds * 1e6,
@@ -242,17 +314,6 @@ fn attention(
         rope_seconds * 1e6
     );
     Ok(())
-}
-
-/// The median of a second's runs.
-fn median(mut run: impl FnMut() -> Result<(), BackendError>) -> Result<f64, BackendError> {
-    let (begin, mut all) = (Instant::now(), Vec::new());
-    while begin.elapsed().as_secs_f64() < 1.0 {
-        let start = Instant::now();
-        run()?;
-        all.push(start.elapsed().as_secs_f64());
-    }
-    Ok(middle(all))
 }
 
 fn middle(mut all: Vec<f64>) -> f64 {
@@ -300,7 +361,7 @@ impl Reader {
 /// One hand-over to the team and back.
 fn barrier(threads: usize) -> Result<(), BackendError> {
     let mut pool = quire_cpu::pool::Pool::new(threads)?;
-    let seconds = median(|| {
+    let (_, seconds) = best(|| {
         (0..1000).try_for_each(|_| pool.run(&|_| {}))?;
         Ok(())
     })?;
@@ -330,14 +391,15 @@ fn prepare(backend: &mut CpuBackend, seqs: u32, rows: u32, context: u32) -> Resu
     })
 }
 
-/// Seconds of the best of several runs, for at least a second in all.
-fn best(mut run: impl FnMut() -> Result<(), BackendError>) -> Result<f64, BackendError> {
+/// Seconds of the best and the middle of a second's runs.
+fn best(mut run: impl FnMut() -> Result<(), BackendError>) -> Result<(f64, f64), BackendError> {
     run()?;
-    let (begin, mut best) = (Instant::now(), f64::INFINITY);
+    let (begin, mut all) = (Instant::now(), Vec::new());
     while begin.elapsed().as_secs_f64() < 1.0 {
         let start = Instant::now();
         run()?;
-        best = best.min(start.elapsed().as_secs_f64());
+        all.push(start.elapsed().as_secs_f64());
     }
-    Ok(best)
+    all.sort_by(f64::total_cmp);
+    Ok((all[0], all[all.len() / 2]))
 }

@@ -23,9 +23,9 @@ use crate::ops::linear::{Input, Inputs, Rows, linear};
 use crate::ops::lora::{CpuLora, LoraRows, add_lora};
 use crate::ops::mlp::{MlpArgs, MlpLora, mlp};
 use crate::ops::moe::{MoeArgs, Routing, moe};
-use crate::ops::norm::AddNormRow;
+use crate::ops::norm::AddNormRows;
 use crate::ops::paged::{Workspace, paged_attention};
-use crate::ops::rope::{CpuRope, RopeRow, SharedLayer};
+use crate::ops::rope::{CpuRope, RopeRows, SharedLayer};
 use crate::ops::sample::{SampleRow, Scratch};
 use crate::ops::soft_cap::CapRow;
 use crate::ops::{MIN_WORK, grain};
@@ -33,7 +33,7 @@ use crate::pool::{Pool, default_threads};
 use crate::populate::{Activity, KvMemory};
 use crate::prepacked::Prepacked;
 use crate::simd::dispatch;
-use crate::simd::pairs::PANEL;
+use crate::simd::pairs::{PANEL, dispatch_pairs};
 use crate::weights::{CpuWeight, Matrix};
 
 /// How products of bf16 weights are computed. Weights of other types are not affected.
@@ -304,17 +304,12 @@ impl Backend for CpuBackend {
             return Err(failed(format!("add_norm: {} weights of delta for {cols}", weight.len())));
         }
         let (residual, out) = (op.residual.shared(), op.out.shared());
+        let (delta, weight, eps) = (op.delta, &op.weight[..], op.eps);
         let grain = self.row_grain(2 * cols);
         self.pool.split(tokens, grain, |_, rows| {
-            for t in rows {
-                // SAFETY: `isa` was detected; row `t` belongs to this piece alone.
-                unsafe {
-                    let (residual, out) = (residual.row(t), out.row(t));
-                    let delta = op.delta.map(|delta| delta.row(t));
-                    let (weight, eps) = (op.weight, op.eps);
-                    dispatch(isa, AddNormRow { residual, delta, delta_norm, weight, eps, out });
-                }
-            }
+            let rows = AddNormRows { rows, residual, delta, delta_norm, weight, eps, out };
+            // SAFETY: `isa` was detected; these rows belong to this piece alone.
+            unsafe { dispatch_pairs(isa, rows) };
         })?;
         Ok(())
     }
@@ -340,22 +335,17 @@ impl Backend for CpuBackend {
         expect_shape("rope_and_cache", qkv, step.num_tokens(), shape.qkv_size())?;
         let qk_norm = qk_norm.map(|(q, k)| (&q[..], &k[..]));
         let cache = SharedLayer::new(&mut kv.layers[layer]);
-        let (qkv, stride) = (qkv.shared(), shape.qkv_size());
+        let qkv = qkv.shared();
         // Of a long prompt, whole panels of keys stay together.
-        let grain = match self.row_grain(4 * stride) {
+        let grain = match self.row_grain(4 * shape.qkv_size()) {
             few if few < PANEL => few,
             many => many.next_multiple_of(PANEL),
         };
+        let (positions, slots) = (&step.positions[..], &step.slot_mapping[..]);
         self.pool.split(step.num_tokens(), grain, |_, rows| {
+            let rows = RopeRows { rows, qkv, shape, qk_norm, eps, rope, positions, slots, cache };
             // SAFETY: `isa` was detected; these rows and their cache slots belong to this piece alone.
-            unsafe {
-                for t in rows.clone() {
-                    let (row, position) = (qkv.row(t), step.positions[t]);
-                    dispatch(isa, RopeRow { row, shape, qk_norm, eps, rope, position });
-                }
-                let slots = &step.slot_mapping[rows.clone()];
-                cache.store(isa, slots, qkv.values.slice(rows.start * stride, rows.len() * stride), stride);
-            }
+            unsafe { dispatch_pairs(isa, rows) };
         })?;
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! int8 and int4 as the byte kernels read them: weights in panels, activations in quads. [`quire_backend::quant`] defines
-//! the numbers.
+//! int8 and int4 weights as the byte kernels read them: in panels. [`quire_backend::quant`] defines the numbers; what they
+//! are multiplied with is in `activations`.
 //!
 //! A panel is [`PANEL`] output channels. int8: for each quad of inputs one vector `[PANEL][4]` of codes + 128. int4: for
 //! each 32 inputs four vectors, of which the low nibbles are the codes of quads 0 to 3 and the high nibbles those of
@@ -7,19 +7,14 @@
 //! and inputs past the last, have the value zero.
 
 use quire_backend::convert::to_f32;
-use quire_backend::quant::{
-    ACT_GROUP, INT4_GROUP, TINY, check_finite, int4_value, quantize_int4, quantize_int8,
-};
+use quire_backend::quant::{ACT_GROUP, INT4_GROUP, check_finite, int4_value, quantize_int4, quantize_int8};
 use quire_backend::{BackendError, LinearSource};
 use quire_core::{QuantFormat, TensorView};
 
+pub(crate) use crate::activations::{ByteRows, Bytes};
 use crate::buffer::{Aligned, Frozen, Shared};
-use crate::ops::grain;
-use crate::ops::linear::Input;
 use crate::pool::Pool;
-use crate::simd::Isa;
-use crate::simd::bytes::ByteDot;
-use crate::simd::pairs::{PANEL, PairKernel, dispatch_pairs};
+use crate::simd::pairs::PANEL;
 
 /// Quads of inputs that share an activation scale.
 pub(crate) const ACT_QUADS: usize = ACT_GROUP / 4;
@@ -223,192 +218,4 @@ pub(crate) const fn codes_of(quant: QuantFormat) -> Option<Codes> {
         QuantFormat::Int4 => Some(Codes::Int4),
         QuantFormat::None | QuantFormat::Fp8 => None,
     }
-}
-
-/// Quantized activations `[rows, k]`.
-pub(crate) struct Bytes {
-    /// `[rows, stride]` quads, zero past the last input.
-    quads: Aligned<u32>,
-    stride: usize,
-    /// `[rows, groups]` scales, and the codes' sums times -128: what the weights' offset adds, taken back.
-    scales: Aligned<f32>,
-    offsets: Aligned<i32>,
-    groups: usize,
-    /// `[rows, small_groups]` sums of codes by [`INT4_GROUP`].
-    sums: Aligned<i32>,
-    small_groups: usize,
-}
-
-/// Consecutive rows of [`Bytes`]: where the first begins and how far it is from one to the next.
-#[derive(Clone, Copy)]
-pub(crate) struct ByteRows {
-    pub quads: *const u32,
-    pub stride: usize,
-    pub scales: *const f32,
-    pub offsets: *const i32,
-    pub groups: usize,
-    pub sums: *const i32,
-    pub small_groups: usize,
-}
-
-impl Bytes {
-    pub(crate) fn new() -> Result<Self, BackendError> {
-        let what = "quantized activations";
-        Ok(Self {
-            quads: Aligned::zeroed(0, what)?,
-            stride: 0,
-            scales: Aligned::zeroed(0, what)?,
-            offsets: Aligned::zeroed(0, what)?,
-            groups: 0,
-            sums: Aligned::zeroed(0, what)?,
-            small_groups: 0,
-        })
-    }
-
-    /// Quads from row to row: whole groups of [`INT4_GROUP`], and an odd number of cache lines, so that rows do not
-    /// compete for the same sets of a cache.
-    const fn stride(k: usize) -> usize {
-        let lines = (k.div_ceil(INT4_GROUP) * INT4_QUADS).div_ceil(16);
-        (lines | 1) * 16
-    }
-
-    /// Makes room for `rows` of `k` columns.
-    pub(crate) fn reserve(&mut self, rows: usize, k: usize) -> Result<(), BackendError> {
-        fn grow<T: crate::element::Plain>(to: &mut Aligned<T>, len: usize) -> Result<(), BackendError> {
-            if len > to.len() {
-                *to = Aligned::zeroed(len, "quantized activations")?;
-            }
-            Ok(())
-        }
-        grow(&mut self.quads, rows.saturating_mul(Self::stride(k)))?;
-        grow(&mut self.scales, rows.saturating_mul(k.div_ceil(ACT_GROUP)))?;
-        grow(&mut self.offsets, rows.saturating_mul(k.div_ceil(ACT_GROUP)))?;
-        grow(&mut self.sums, rows.saturating_mul(k.div_ceil(INT4_GROUP)))
-    }
-
-    /// Quantizes the rows of `x`.
-    pub(crate) fn quantize(
-        &mut self,
-        pool: &mut Pool,
-        isa: Isa,
-        x: Input<'_>,
-        k: usize,
-    ) -> Result<(), BackendError> {
-        let rows = x.rows.len();
-        self.reserve(rows, k)?;
-        (self.stride, self.groups, self.small_groups) =
-            (Self::stride(k), k.div_ceil(ACT_GROUP), k.div_ceil(INT4_GROUP));
-        let (stride, groups, small_groups) = (self.stride, self.groups, self.small_groups);
-        let (quads, scales) = (Shared::new(&mut self.quads), Shared::new(&mut self.scales));
-        let (offsets, sums) = (Shared::new(&mut self.offsets), Shared::new(&mut self.sums));
-        pool.split(rows, grain(rows, 2 * k, pool.num_threads()), |_, rows| {
-            for m in rows {
-                // SAFETY: `isa` was detected; row `m` belongs to this piece.
-                unsafe {
-                    let row = QuantizeRow {
-                        x: x.row(m, k),
-                        quads: quads.slice(m * stride, stride),
-                        scales: scales.slice(m * groups, groups),
-                        offsets: offsets.slice(m * groups, groups),
-                        sums: sums.slice(m * small_groups, small_groups),
-                    };
-                    dispatch_pairs(isa, row);
-                }
-            }
-        })?;
-        Ok(())
-    }
-
-    /// Rows `first..first + rows`, with at least `quads` of them each.
-    #[inline(always)]
-    pub(crate) fn rows(&self, first: usize, rows: usize, quads: usize) -> ByteRows {
-        let Self { stride, groups, small_groups, .. } = *self;
-        assert!(quads <= stride, "rows of {stride} quads for weights of {quads}");
-        let end = first + rows;
-        ByteRows {
-            quads: self.quads[first * stride..end * stride].as_ptr(),
-            stride,
-            scales: self.scales[first * groups..end * groups].as_ptr(),
-            offsets: self.offsets[first * groups..end * groups].as_ptr(),
-            groups,
-            sums: self.sums[first * small_groups..end * small_groups].as_ptr(),
-            small_groups,
-        }
-    }
-}
-
-/// As [`quire_backend::quant::quantize_activations`], with the sums that the kernels need.
-struct QuantizeRow<'a> {
-    x: &'a [f32],
-    quads: &'a mut [u32],
-    scales: &'a mut [f32],
-    offsets: &'a mut [i32],
-    sums: &'a mut [i32],
-}
-
-impl PairKernel for QuantizeRow<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<D: ByteDot>(self) {
-        let to = self.quads.chunks_mut(ACT_QUADS).zip(self.sums.chunks_mut(ACT_GROUP / INT4_GROUP));
-        let scales = self.scales.iter_mut().zip(self.offsets);
-        for ((x, (quads, sums)), (scale, offset)) in self.x.chunks(ACT_GROUP).zip(to).zip(scales) {
-            // SAFETY: the caller's.
-            *scale = unsafe { quantize_group::<D>(x, quads) };
-            for (sums, quads) in sums.chunks_mut(2).zip(quads.chunks(2 * INT4_QUADS)) {
-                let (mut padded, mut by_quad) = ([0; PANEL], [0; PANEL]);
-                padded[..quads.len()].copy_from_slice(quads);
-                // SAFETY: as above, and both are one vector.
-                unsafe {
-                    let quads = D::load(padded.as_ptr());
-                    D::store_words(by_quad.as_mut_ptr(), D::sum_bytes(quads));
-                }
-                for (sum, by_quad) in sums.iter_mut().zip(by_quad.as_chunks::<INT4_QUADS>().0) {
-                    *sum = by_quad.iter().map(|x| x.cast_signed()).sum();
-                }
-            }
-            *offset = -128 * sums.iter().sum::<i32>();
-        }
-    }
-}
-
-/// Codes of one group, with zeros up to the end of `quads`; returns its scale. Magnitudes are compared as integers,
-/// among which infinity and NaN come last, so that they show in the scale.
-#[inline(always)]
-unsafe fn quantize_group<D: ByteDot>(x: &[f32], quads: &mut [u32]) -> f32 {
-    let (panels, rest) = x.as_chunks::<PANEL>();
-    let (mut max, mut last) = ([0u32; PANEL], [0.0; PANEL]);
-    last[..rest.len()].copy_from_slice(rest);
-    // SAFETY: all hold a panel; the rest is the caller's.
-    unsafe {
-        let mut bits = D::max_magnitude(D::splat_int(0), D::load_sums(last.as_ptr()));
-        for panel in panels {
-            bits = D::max_magnitude(bits, D::load_sums(panel.as_ptr()));
-        }
-        D::store_words(max.as_mut_ptr(), bits);
-    }
-    let max = f32::from_bits(max.into_iter().fold(0, u32::max));
-    let (to, after) = quads.split_at_mut(panels.len() * (PANEL / 4));
-    after.fill(0);
-    if max < TINY {
-        to.fill(0);
-        return 0.0;
-    }
-    // SAFETY: all hold a panel; the rest is the caller's.
-    unsafe {
-        let inverse = D::splat(127.0 / max);
-        let code = |from: &[f32; PANEL], to: &mut [u32; PANEL / 4]| {
-            let scaled = D::mul(D::load_sums(from.as_ptr()), inverse);
-            D::store_bytes(to.as_mut_ptr().cast(), D::round(scaled));
-        };
-        panels.iter().zip(to.as_chunks_mut().0).for_each(|(from, to)| code(from, to));
-        if !rest.is_empty() {
-            let mut codes = [0; PANEL / 4];
-            code(&last, &mut codes);
-            let len = after.len().min(PANEL / 4);
-            after[..len].copy_from_slice(&codes[..len]);
-        }
-    }
-    max / 127.0
 }

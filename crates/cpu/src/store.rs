@@ -7,6 +7,7 @@ use crate::buffer::Shared;
 use crate::pages::{PackedPages, PackedShape, Pairs};
 use crate::simd::bytes::ByteDot;
 use crate::simd::pairs::{PANEL, PairKernel};
+use crate::simd::panel::load_some;
 
 /// [`PackedPages`], written by several threads, each its own slots. Of values single halves are shared, since the tokens
 /// of a pair may be written by two threads. Keys and values are parts of one array.
@@ -106,7 +107,8 @@ const CHUNK: usize = 4 * PANEL;
 
 impl SharedPackedPages<'_> {
     /// Whether the first slots are a panel of keys from its beginning, of a head size that goes into whole chunks.
-    fn is_panel(&self, slots: &[u32]) -> bool {
+    #[inline(always)]
+    pub(crate) fn is_panel(&self, slots: &[u32]) -> bool {
         let PackedShape { head_dim, block_size, .. } = self.shape;
         block_size.is_multiple_of(PANEL)
             && head_dim.is_multiple_of(CHUNK)
@@ -147,12 +149,12 @@ impl SharedPackedPages<'_> {
     }
 }
 
-/// A panel, made finite.
+/// The first panel of what there is, zeros after its end, made finite: in the range of bf16; NaN becomes the lowest number.
 #[inline(always)]
 unsafe fn load_finite<D: ByteDot>(from: &[f32]) -> D::V {
-    // SAFETY: `from` is checked to hold a panel; the rest is the caller's.
+    // SAFETY: the length is right; the rest is the caller's.
     unsafe {
-        let x = D::max(D::load_sums(from[..PANEL].as_ptr()), D::splat(-MAX)); // NaN, too
+        let x = D::max(load_some::<D>(from.as_ptr(), from.len().min(PANEL)), D::splat(-MAX));
         D::min(x, D::splat(MAX))
     }
 }
@@ -189,13 +191,13 @@ unsafe fn pair_values<D: ByteDot>(rows: &KeysAndValues<'_>, to: &mut [u16]) {
     }
 }
 
-/// What [`each_byte`] turns into 127.
+/// What becomes 127 as a byte.
 #[inline(always)]
 unsafe fn largest<D: ByteDot>(values: &[f32]) -> f32 {
     // SAFETY: the caller's.
     unsafe {
         let mut largest = D::splat(TINY);
-        for panel in values.as_chunks::<PANEL>().0 {
+        for panel in values.chunks(PANEL) {
             let x = load_finite::<D>(panel);
             largest = D::max(D::max(x, D::sub(D::zero(), x)), largest);
         }
@@ -209,8 +211,7 @@ unsafe fn bytes_of<D: ByteDot>(values: &[f32], inverse: f32, to: &mut [i8; CHUNK
     for (from, to) in values.as_chunks::<PANEL>().0.iter().zip(to.as_chunks_mut::<PANEL>().0) {
         // SAFETY: both are panels; the rest is the caller's.
         unsafe {
-            let codes = D::round(D::mul(load_finite::<D>(from), D::splat(inverse)));
-            D::store_bytes(to.as_mut_ptr(), codes);
+            D::store_bytes(to.as_mut_ptr(), D::mul(load_finite::<D>(from), D::splat(inverse)));
         }
     }
 }
@@ -270,21 +271,27 @@ impl SharedPackedPages<'_> {
         unsafe {
             match self.pairs {
                 SharedPairs::Bf16 { k, v } => {
-                    let (k, v) = (k.strided(key_at, lanes, pairs), v.strided(value_at, 2, value.len()));
-                    each_pair::<D>(key, |i, pair| *k.add(i * lanes) = pair);
-                    each_pair::<D>(value, |i, pair| {
-                        *v.add(4 * i) = pair as u16;
-                        if 2 * i + 1 < value.len() {
-                            *v.add(4 * i + 2) = (pair >> 16) as u16;
+                    let (k, v) = (k.strided(key_at, lanes, pairs), v.strided(value_at, 2, shape.columns()));
+                    each_pairs::<D>(key, |i, pairs| scatter(k.add(i / 2 * lanes), lanes, pairs));
+                    each_pairs::<D>(value, |i, pairs| {
+                        for (j, halves) in pairs.chunks(PANEL / 2).enumerate() {
+                            D::spread_halves(v.add(2 * (i + j * PANEL)), halves.as_ptr().cast());
                         }
                     });
                 }
                 SharedPairs::Int8 { k, v, scales } => {
                     let at = (block * shape.num_kv_heads + head) * 2 * shape.block_size + offset;
                     let scales = scales.strided(at, shape.block_size, 2);
-                    let (k, v) = (k.strided(key_at, lanes, pairs), v.strided(value_at, 2, value.len()));
-                    *scales = each_byte(key, |i, byte| *k.cast::<i8>().add(i / 2 * lanes * 2 + i % 2) = byte);
-                    *scales.add(shape.block_size) = each_byte(value, |i, byte| *v.add(2 * i) = byte);
+                    let (k, v) = (k.strided(key_at, lanes, pairs), v.strided(value_at, 2, shape.columns()));
+                    *scales = each_bytes::<D>(key, |i, bytes| {
+                        let pairs: [u16; PANEL / 2] =
+                            std::array::from_fn(|j| u16::from_le_bytes([bytes[2 * j], bytes[2 * j + 1]]));
+                        let number = (pairs.len()).min((key.len() - i).div_ceil(2));
+                        scatter(k.add(i / 2 * lanes), lanes, &pairs[..number]);
+                    });
+                    *scales.add(shape.block_size) = each_bytes::<D>(value, |i, bytes| {
+                        D::spread_bytes(v.add(2 * i), bytes.as_ptr().cast())
+                    });
                 }
             }
         }
@@ -294,38 +301,44 @@ impl SharedPackedPages<'_> {
 /// What bf16 can hold.
 const MAX: f32 = 3.389_531_4e38;
 
-/// Makes numbers finite, rounds them, and hands out the pairs with their number.
+/// Stores elements `stride` apart.
 #[inline(always)]
-unsafe fn each_pair<D: ByteDot>(values: &[f32], mut to: impl FnMut(usize, u32)) {
-    const WIDTH: usize = 2 * PANEL;
-    for (chunk, values) in values.chunks(WIDTH).enumerate() {
-        let (mut padded, mut pairs) = ([0.0; WIDTH], [0; PANEL]);
-        padded[..values.len()].copy_from_slice(values);
-        // SAFETY: both arrays hold two panels; the rest is the caller's.
-        unsafe {
-            let (low, high) = (load_finite::<D>(&padded), load_finite::<D>(&padded[PANEL..]));
-            D::store_pairs(pairs.as_mut_ptr(), low, high);
-        }
-        let number = values.len().div_ceil(2);
-        pairs[..number].iter().enumerate().for_each(|(i, pair)| to(chunk * PANEL + i, *pair));
+unsafe fn scatter<T: Copy>(to: *mut T, stride: usize, from: &[T]) {
+    for (i, x) in from.iter().enumerate() {
+        // Volatile, so that no scatter instruction is made of it: those take longer than as many stores.
+        // SAFETY: the caller's.
+        unsafe { to.add(i * stride).write_volatile(*x) };
     }
 }
 
-/// Rounds to bytes, whose largest becomes 127, and hands them out with their number. Returns the scale, which is positive.
+/// Makes numbers finite, rounds them, and hands out the pairs of up to two panels with the number of their first element.
 #[inline(always)]
-fn each_byte(values: &[f32], mut to: impl FnMut(usize, i8)) -> f32 {
-    let max = values.iter().fold(TINY, |max, x| max.max(finite(*x).abs()));
-    let inverse = 127.0 / max;
-    let codes = values.iter().map(|x| (finite(*x) * inverse).round_ties_even() as i8);
-    codes.enumerate().for_each(|(i, code)| to(i, code));
-    max / 127.0
+unsafe fn each_pairs<D: ByteDot>(values: &[f32], mut to: impl FnMut(usize, &[u32])) {
+    const WIDTH: usize = 2 * PANEL;
+    for (chunk, values) in values.chunks(WIDTH).enumerate() {
+        let mut pairs = [0; PANEL];
+        let (low, high) = values.split_at(values.len().min(PANEL));
+        // SAFETY: `pairs` is a panel; the rest is the caller's.
+        unsafe { D::store_pairs(pairs.as_mut_ptr(), load_finite::<D>(low), load_finite::<D>(high)) };
+        to(chunk * WIDTH, &pairs[..values.len().div_ceil(2)]);
+    }
 }
 
-/// In the range of bf16; NaN becomes the lowest number.
+/// Rounds to bytes, whose largest becomes 127, and hands them out, a panel at a time, with the number of the first.
+/// Returns the scale, which is positive.
 #[inline(always)]
-fn finite(x: f32) -> f32 {
-    let x = if x > -MAX { x } else { -MAX };
-    if x < MAX { x } else { MAX }
+unsafe fn each_bytes<D: ByteDot>(values: &[f32], mut to: impl FnMut(usize, &[u8; PANEL])) -> f32 {
+    // SAFETY: `bytes` is a panel; the rest is the caller's.
+    unsafe {
+        let largest = largest::<D>(values);
+        let inverse = D::splat(127.0 / largest);
+        for (panel, values) in values.chunks(PANEL).enumerate() {
+            let mut bytes = [0; PANEL];
+            D::store_bytes(bytes.as_mut_ptr().cast(), D::mul(load_finite::<D>(values), inverse));
+            to(panel * PANEL, &bytes);
+        }
+        largest / 127.0
+    }
 }
 
 #[cfg(test)]

@@ -1,15 +1,18 @@
 //! Norm and rotation of q and k, and k and v into the cache: one pass over a `qkv` row.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 use quire_backend::{AttnShape, BackendError, RopeTable};
 
-use super::norm::norm_in_place;
-use crate::buffer::{Aligned, Shared};
+use super::norm::{inverse_rms, sum_of_squares};
+use crate::buffer::{Aligned, Shared, SharedRows};
 use crate::element::Element;
 use crate::kv::{KvLayer, PageShape, Pages};
 use crate::pool::Pool;
-use crate::simd::pairs::dispatch_pairs;
-use crate::simd::{Isa, Kernel, Simd};
+use crate::simd::bytes::ByteDot;
+use crate::simd::pairs::{PANEL, PairKernel};
+use crate::simd::panel::{load_some, store_some};
 use crate::store::{SharedPackedPages, StoreRows};
 
 /// Sines and cosines of all positions.
@@ -44,46 +47,122 @@ impl CpuRope {
     }
 }
 
-/// One row.
-pub(crate) struct RopeRow<'a> {
-    pub row: &'a mut [f32],
+/// Some rows, and their slots of the cache, which are the caller's alone.
+pub(crate) struct RopeRows<'a> {
+    pub rows: Range<usize>,
+    /// `[tokens, stride]`
+    pub qkv: SharedRows<'a>,
     pub shape: AttnShape,
     pub qk_norm: Option<(&'a [f32], &'a [f32])>,
     pub eps: f32,
     pub rope: Option<&'a CpuRope>,
-    pub position: u32,
+    /// `[tokens]`, as the slots.
+    pub positions: &'a [u32],
+    pub slots: &'a [u32],
+    pub cache: SharedLayer<'a>,
 }
 
-impl Kernel for RopeRow<'_> {
+impl PairKernel for RopeRows<'_> {
     type Output = ();
 
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let head_dim = self.shape.head_dim as usize;
-        let (q, kv) = self.row.split_at_mut(self.shape.q_size());
+    unsafe fn run<D: ByteDot>(self) {
+        let Range { mut start, end } = self.rows;
+        let stride = self.qkv.cols;
+        while start < end {
+            // What is stored together is still in a near cache then.
+            let slots = self.cache.first(&self.slots[start..end]);
+            // SAFETY: the caller's.
+            unsafe {
+                for t in start..start + slots.len() {
+                    self.turn_row::<D>(self.qkv.row(t), self.positions[t]);
+                }
+                let rows = self.qkv.values.slice(start * stride, slots.len() * stride);
+                self.cache.store::<D>(slots, rows, stride);
+            }
+            start += slots.len();
+        }
+    }
+}
+
+impl RopeRows<'_> {
+    #[inline(always)]
+    unsafe fn turn_row<D: ByteDot>(&self, row: &mut [f32], position: u32) {
+        let (q, kv) = row.split_at_mut(self.shape.q_size());
         let k = &mut kv[..self.shape.kv_size()];
-        let angles = self.rope.map(|rope| rope.at(self.position));
+        let angles = self.rope.map(|rope| rope.at(position));
         let weights = self.qk_norm.unzip();
+        let head_dim = self.shape.head_dim as usize;
         for (heads, weight) in [(q, weights.0), (k, weights.1)] {
-            for head in heads.chunks_exact_mut(head_dim) {
-                if let Some(weight) = weight {
-                    // SAFETY: the caller's.
-                    unsafe { norm_in_place::<S>(head, weight, self.eps) };
+            for heads in heads.chunks_mut(PANEL * head_dim) {
+                // SAFETY: the caller's.
+                unsafe {
+                    match (weight, angles) {
+                        (Some(weight), _) => self.norm_and_turn::<D>(heads, weight, angles),
+                        (None, Some(_)) => heads
+                            .chunks_exact_mut(head_dim)
+                            .for_each(|head| turn::<D>(head, angles, |x, _, _| x)),
+                        (None, None) => {}
+                    }
                 }
-                if let Some((cos, sin)) = angles {
-                    rotate(head, cos, sin);
-                }
+            }
+        }
+    }
+
+    /// Up to [`PANEL`] heads: first what each is scaled by, as one would wait for its own all alone.
+    #[inline(always)]
+    unsafe fn norm_and_turn<D: ByteDot>(
+        &self,
+        heads: &mut [f32],
+        weight: &[f32],
+        angles: Option<(&[f32], &[f32])>,
+    ) {
+        let head_dim = self.shape.head_dim as usize;
+        let weight = &weight[..head_dim];
+        let mut scales = [0.0; PANEL];
+        for (scale, head) in scales.iter_mut().zip(heads.chunks_exact(head_dim)) {
+            // SAFETY: the caller's.
+            *scale = unsafe { sum_of_squares::<D>(head) };
+        }
+        scales = scales.map(|sum| inverse_rms(sum, head_dim, self.eps));
+        for (scale, head) in scales.into_iter().zip(heads.chunks_exact_mut(head_dim)) {
+            // SAFETY: `turn` asks for places within the head; the rest is the caller's.
+            unsafe {
+                turn::<D>(head, angles, |x, i, len| {
+                    D::mul(x, D::mul(D::splat(scale), load_some::<D>(weight.as_ptr().add(i), len)))
+                });
             }
         }
     }
 }
 
+/// Rotates a head by `angles`, after `norm(x, i, len)` of `len` elements from `i` on.
 #[inline(always)]
-fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
-    let half = cos.len();
-    let (low, high) = head[..2 * half].split_at_mut(half);
-    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+unsafe fn turn<D: ByteDot>(
+    head: &mut [f32],
+    angles: Option<(&[f32], &[f32])>,
+    norm: impl Fn(D::V, usize, usize) -> D::V,
+) {
+    let half = angles.map_or(0, |(cos, _)| cos.len());
+    assert!(2 * half <= head.len(), "{half} angles for a head of {}", head.len());
+    let x = head.as_mut_ptr();
+    // SAFETY: places are within the head, those of angles within `half`; the rest is the caller's.
+    unsafe {
+        if let Some((cos, sin)) = angles {
+            for i in (0..half).step_by(PANEL) {
+                let (len, j) = (PANEL.min(half - i), half + i);
+                let a = norm(load_some::<D>(x.add(i), len), i, len);
+                let b = norm(load_some::<D>(x.add(j), len), j, len);
+                let (cos, sin) =
+                    (load_some::<D>(cos.as_ptr().add(i), len), load_some::<D>(sin.as_ptr().add(i), len));
+                store_some::<D>(x.add(i), len, D::sub(D::mul(a, cos), D::mul(b, sin)));
+                store_some::<D>(x.add(j), len, D::add(D::mul(b, cos), D::mul(a, sin)));
+            }
+        }
+        for i in (2 * half..head.len()).step_by(PANEL) {
+            let len = PANEL.min(head.len() - i);
+            store_some::<D>(x.add(i), len, norm(load_some::<D>(x.add(i), len), i, len));
+        }
     }
 }
 
@@ -113,18 +192,28 @@ impl<'a> SharedLayer<'a> {
         }
     }
 
+    /// The first of `slots`: those whose keys and values are stored together.
+    #[inline(always)]
+    fn first<'s>(&self, slots: &'s [u32]) -> &'s [u32] {
+        match self {
+            Self::Packed(pages) if pages.is_panel(slots) => &slots[..PANEL],
+            _ => &slots[..1],
+        }
+    }
+
     /// Stores the keys and values of rows `[rows, stride]`, which are their last columns, at `slots`.
     ///
     /// # Safety
-    /// `isa` is available, and no other thread writes these slots.
-    pub(crate) unsafe fn store(&self, isa: Isa, slots: &[u32], qkv: &[f32], stride: usize) {
+    /// No other thread writes these slots; the rest as for [`ByteDot`].
+    #[inline(always)]
+    unsafe fn store<D: ByteDot>(&self, slots: &[u32], qkv: &[f32], stride: usize) {
         // SAFETY: the caller's.
         unsafe {
             match self {
                 Self::F32(pages) => pages.store_rows(slots, qkv, stride),
                 Self::F16(pages) => pages.store_rows(slots, qkv, stride),
                 Self::Bf16(pages) => pages.store_rows(slots, qkv, stride),
-                Self::Packed(pages) => dispatch_pairs(isa, StoreRows { pages: *pages, slots, qkv, stride }),
+                Self::Packed(pages) => StoreRows { pages: *pages, slots, qkv, stride }.run::<D>(),
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::Simd;
 use super::avx2::Avx2;
 use super::pairs::{PairDot, PairKernel};
 
@@ -129,6 +130,15 @@ unsafe impl PairDot for Avx512Bf16 {
     unsafe fn zero_below(v: __m512, x: __m512, bound: f32) -> __m512 {
         // SAFETY: as above.
         unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, _mm512_set1_ps(bound)), v) }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(v: __m512) -> f32 {
+        // SAFETY: as above.
+        unsafe {
+            let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
+            Avx2::sum(_mm256_add_ps(_mm512_castps512_ps256(v), high))
+        }
     }
 
     #[inline(always)]

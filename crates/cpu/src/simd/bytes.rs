@@ -28,14 +28,20 @@ pub unsafe trait ByteDot: PairDot {
     unsafe fn expander(step: Self::W, zero: Self::W) -> [Self::W; 2];
     /// `step * (code - zero) + 128` of every byte.
     unsafe fn expand(codes: Self::W, expander: [Self::W; 2]) -> Self::W;
-    /// Whole numbers in -127..=127, as bytes.
+    /// Numbers in -127..=127, to the nearest byte, ties to even.
     unsafe fn store_bytes(to: *mut i8, v: Self::V);
     /// Signed bytes, two a lane, as pairs of bf16: exact.
     unsafe fn widen_pairs(from: *const u16) -> Self::W;
     /// The larger of `bits` and the magnitude of `v`, as the bits that order magnitudes: infinity and NaN come last.
     unsafe fn max_magnitude(bits: Self::W, v: Self::V) -> Self::W;
-    /// The sum of the four signed bytes of each lane.
-    unsafe fn sum_bytes(quads: Self::W) -> Self::W;
+    /// The largest lane, unsigned.
+    unsafe fn highest_word(words: Self::W) -> u32;
+    /// Sums of the signed bytes of each half of four vectors at `quads`.
+    unsafe fn sum_halves(quads: *const u32) -> [i32; 8];
+    /// Stores [`PANEL`] halves at every second place from `to` on; what lies between is not touched.
+    unsafe fn spread_halves(to: *mut u16, halves: *const u16);
+    /// As [`Self::spread_halves`], of bytes.
+    unsafe fn spread_bytes(to: *mut i8, bytes: *const i8);
 }
 
 /// Two signed bytes as a pair of bf16, which holds them exactly.
@@ -45,9 +51,9 @@ pub(crate) fn widen_pair(pair: u16) -> u32 {
     low >> 16 | high
 }
 
-const LOW_NIBBLES: u32 = 0x0F0F_0F0F;
-const EVEN_BYTES: u32 = 0x00FF_00FF;
-const MAGNITUDE: u32 = 0x7FFF_FFFF;
+pub(super) const LOW_NIBBLES: u32 = 0x0F0F_0F0F;
+pub(super) const EVEN_BYTES: u32 = 0x00FF_00FF;
+pub(super) const MAGNITUDE: u32 = 0x7FFF_FFFF;
 
 // SAFETY: needs no more than `S`; pointers are read and written unaligned.
 unsafe impl<S: Simd> ByteDot for Emulated<S> {
@@ -127,7 +133,7 @@ unsafe impl<S: Simd> ByteDot for Emulated<S> {
     #[inline(always)]
     unsafe fn store_bytes(to: *mut i8, v: Self::V) {
         // SAFETY: as above.
-        unsafe { to.cast::<[i8; PANEL]>().write_unaligned(v.map(|x| x as i32 as i8)) }
+        unsafe { to.cast::<[i8; PANEL]>().write_unaligned(v.map(|x| x.round_ties_even() as i32 as i8)) }
     }
 
     #[inline(always)]
@@ -142,136 +148,27 @@ unsafe impl<S: Simd> ByteDot for Emulated<S> {
     }
 
     #[inline(always)]
-    unsafe fn sum_bytes(quads: Self::W) -> Self::W {
-        quads.map(|quad| {
-            quad.to_le_bytes().iter().map(|b| i32::from(b.cast_signed())).sum::<i32>().cast_unsigned()
-        })
+    unsafe fn highest_word(words: Self::W) -> u32 {
+        words.into_iter().fold(0, u32::max)
     }
-}
 
-#[cfg(target_arch = "x86_64")]
-mod avx512 {
-    use std::arch::x86_64::*;
+    #[inline(always)]
+    unsafe fn sum_halves(quads: *const u32) -> [i32; 8] {
+        // SAFETY: as above; four vectors may be read.
+        let halves = unsafe { quads.cast::<[[i8; 2 * PANEL]; 8]>().read_unaligned() };
+        halves.map(|half| half.into_iter().map(i32::from).sum())
+    }
 
-    use super::super::avx512::Avx512Bf16;
-    use super::{ByteDot, EVEN_BYTES, LOW_NIBBLES, MAGNITUDE};
+    #[inline(always)]
+    unsafe fn spread_halves(to: *mut u16, halves: *const u16) {
+        // SAFETY: as above.
+        (0..PANEL).for_each(|i| unsafe { *to.add(2 * i) = *halves.add(i) });
+    }
 
-    // SAFETY: each method needs only the features that `avx512::run` enables and valid pointers.
-    unsafe impl ByteDot for Avx512Bf16 {
-        #[inline(always)]
-        unsafe fn splat_int(x: i32) -> __m512i {
-            // SAFETY: the trait's contract; so for all below.
-            unsafe { _mm512_set1_epi32(x) }
-        }
-
-        #[inline(always)]
-        unsafe fn store_words(to: *mut u32, words: __m512i) {
-            // SAFETY: as above.
-            unsafe { _mm512_storeu_si512(to.cast(), words) }
-        }
-
-        #[inline(always)]
-        unsafe fn dot_bytes(sums: __m512i, weights: __m512i, x: *const u32) -> __m512i {
-            // SAFETY: as above.
-            unsafe { _mm512_dpbusd_epi32(sums, weights, _mm512_set1_epi32((*x).cast_signed())) }
-        }
-
-        #[inline(always)]
-        unsafe fn to_float(a: __m512i) -> __m512 {
-            // SAFETY: as above.
-            unsafe { _mm512_cvtepi32_ps(a) }
-        }
-
-        #[inline(always)]
-        unsafe fn sub_int(a: __m512i, b: __m512i) -> __m512i {
-            // SAFETY: as above.
-            unsafe { _mm512_sub_epi32(a, b) }
-        }
-
-        #[inline(always)]
-        unsafe fn mul_int(a: __m512i, b: __m512i) -> __m512i {
-            // SAFETY: as above.
-            unsafe { _mm512_mullo_epi32(a, b) }
-        }
-
-        #[inline(always)]
-        unsafe fn add_int(a: __m512i, b: __m512i) -> __m512i {
-            // SAFETY: as above.
-            unsafe { _mm512_add_epi32(a, b) }
-        }
-
-        #[inline(always)]
-        unsafe fn nibbles(words: __m512i) -> [__m512i; 2] {
-            // SAFETY: as above.
-            unsafe {
-                let low = _mm512_set1_epi32(LOW_NIBBLES.cast_signed());
-                [_mm512_and_si512(words, low), _mm512_and_si512(_mm512_srli_epi32::<4>(words), low)]
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn steps_and_zeros(from: *const u8) -> [__m512i; 2] {
-            // SAFETY: as above.
-            unsafe {
-                let both = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
-                [_mm512_and_si512(both, _mm512_set1_epi32(15)), _mm512_srli_epi32::<4>(both)]
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn expander(step: __m512i, zero: __m512i) -> [__m512i; 2] {
-            // SAFETY: as above.
-            unsafe {
-                let offset = _mm512_sub_epi32(_mm512_set1_epi32(128), _mm512_mullo_epi32(step, zero));
-                let offset = _mm512_and_si512(offset, _mm512_set1_epi32(0xFF));
-                let halves = _mm512_or_si512(step, _mm512_slli_epi32::<16>(step));
-                [halves, _mm512_mullo_epi32(offset, _mm512_set1_epi32(0x0101_0101))]
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn expand(codes: __m512i, [step, offset]: [__m512i; 2]) -> __m512i {
-            // Products of a code and a step are below 256, so two bytes can be multiplied as two halves.
-            // SAFETY: as above.
-            unsafe {
-                let even = _mm512_and_si512(codes, _mm512_set1_epi32(EVEN_BYTES.cast_signed()));
-                let odd = _mm512_srli_epi16::<8>(codes);
-                let (even, odd) = (_mm512_mullo_epi16(even, step), _mm512_mullo_epi16(odd, step));
-                _mm512_add_epi8(_mm512_or_si512(even, _mm512_slli_epi16::<8>(odd)), offset)
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn store_bytes(to: *mut i8, v: __m512) {
-            // SAFETY: as above.
-            unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
-        }
-
-        #[inline(always)]
-        unsafe fn widen_pairs(from: *const u16) -> __m512i {
-            // SAFETY: as above.
-            unsafe {
-                let low = _mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()));
-                let high = _mm512_cvtepi8_epi32(_mm_loadu_si128(from.add(8).cast()));
-                let (low, high) = (_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high));
-                std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn max_magnitude(bits: __m512i, v: __m512) -> __m512i {
-            // SAFETY: as above.
-            unsafe {
-                let magnitude = _mm512_set1_epi32(MAGNITUDE.cast_signed());
-                _mm512_max_epu32(bits, _mm512_and_si512(_mm512_castps_si512(v), magnitude))
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn sum_bytes(quads: __m512i) -> __m512i {
-            // SAFETY: as above.
-            unsafe { _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), quads) }
-        }
+    #[inline(always)]
+    unsafe fn spread_bytes(to: *mut i8, bytes: *const i8) {
+        // SAFETY: as above.
+        (0..PANEL).for_each(|i| unsafe { *to.add(2 * i) = *bytes.add(i) });
     }
 }
 
@@ -285,11 +182,11 @@ mod tests {
     struct Everything<'a>(&'a [[u32; PANEL]; 4]);
 
     impl PairKernel for Everything<'_> {
-        type Output = [[u32; PANEL]; 10];
+        type Output = [[u32; PANEL]; 13];
 
         #[inline(always)]
         unsafe fn run<D: ByteDot>(self) -> Self::Output {
-            let mut out = [[0; PANEL]; 10];
+            let mut out = [[0; PANEL]; 13];
             // SAFETY: all arrays hold PANEL elements.
             unsafe {
                 let [a, b, c, x] = self.0.each_ref().map(|words| D::load(words.as_ptr()));
@@ -305,10 +202,13 @@ mod tests {
                     [low, high, D::expand(low, expander), D::expand(high, expander), sums, D::add_int(b, x)];
                 all.iter().zip(&mut out).for_each(|(words, out)| D::store_words(out.as_mut_ptr(), *words));
                 D::store(out[6].as_mut_ptr().cast(), floats);
-                let small = D::round(D::mul(floats, D::splat(1e-5)));
-                D::store_bytes(out[7].as_mut_ptr().cast(), small);
+                D::store_bytes(out[7].as_mut_ptr().cast(), D::mul(floats, D::splat(1e-5)));
                 D::store_words(out[9].as_mut_ptr(), D::widen_pairs(self.0[0].as_ptr().cast()));
-                D::store_words(out[8].as_mut_ptr(), D::max_magnitude(D::sum_bytes(a), floats));
+                D::store_words(out[8].as_mut_ptr(), D::max_magnitude(a, floats));
+                out[10][..8].copy_from_slice(&D::sum_halves(self.0.as_ptr().cast()).map(i32::cast_unsigned));
+                out[10][8] = D::highest_word(a);
+                D::spread_halves(out[11].as_mut_ptr().cast(), self.0[0].as_ptr().cast());
+                D::spread_bytes(out[12].as_mut_ptr().cast::<i8>().add(1), self.0[0].as_ptr().cast());
             }
             out
         }

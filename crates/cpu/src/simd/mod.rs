@@ -7,8 +7,11 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bytes;
 pub mod bytes;
 pub mod pairs;
+pub(crate) mod panel;
 mod portable;
 
 /// An instruction set that kernels are compiled for.

@@ -52,6 +52,8 @@ pub unsafe trait PairDot: Copy {
     unsafe fn scale(a: Self::V, n: Self::V) -> Self::V;
     /// `v` where `x >= bound`, else 0.
     unsafe fn zero_below(v: Self::V, x: Self::V, bound: f32) -> Self::V;
+    /// All lanes, by a fixed tree: halves, then as [`Simd::sum`].
+    unsafe fn sum(v: Self::V) -> f32;
     /// The largest lane; lanes that are not numbers may be left out.
     unsafe fn highest(v: Self::V) -> f32;
     /// Rounds 32 numbers to bf16 (to nearest, ties to even) and stores them as [`PANEL`] pairs, `low`'s first.
@@ -226,6 +228,13 @@ unsafe impl<S: Simd> PairDot for Emulated<S> {
     }
 
     #[inline(always)]
+    unsafe fn sum(v: Self::V) -> f32 {
+        let (low, high) = v.split_at(PANEL / 2);
+        // SAFETY: both are vectors of `S`.
+        unsafe { S::sum(S::add(S::load(low.as_ptr()), S::load(high.as_ptr()))) }
+    }
+
+    #[inline(always)]
     unsafe fn highest(v: Self::V) -> f32 {
         v.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
@@ -293,7 +302,7 @@ mod tests {
     struct Lanes<'a>(&'a [f32; PANEL]);
 
     impl PairKernel for Lanes<'_> {
-        type Output = ([f32; PANEL], u32, [[u32; PANEL]; PANEL]);
+        type Output = ([f32; PANEL], [u32; 2], [[u32; PANEL]; PANEL]);
         #[inline(always)]
         unsafe fn run<D: PairDot>(self) -> Self::Output {
             let (mut out, mut pairs) = ([0.0; PANEL], [[0; PANEL]; PANEL]);
@@ -309,7 +318,7 @@ mod tests {
                     D::store_zipped(pairs[1].as_mut_ptr(), other, x);
                 }
                 D::transpose(&pairs, turned.as_flattened_mut().as_mut_ptr());
-                (out, D::highest(x).to_bits(), turned)
+                (out, [D::highest(x), D::sum(y)].map(f32::to_bits), turned)
             }
         }
     }
@@ -333,7 +342,7 @@ mod tests {
         x[..3].copy_from_slice(&[f32::NEG_INFINITY, 0.0, 1.0]);
         for isa in [Isa::Portable, Isa::detect().min(Isa::Avx2), Isa::detect()] {
             // SAFETY: as above.
-            let (y, highest, _) = unsafe { dispatch_pairs(isa, Lanes(&x)) };
+            let (y, [highest, _], _) = unsafe { dispatch_pairs(isa, Lanes(&x)) };
             assert_eq!((y[..4].to_vec(), f32::from_bits(highest)), (vec![0.0, 1.0, 2.0, 0.0], 1.0));
         }
     }

@@ -254,7 +254,8 @@ impl Softmax<'_> {
         let rows = self.rows.clone();
         let scores = scores.as_chunks::<TILE>().0[rows.clone()].iter();
         let weights = weights.as_chunks_mut::<{ TILE / 2 }>().0[rows.clone()].iter_mut();
-        let known = state.max[rows.clone()].iter().zip(&mut state.sum[rows.clone()]).zip(&shrink[rows.clone()]);
+        let known =
+            state.max[rows.clone()].iter().zip(&mut state.sum[rows.clone()]).zip(&shrink[rows.clone()]);
         for (r, ((scores, weights), ((max, sum), shrink))) in rows.zip(scores.zip(weights).zip(known)) {
             let (scores, scales) = (self.of_panels(scores), self.of_head::<SCALED>(scales, r));
             let weights = &mut weights.as_chunks_mut::<PANEL>().0[self.panels.start / 2..];
