@@ -229,8 +229,11 @@ unsafe fn tile<D: ByteDot, J: Tiled, const M: usize, const P: usize>(
 }
 
 /// Panels `p..p + P` for these rows, in tiles of about the same size.
+///
+/// # Safety
+/// The job's.
 #[inline(always)]
-unsafe fn each_row<D: ByteDot, J: Tiled, const P: usize>(job: &J, rows: Range<usize>, p: usize) {
+pub(crate) unsafe fn each_row<D: ByteDot, J: Tiled, const P: usize>(job: &J, rows: Range<usize>, p: usize) {
     let most = const { rows_of::<D, J>(P) };
     let tiles = rows.len().div_ceil(most);
     let (least, larger) = (rows.len() / tiles.max(1), rows.len() % tiles.max(1));

@@ -16,6 +16,8 @@ pub(super) trait Form: Copy {
     /// Whether a few rows take the scores of several heads at once: where vectors take work, the chains of sums of one head
     /// alone leave the processor idle; where they do not, one stream from memory is faster than four.
     const SIDE_BY_SIDE: bool;
+    /// Whether it is meant for few rows: others get no tiles of their own, which would only be more code.
+    const FEW_ROWS: bool;
 
     /// Vector `i` from `at` on.
     ///
@@ -35,6 +37,7 @@ pub(super) struct Bytes;
 impl Form for Wide {
     const SIZE: usize = PANEL * size_of::<u32>();
     const SIDE_BY_SIDE: bool = false;
+    const FEW_ROWS: bool = false;
 
     #[inline(always)]
     unsafe fn load<D: ByteDot>(at: *const u8, i: usize) -> D::W {
@@ -46,6 +49,7 @@ impl Form for Wide {
 impl Form for Bytes {
     const SIZE: usize = PANEL * size_of::<u16>();
     const SIDE_BY_SIDE: bool = true;
+    const FEW_ROWS: bool = true;
 
     #[inline(always)]
     unsafe fn load<D: ByteDot>(at: *const u8, i: usize) -> D::W {

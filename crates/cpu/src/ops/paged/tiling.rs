@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::ops::tiles::{NARROW, Tiled, Turn, each_panel};
+use crate::ops::tiles::{NARROW, Tiled, Turn, each_row};
 use crate::simd::bytes::ByteDot;
 
 /// Panels of a tile: the nearer rows and panels are to each other in number, the less a sum has to be loaded for.
@@ -47,7 +47,7 @@ pub(super) unsafe fn each_broad_panel<D: ByteDot, J: Tiled>(
             p += if broad { BROAD } else { NARROW };
         }
         if p < panels.end {
-            each_panel::<D, J>(job, rows, p..panels.end);
+            each_row::<D, J, 1>(job, rows, p);
         }
     }
 }

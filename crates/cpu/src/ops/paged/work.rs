@@ -153,23 +153,27 @@ impl Work<'_> {
             if pages.is_bytes() {
                 find_scales(pages, &wanted, s.tile.scales);
             }
-            match Tile::in_place(pages, &wanted) {
-                Some(tile) if !pages.is_bytes() => {
-                    self.attend::<D, Wide>(&shown, tile, self.ahead(&shown, &tile, next), s, state);
-                }
-                // Few rows are one tile, which reads everything once.
-                Some(tile) if heads > 1 || shown.rows.len() <= const { few_rows::<D>() } => {
-                    self.attend::<D, Bytes>(&shown, tile, self.ahead(&shown, &tile, next), s, state);
-                }
+            let found = Tile::in_place(pages, &wanted);
+            // Few rows are one tile, which reads everything once.
+            let once = heads > 1 || shown.rows.len() <= const { few_rows::<D>() };
+            if let Some(tile) = found
+                && pages.is_bytes()
+                && once
+            {
+                return self.attend::<D, Bytes>(&shown, tile, self.ahead(&shown, &tile, next), s, state);
+            }
+            let (tile, next) = match found {
+                Some(tile) if !pages.is_bytes() => (tile, self.ahead(&shown, &tile, next)),
                 Some(bytes) => {
                     let tile = bytes.widen::<D>(pages, &shown.panels, &next.unwrap_or(bytes), &mut s.tile);
-                    self.attend::<D, Wide>(&shown, tile, tile, s, state);
+                    (tile, tile)
                 }
                 None => {
                     let tile = gather(pages, &wanted, &mut s.tile);
-                    self.attend::<D, Wide>(&shown, tile, tile, s, state);
+                    (tile, tile)
                 }
-            }
+            };
+            self.attend::<D, Wide>(&shown, tile, next, s, state);
         }
     }
 
@@ -196,6 +200,7 @@ impl Work<'_> {
         let rows_of = |head: usize| head * head_rows + rows.start..head * head_rows + rows.end;
         let all_rows = rows.start..rows_of(item.heads - 1).end;
         let strides = self.pages.head_strides();
+        let many_rows = !F::FEW_ROWS && rows.len() > const { few_rows::<D>() };
         let shown_keys = |row: usize| {
             let end = self.seen(item.block, row / self.group % item.block.tokens).end;
             end.saturating_sub(*start).min(TILE)
@@ -208,7 +213,7 @@ impl Work<'_> {
                     for head in 0..item.heads {
                         let (keys, next) = (tile.keys_of(head, strides), next.keys_of(head, strides));
                         let scores = Scores { q, pairs, keys, next, out, form };
-                        if rows.len() > const { few_rows::<D>() } {
+                        if many_rows {
                             let until = |row: usize| shown_keys(row).div_ceil(PANEL);
                             each_broad_panel::<D, _>(&scores, rows_of(head), run.clone(), until);
                         } else {
@@ -254,7 +259,7 @@ impl Work<'_> {
                         until: |row: usize| shown_keys(row).div_ceil(2),
                         form,
                     };
-                    if rows.len() > const { few_rows::<D>() } {
+                    if many_rows {
                         each_broad_panel::<D, _>(&values, rows_of(head), 0..columns / PANEL, |_| usize::MAX);
                     } else {
                         each_wide_panel::<D, _, WIDE>(&values, rows_of(head), 0..columns / PANEL);
