@@ -158,8 +158,8 @@ impl PairKernel for QuantizeRows<'_> {
             for (x, (((quads, sums), scale), offset)) in x.row(m, k).chunks(ACT_GROUP).zip(to) {
                 // SAFETY: the caller's.
                 (*scale, *offset) = unsafe {
-                    match (x.as_array(), quads.as_mut_array(), sums.as_mut_array()) {
-                        (Some(x), Some(quads), Some(sums)) => quantize_group::<D>(x, quads, sums),
+                    match (x.try_into(), (&mut *quads).try_into(), (&mut *sums).try_into()) {
+                        (Ok(x), Ok(quads), Ok(sums)) => quantize_group::<D>(x, quads, sums),
                         _ => quantize_rest::<D>(x, quads, sums),
                     }
                 };

@@ -290,7 +290,7 @@ impl SharedPackedPages<'_> {
                         scatter(k.add(i / 2 * lanes), lanes, &pairs[..number]);
                     });
                     *scales.add(shape.block_size) = each_bytes::<D>(value, |i, bytes| {
-                        D::spread_bytes(v.add(2 * i), bytes.as_ptr().cast())
+                        D::spread_bytes(v.add(2 * i), bytes.as_ptr().cast());
                     });
                 }
             }
