@@ -12,18 +12,13 @@ use quire_core::ExecError;
 
 use super::lora::Expand;
 use super::mlp::activate_lanes;
-use super::tiles::{Ahead, Cut, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel};
+use super::tiles::{Ahead, Cut, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel, group_rows};
 use crate::buffer::SharedRows;
 use crate::packed::{Packed, Rounded, RoundedRows};
 use crate::pool::Pool;
 use crate::simd::Isa;
 use crate::simd::bytes::ByteDot;
 use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
-
-/// Pairs of activations that stay in cache while weights stream by: half of a 1 MiB L2.
-const GROUP_PAIRS: usize = 128 * 1024;
-/// Tokens of a group at least.
-const MIN_GROUP: usize = 12;
 
 /// A product.
 #[derive(Clone, Copy)]
@@ -78,9 +73,8 @@ impl Gemm<'_> {
         })
     }
 
-    /// Rows that stay in cache.
     fn group(&self) -> usize {
-        (GROUP_PAIRS / self.weight.k2().max(1)).max(MIN_GROUP)
+        group_rows(self.weight.k2())
     }
 
     /// Some panels for some rows of `x`, on this thread.

@@ -9,18 +9,13 @@ use std::ops::Range;
 use quire_core::ExecError;
 
 use super::gemm::{Places, Sink, give};
-use super::tiles::{Ahead, Cut, MEMORY_BOUND, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel};
+use super::tiles::{Ahead, Cut, MEMORY_BOUND, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel, group_rows};
 use crate::buffer::Shared;
 use crate::pool::Pool;
 use crate::quantized::{ACT_QUADS, ByteRows, Bytes, Codes, INT4_QUADS, INT4_VECTORS, Quantized};
 use crate::simd::Isa;
 use crate::simd::bytes::ByteDot;
 use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
-
-/// Quads of activations that stay in cache while weights stream by: half of a 1 MiB L2.
-const GROUP_QUADS: usize = 128 * 1024;
-/// Tokens of a group at least.
-const MIN_GROUP: usize = 192;
 
 /// Up to so many rows the sums of nibbles are too few to hide the latency of a dot product.
 const FEW: usize = 4;
@@ -61,9 +56,8 @@ impl IntGemm<'_> {
         })
     }
 
-    /// Rows that stay in cache.
     fn group(&self) -> usize {
-        (GROUP_QUADS / self.weight.quads().max(1)).max(MIN_GROUP)
+        group_rows(self.weight.quads())
     }
 
     /// Makes the room that [`Self::piece`] needs for up to `rows` rows.

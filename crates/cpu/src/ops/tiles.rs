@@ -73,12 +73,26 @@ impl<const P: usize> Ahead<P> {
 /// Work of a piece, in multiply-adds, beside which its beginning does not count: some 30 us.
 const LONG_WORK: usize = 16 << 20;
 
+/// Words of activations that stay near while panels pass by: half of a 1 MiB L2.
+const NEAR_WORDS: usize = 128 * 1024;
+/// Rows of a group at least: panels come from memory once a group, and with fewer rows that would take as long as the work.
+const MIN_GROUP: usize = 192;
+/// Rows of a group whose activations come from the L3 anyway.
+const FAR_GROUP: usize = 512;
+
+/// Rows of `words` words that panels pass by before the next rows' turn. Somewhat too many for the L2 are better than too
+/// few, and where it is far too small for them, the panels alone lie there.
+pub(crate) fn group_rows(words: usize) -> usize {
+    let near = NEAR_WORDS / words.max(1);
+    if 3 * near > MIN_GROUP { near.max(MIN_GROUP) } else { FAR_GROUP }
+}
+
 /// How the rows and panels of a product are handed out: in units of some rows and [`NARROW`] panels, of which those of
 /// the same rows are neighbours.
 #[derive(Clone, Copy)]
 pub(crate) struct Cut {
     pub tokens: usize,
-    /// Rows that stay in cache while panels pass by: at most so many are a unit's.
+    /// See [`group_rows`]: at most so many are a unit's.
     pub group: usize,
     pub panels: usize,
 }
