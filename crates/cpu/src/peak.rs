@@ -143,7 +143,8 @@ mod tests {
         let peaks = Peaks::measure(1).expect("one thread needs no other");
         assert!(peaks.f32 > 1e8 && peaks.bf16 > 1e8 && peaks.int8 > 1e8, "{peaks:?}");
         if Isa::detect() >= Isa::Avx512Bf16 {
-            assert!(peaks.bf16 > peaks.f32 && peaks.int8 > 1.3 * peaks.bf16, "{peaks:?}");
+            // Some processors take two cycles for a dot product of bf16 pairs: no more than f32 at half the width.
+            assert!(peaks.bf16 > 0.7 * peaks.f32 && peaks.int8 > 1.3 * peaks.bf16, "{peaks:?}");
         }
     }
 }
