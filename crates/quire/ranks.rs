@@ -39,6 +39,7 @@ const fn isa_name(isa: Isa) -> &'static str {
     match isa {
         Isa::Portable => "portable code",
         Isa::Avx2 => "AVX2",
+        Isa::Avx512 => "AVX-512",
         Isa::Avx512Bf16 => "AVX-512 BF16",
     }
 }

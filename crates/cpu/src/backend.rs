@@ -43,14 +43,14 @@ pub enum Precision {
     #[default]
     F32,
     /// With activations rounded to bf16 as they enter a product, and f32 sums: what such models were trained with.
-    /// Several times faster where the machine has [`Isa::Avx512Bf16`], slower elsewhere.
+    /// Faster where the machine has [`Isa::Avx512`], slower elsewhere.
     Bf16,
 }
 
 impl Precision {
     /// The faster one on `isa` that loses nothing a checkpoint of `dtype` was trained with.
     pub fn for_checkpoint(dtype: DType, isa: Isa) -> Self {
-        if dtype == DType::BF16 && isa >= Isa::Avx512Bf16 { Self::Bf16 } else { Self::F32 }
+        if dtype == DType::BF16 && isa >= Isa::Avx512 { Self::Bf16 } else { Self::F32 }
     }
 }
 

@@ -10,6 +10,7 @@ use crate::Isa;
 use crate::pool::Pool;
 use crate::simd::bytes::ByteDot;
 use crate::simd::pairs::{PANEL, PairKernel, dispatch_pairs};
+use crate::simd::rows::Rows;
 use crate::simd::{Kernel, LANES, Simd, dispatch};
 
 /// Independent sums: enough to hide the latency of an addition on every machine.
@@ -25,7 +26,7 @@ const TRIES: usize = 4;
 pub struct Peaks {
     /// Multiply-adds in f32.
     pub f32: f64,
-    /// Dot products of bf16 pairs.
+    /// Products of bf16 pairs, by whatever is fastest.
     pub bf16: f64,
     /// Dot products of bytes.
     pub int8: f64,
@@ -99,9 +100,11 @@ impl PairKernel for Pairs {
         unsafe {
             let words = black_box([0x3F80_3F80u32; PANEL]);
             let (weights, mut sums) = (D::load(words.as_ptr()), [D::zero(); SUMS]);
+            let mut rows = Rows::new([words.as_ptr()]);
+            rows.prepare::<D>(0, PANEL);
             for _ in 0..ROUNDS {
                 for sum in &mut sums {
-                    *sum = D::dot(*sum, weights, words.as_ptr());
+                    *sum = rows.dot::<D>(*sum, weights, 0, 0, 0);
                 }
             }
             for sum in sums {
@@ -142,9 +145,8 @@ mod tests {
     fn narrower_numbers_are_not_slower() {
         let peaks = Peaks::measure(1).expect("one thread needs no other");
         assert!(peaks.f32 > 1e8 && peaks.bf16 > 1e8 && peaks.int8 > 1e8, "{peaks:?}");
-        if Isa::detect() >= Isa::Avx512Bf16 {
-            // Some processors take two cycles for a dot product of bf16 pairs: no more than f32 at half the width.
-            assert!(peaks.bf16 > 0.7 * peaks.f32 && peaks.int8 > 1.3 * peaks.bf16, "{peaks:?}");
+        if Isa::detect() >= Isa::Avx512 {
+            assert!(peaks.bf16 > 1.3 * peaks.f32 && peaks.int8 > 1.3 * peaks.bf16, "{peaks:?}");
         }
     }
 }

@@ -19,6 +19,7 @@ use crate::pool::Pool;
 use crate::simd::Isa;
 use crate::simd::bytes::ByteDot;
 use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
+use crate::simd::rows::Rows;
 
 /// A product.
 #[derive(Clone, Copy)]
@@ -320,13 +321,19 @@ unsafe fn column<D: PairDot, const M: usize>(
 ) -> [D::V; M] {
     // SAFETY: the caller's; a prefetch may touch any address.
     unsafe {
-        let mut sums = [D::zero(); M];
-        for k in 0..k2 {
-            let weights = D::load(panel.add(k * PANEL));
-            D::prefetch(panel.wrapping_add(k * PANEL + STREAM_AHEAD));
-            for r in 0..M {
-                sums[r] = D::dot(sums[r], weights, rows[r].add(k));
+        let (mut x, mut sums) = (Rows::new(rows), [D::zero(); M]);
+        let mut first = 0;
+        while first < k2 {
+            let end = Rows::<M>::piece_end::<D>(first, k2);
+            x.prepare::<D>(first, end);
+            for k in first..end {
+                let weights = D::load(panel.add(k * PANEL));
+                D::prefetch(panel.wrapping_add(k * PANEL + STREAM_AHEAD));
+                for r in 0..M {
+                    sums[r] = x.dot::<D>(sums[r], weights, r, first, k);
+                }
             }
+            first = end;
         }
         sums
     }
@@ -354,17 +361,23 @@ impl<T: Sink> Tiled for Product<'_, T> {
                 return give::<D, M, P>(&self.to, m, p, sums);
             }
             let ahead = self.ahead(p, panels, turn);
-            for k in 0..k2 {
-                let mut weights = [D::load(panels[0]); P];
-                for i in 0..P {
-                    weights[i] = D::load(panels[i].add(k * PANEL));
-                    ahead.fetch::<D>(i, k);
-                }
-                for r in 0..M {
+            let (mut x, mut first) = (Rows::new(rows), 0);
+            while first < k2 {
+                let end = Rows::<M>::piece_end::<D>(first, k2);
+                x.prepare::<D>(first, end);
+                for k in first..end {
+                    let mut weights = [D::load(panels[0]); P];
                     for i in 0..P {
-                        sums[r][i] = D::dot(sums[r][i], weights[i], rows[r].add(k));
+                        weights[i] = D::load(panels[i].add(k * PANEL));
+                        ahead.fetch::<D>(i, k);
+                    }
+                    for r in 0..M {
+                        for i in 0..P {
+                            sums[r][i] = x.dot::<D>(sums[r][i], weights[i], r, first, k);
+                        }
                     }
                 }
+                first = end;
             }
             give::<D, M, P>(&self.to, m, p, sums);
         }

@@ -1,34 +1,125 @@
-//! AVX-512 with bf16 dot products (`vdpbf16ps`).
+//! AVX-512 with VNNI, with and without bf16 dot products (`vdpbf16ps`).
 
 use std::arch::x86_64::*;
+use std::time::Instant;
 
 use super::Simd;
 use super::avx2::Avx2;
-use super::pairs::{PairDot, PairKernel};
+use super::pairs::{PANEL, PairDot, PairKernel};
 
+/// `BF16`: pairs are multiplied by `vdpbf16ps`; else as two multiply-adds of floats, with the same results.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512Bf16;
+pub(super) struct Avx512<const BF16: bool>;
 
 /// # Safety
 /// The machine has the features, and whatever the kernel asks for.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+pub(super) unsafe fn run_bf16<K: PairKernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's.
+    unsafe { kernel.run::<Avx512<true>>() }
+}
+
+/// # Safety
+/// As [`run_bf16`].
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn run<K: PairKernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
-    unsafe { kernel.run::<Avx512Bf16>() }
+    unsafe { kernel.run::<Avx512<false>>() }
+}
+
+/// # Safety
+/// As [`run_bf16`].
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+unsafe fn run_apart_bf16<K: PairKernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's.
+    unsafe { kernel.run::<Avx512<true>>() }
 }
 
 /// # Safety
 /// As [`run`].
 #[inline(never)]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn run_apart<K: PairKernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
-    unsafe { kernel.run::<Avx512Bf16>() }
+    unsafe { kernel.run::<Avx512<false>>() }
 }
 
-// SAFETY: each method needs only the features that `run` enables and valid pointers, which the trait demands.
-unsafe impl PairDot for Avx512Bf16 {
+/// Whether `vdpbf16ps` multiplies more pairs in a time than two multiply-adds of floats. It takes a cycle or less on some
+/// processors, and more than two on others, which have it for a unit beside it that does matrices. Measured in some 50 us.
+pub(super) fn bf16_is_faster() -> bool {
+    // SAFETY: asked only where the machine has both.
+    let measure = || unsafe { [run_bf16(Chains), run(Chains)] };
+    let least = |a: [f64; 2], b: [f64; 2]| [a[0].min(b[0]), a[1].min(b[1])];
+    let [bf16, floats] = (0..4).map(|_| measure()).fold([f64::INFINITY; 2], least);
+    bf16 < floats
+}
+
+/// Seconds that the same number of products takes, in chains enough to hide the latency of one.
+struct Chains;
+
+impl PairKernel for Chains {
+    type Output = f64;
+
+    #[inline(always)]
+    unsafe fn run<D: PairDot>(self) -> f64 {
+        // SAFETY: the arrays hold a panel, or two; the rest is the caller's.
+        unsafe {
+            let pairs = std::hint::black_box([0x3F80_3F80; PANEL]);
+            let (weights, floats) = (D::load(pairs.as_ptr()), [1.0; 2 * PANEL]);
+            let mut sums = [D::zero(); 12];
+            let start = Instant::now();
+            for _ in 0..500 {
+                for sum in &mut sums {
+                    *sum = if D::SPLITS {
+                        D::dot_split(*sum, weights, floats.as_ptr(), floats[PANEL..].as_ptr())
+                    } else {
+                        D::dot(*sum, weights, pairs.as_ptr())
+                    };
+                }
+            }
+            for sum in sums {
+                std::hint::black_box(D::highest(sum));
+            }
+            start.elapsed().as_secs_f64()
+        }
+    }
+}
+
+/// The even elements of pairs as floats.
+#[inline(always)]
+unsafe fn even(pairs: __m512i) -> __m512 {
+    // SAFETY: the features are there, by contract.
+    unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)) }
+}
+
+/// The odd ones.
+#[inline(always)]
+unsafe fn odd(pairs: __m512i) -> __m512 {
+    // SAFETY: as above.
+    unsafe { _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(HIGH_HALF))) }
+}
+
+const HIGH_HALF: i32 = 0xFFFF_0000_u32.cast_signed();
+
+/// `x` rounded to bf16 in its upper half, as `packed::round_pairs` does; what is in the lower half means nothing.
+#[inline(always)]
+unsafe fn round_high(x: __m512) -> __m512i {
+    // SAFETY: as above.
+    unsafe {
+        let bits = _mm512_castps_si512(x);
+        let tie = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(tie, _mm512_set1_epi32(0x7FFF)));
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000))
+    }
+}
+
+// SAFETY: each method needs only the features that `run` enables, `run_bf16` where `BF16`, and valid pointers, which the
+// trait demands.
+unsafe impl<const BF16: bool> PairDot for Avx512<BF16> {
     const TILE_SUMS: usize = 24;
+    const SPLITS: bool = !BF16;
     type S = Avx2;
     type V = __m512;
     type W = __m512i;
@@ -49,8 +140,36 @@ unsafe impl PairDot for Avx512Bf16 {
     unsafe fn dot(sums: __m512, weights: __m512i, x: *const u32) -> __m512 {
         // SAFETY: as above; vectors of one size may be reinterpreted.
         unsafe {
-            let pairs = |v| std::mem::transmute::<__m512i, __m512bh>(v);
-            _mm512_dpbf16_ps(sums, pairs(weights), pairs(_mm512_set1_epi32((*x).cast_signed())))
+            let x = _mm512_set1_epi32((*x).cast_signed());
+            if BF16 {
+                let pairs = |v| std::mem::transmute::<__m512i, __m512bh>(v);
+                return _mm512_dpbf16_ps(sums, pairs(weights), pairs(x));
+            }
+            let sums = _mm512_fmadd_ps(odd(weights), odd(x), sums);
+            _mm512_fmadd_ps(even(weights), even(x), sums)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn split(pairs: *const u32, len: usize, evens: *mut f32, odds: *mut f32) {
+        // SAFETY: as above; what is masked out is not touched.
+        unsafe {
+            let pairs = if len >= PANEL {
+                Self::load(pairs)
+            } else {
+                _mm512_maskz_loadu_epi32((1 << len) - 1, pairs.cast())
+            };
+            _mm512_storeu_ps(evens, even(pairs));
+            _mm512_storeu_ps(odds, odd(pairs));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_split(sums: __m512, weights: __m512i, x_even: *const f32, x_odd: *const f32) -> __m512 {
+        // SAFETY: as above.
+        unsafe {
+            let sums = _mm512_fmadd_ps(odd(weights), _mm512_set1_ps(*x_odd), sums);
+            _mm512_fmadd_ps(even(weights), _mm512_set1_ps(*x_even), sums)
         }
     }
 
@@ -149,9 +268,24 @@ unsafe impl PairDot for Avx512Bf16 {
 
     #[inline(always)]
     unsafe fn store_pairs(to: *mut u32, low: __m512, high: __m512) {
-        // SAFETY: as above; vectors of one size may be reinterpreted.
+        /// The upper half of each word of the first vector, then of the second.
+        const UPPER: [u16; 32] = {
+            let mut order = [0; 32];
+            let mut i = 0;
+            while i < 32 {
+                order[i] = 2 * i as u16 + 1;
+                i += 1;
+            }
+            order
+        };
+        // SAFETY: as above; UPPER is one vector, and vectors of one size may be reinterpreted.
         unsafe {
-            let pairs = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            let pairs = if BF16 {
+                std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+            } else {
+                let order = _mm512_loadu_si512(UPPER.as_ptr().cast());
+                _mm512_permutex2var_epi16(round_high(low), order, round_high(high))
+            };
             _mm512_storeu_si512(to.cast(), pairs);
         }
     }
@@ -170,6 +304,11 @@ unsafe impl PairDot for Avx512Bf16 {
         };
         // SAFETY: as above; ORDER is one vector.
         unsafe {
+            if !BF16 {
+                let even = _mm512_srli_epi32::<16>(round_high(even));
+                let odd = _mm512_and_si512(round_high(odd), _mm512_set1_epi32(HIGH_HALF));
+                return _mm512_storeu_si512(to.cast(), _mm512_or_si512(even, odd));
+            }
             let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, even));
             let order = _mm512_loadu_si512(ORDER.as_ptr().cast());
             _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(order, halves));
@@ -225,6 +364,6 @@ unsafe impl PairDot for Avx512Bf16 {
     #[inline(always)]
     unsafe fn apart<K: PairKernel>(kernel: K) -> K::Output {
         // SAFETY: as above.
-        unsafe { run_apart(kernel) }
+        unsafe { if BF16 { run_apart_bf16(kernel) } else { run_apart(kernel) } }
     }
 }

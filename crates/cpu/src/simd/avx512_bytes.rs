@@ -2,11 +2,11 @@
 
 use std::arch::x86_64::*;
 
-use super::avx512::Avx512Bf16;
+use super::avx512::Avx512;
 use super::bytes::{ByteDot, EVEN_BYTES, LOW_NIBBLES, MAGNITUDE};
 
-// SAFETY: each method needs only the features that `avx512::run` enables and valid pointers.
-unsafe impl ByteDot for Avx512Bf16 {
+// SAFETY: each method needs only the features that `avx512::run` enables, `run_bf16` where `BF16`, and valid pointers.
+unsafe impl<const BF16: bool> ByteDot for Avx512<BF16> {
     #[inline(always)]
     unsafe fn splat_int(x: i32) -> __m512i {
         // SAFETY: the trait's contract; so for all below.
@@ -100,6 +100,13 @@ unsafe impl ByteDot for Avx512Bf16 {
     unsafe fn widen_pairs(from: *const u16) -> __m512i {
         // SAFETY: as above.
         unsafe {
+            if !BF16 {
+                let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                let even = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(words));
+                let odd = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<16>(words));
+                let [even, odd] = [even, odd].map(|x| _mm512_castps_si512(_mm512_cvtepi32_ps(x)));
+                return _mm512_or_si512(_mm512_srli_epi32::<16>(even), odd);
+            }
             let low = _mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()));
             let high = _mm512_cvtepi8_epi32(_mm_loadu_si128(from.add(8).cast()));
             let (low, high) = (_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high));

@@ -13,6 +13,9 @@ pub mod bytes;
 pub mod pairs;
 pub(crate) mod panel;
 mod portable;
+pub(crate) mod rows;
+
+use std::sync::OnceLock;
 
 /// An instruction set that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,27 +24,46 @@ pub enum Isa {
     Portable,
     /// AVX2 with FMA and F16C (x86-64 since 2013).
     Avx2,
-    /// AVX-512 with dot products of bf16 pairs; what else there is to do runs as AVX2.
+    /// AVX-512 with VNNI (Intel since 2019, AMD since 2022); what has no form of its own for it runs as AVX2.
+    Avx512,
+    /// The same with dot products of bf16 pairs.
     Avx512Bf16,
 }
 
 impl Isa {
-    /// The best this machine has.
+    /// The fastest that this machine has. Not always the last of [`Self::available`]: some processors have dot products of
+    /// bf16 pairs that are slower than multiply-adds of floats. Both give the same bits.
     pub fn detect() -> Self {
+        static FASTEST: OnceLock<Isa> = OnceLock::new();
+        *FASTEST.get_or_init(|| match Self::widest() {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 if !avx512::bf16_is_faster() => Self::Avx512,
+            isa => isa,
+        })
+    }
+
+    /// All that this machine has.
+    pub fn available() -> impl Iterator<Item = Self> {
+        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16]
+            .into_iter()
+            .filter(|isa| *isa <= Self::widest())
+    }
+
+    fn widest() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             let has_all = is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c");
-            let has_pairs = is_x86_feature_detected!("avx512f")
+            let has_bytes = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512vnni")
-                && is_x86_feature_detected!("avx512bf16");
-            match (has_all, has_pairs) {
-                (true, true) => return Self::Avx512Bf16,
-                (true, false) => return Self::Avx2,
-                (false, _) => {}
+                && is_x86_feature_detected!("avx512vnni");
+            match (has_all, has_bytes, is_x86_feature_detected!("avx512bf16")) {
+                (true, true, true) => return Self::Avx512Bf16,
+                (true, true, false) => return Self::Avx512,
+                (true, false, _) => return Self::Avx2,
+                (false, ..) => {}
             }
         }
         Self::Portable
@@ -138,13 +160,13 @@ pub trait Kernel {
 /// Runs `kernel` compiled for `isa`.
 ///
 /// # Safety
-/// `isa` is at most [`Isa::detect`], and whatever the kernel asks for.
+/// `isa` is at most [`Isa::detect`] or one of [`Isa::available`], and whatever the kernel asks for.
 pub unsafe fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     // SAFETY: the caller's.
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 | Isa::Avx512Bf16 => avx2::run(kernel),
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => avx2::run(kernel),
             _ => kernel.run::<portable::Portable>(),
         }
     }

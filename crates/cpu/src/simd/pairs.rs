@@ -33,6 +33,14 @@ pub unsafe trait PairDot: Copy {
     unsafe fn load(weights: *const u32) -> Self::W;
     /// Adds the products of the weights' pairs with the one pair `x`.
     unsafe fn dot(sums: Self::V, weights: Self::W, x: *const u32) -> Self::V;
+    /// Whether it is better to take rows of `x` apart first, and then to multiply by [`Self::dot_split`]: see [`Rows`].
+    ///
+    /// [`Rows`]: super::rows::Rows
+    const SPLITS: bool;
+    /// Stores the even and the odd elements of `len` pairs, zeros after them up to [`PANEL`] each.
+    unsafe fn split(pairs: *const u32, len: usize, evens: *mut f32, odds: *mut f32);
+    /// As [`Self::dot`], with the elements of `x` as floats.
+    unsafe fn dot_split(sums: Self::V, weights: Self::W, x_even: *const f32, x_odd: *const f32) -> Self::V;
     unsafe fn store(to: *mut f32, sums: Self::V);
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load_sums(from: *const f32) -> Self::V;
@@ -107,13 +115,15 @@ pub trait PairKernel {
 /// Runs `kernel` compiled for `isa`.
 ///
 /// # Safety
-/// `isa` is at most [`Isa::detect`], and whatever the kernel asks for.
+/// `isa` is at most [`Isa::detect`] or one of [`Isa::available`], and whatever the kernel asks for.
 pub unsafe fn dispatch_pairs<K: PairKernel>(isa: Isa, kernel: K) -> K::Output {
     // SAFETY: the caller's.
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => avx512::run(kernel),
+            Isa::Avx512Bf16 => avx512::run_bf16(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::run(kernel),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::run_pairs(kernel),
             _ => kernel.run::<Emulated<Portable>>(),
@@ -158,6 +168,29 @@ unsafe impl<S: Simd> PairDot for Emulated<S> {
         std::array::from_fn(|i| {
             let sum = odd(weights[i]).mul_add(odd(x), sums[i]);
             even(weights[i]).mul_add(even(x), sum)
+        })
+    }
+
+    const SPLITS: bool = false;
+
+    #[inline(always)]
+    unsafe fn split(pairs: *const u32, len: usize, evens: *mut f32, odds: *mut f32) {
+        for i in 0..PANEL {
+            // SAFETY: as above.
+            unsafe {
+                let pair = if i < len { *pairs.add(i) } else { 0 };
+                (*evens.add(i), *odds.add(i)) = (even(pair), odd(pair));
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_split(sums: Self::V, weights: Self::W, x_even: *const f32, x_odd: *const f32) -> Self::V {
+        // SAFETY: as above.
+        let (x_even, x_odd) = unsafe { (*x_even, *x_odd) };
+        std::array::from_fn(|i| {
+            let sum = odd(weights[i]).mul_add(x_odd, sums[i]);
+            even(weights[i]).mul_add(x_even, sum)
         })
     }
 
@@ -281,22 +314,32 @@ unsafe impl<S: Simd> PairDot for Emulated<S> {
 mod tests {
     use super::*;
 
+    /// Sums by both ways to multiply.
     struct Chain<'a>(&'a [[u32; PANEL]], &'a [u32]);
 
     impl PairKernel for Chain<'_> {
-        type Output = [u32; PANEL];
+        type Output = [[u32; PANEL]; 2];
         #[inline(always)]
         unsafe fn run<D: PairDot>(self) -> Self::Output {
-            let mut out = [0.0; PANEL];
+            let mut out = [[0.0; PANEL]; 2];
+            let [mut evens, mut odds] = [[7.0; PANEL]; 2];
             // SAFETY: all arrays hold PANEL elements.
             unsafe {
-                let mut sums = D::zero();
-                for (weights, x) in self.0.iter().zip(self.1) {
-                    sums = D::dot(sums, D::load(weights.as_ptr()), x);
+                let mut sums = [D::zero(); 2];
+                for (weights, x) in self.0.chunks(PANEL).zip(self.1.chunks(PANEL)) {
+                    D::split(x.as_ptr(), x.len(), evens.as_mut_ptr(), odds.as_mut_ptr());
+                    for (k, (weights, x)) in weights.iter().zip(x).enumerate() {
+                        let weights = D::load(weights.as_ptr());
+                        sums[0] = D::dot(sums[0], weights, x);
+                        sums[1] = D::dot_split(sums[1], weights, &evens[k], &odds[k]);
+                    }
                 }
-                D::store(out.as_mut_ptr(), sums);
+                for (out, sums) in out.iter_mut().zip(sums) {
+                    D::store(out.as_mut_ptr(), sums);
+                }
             }
-            out.map(f32::to_bits)
+            assert!(evens[100 % PANEL..].iter().chain(&odds[100 % PANEL..]).all(|x| *x == 0.0));
+            out.map(|out| out.map(f32::to_bits))
         }
     }
 
@@ -330,18 +373,19 @@ mod tests {
             let first = -125.0 + step as f32 * 0.0126;
             let x = std::array::from_fn(|i| first + i as f32 * 7e-4);
             // SAFETY: the instruction sets are there.
-            let run = |isa: Isa| unsafe { dispatch_pairs(isa.min(Isa::detect()), Lanes(&x)) };
+            let run = |isa: Isa| unsafe { dispatch_pairs(isa, Lanes(&x)) };
             let expected = run(Isa::Portable);
             for (x, y) in x.iter().zip(expected.0) {
                 let error = f64::from(y) / f64::from(*x).exp2() - 1.0;
                 assert!(error.abs() < 3e-7, "2^{x} = {y}");
             }
-            assert_eq!(run(Isa::Avx2), expected);
-            assert_eq!(run(Isa::Avx512Bf16), expected);
+            for isa in Isa::available() {
+                assert_eq!(run(isa), expected, "{isa:?}");
+            }
         }
         let mut x = [-126.5; PANEL];
         x[..3].copy_from_slice(&[f32::NEG_INFINITY, 0.0, 1.0]);
-        for isa in [Isa::Portable, Isa::detect().min(Isa::Avx2), Isa::detect()] {
+        for isa in Isa::available() {
             // SAFETY: as above.
             let (y, [highest, _], _) = unsafe { dispatch_pairs(isa, Lanes(&x)) };
             assert_eq!((y[..4].to_vec(), f32::from_bits(highest)), (vec![0.0, 1.0, 2.0, 0.0], 1.0));
@@ -362,10 +406,12 @@ mod tests {
             let weights: Vec<[u32; PANEL]> = (0..100).map(|_| std::array::from_fn(|_| pair())).collect();
             let x: Vec<u32> = (0..100).map(|_| pair()).collect();
             // SAFETY: the instruction sets are there.
-            let run = |isa: Isa| unsafe { dispatch_pairs(isa.min(Isa::detect()), Chain(&weights, &x)) };
+            let run = |isa: Isa| unsafe { dispatch_pairs(isa, Chain(&weights, &x)) };
             let expected = run(Isa::Portable);
-            assert_eq!(run(Isa::Avx2), expected);
-            assert_eq!(run(Isa::Avx512Bf16), expected);
+            assert_eq!(expected[0], expected[1]);
+            for isa in Isa::available() {
+                assert_eq!(run(isa), expected, "{isa:?}");
+            }
         }
     }
 }

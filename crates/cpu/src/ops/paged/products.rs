@@ -9,6 +9,7 @@ use crate::buffer::Shared;
 use crate::ops::tiles::{Tiled, Turn};
 use crate::simd::bytes::ByteDot;
 use crate::simd::pairs::PANEL;
+use crate::simd::rows::Rows;
 
 /// Bytes that come from memory together.
 const LINE: usize = 64;
@@ -34,21 +35,27 @@ impl<F: Form> Tiled for Scores<'_, F> {
             let keys: [*const u8; P] = std::array::from_fn(|i| self.keys[panel + i]);
             let next: [*const u8; P] = std::array::from_fn(|i| self.next[panel + i]);
             let mut sums = [[D::zero(); P]; M];
-            for line in (0..self.pairs).step_by(LINE / F::SIZE) {
-                for i in 0..P {
-                    D::prefetch(next[i].wrapping_add(line * F::SIZE).cast());
-                }
-                for k in line..(line + LINE / F::SIZE).min(self.pairs) {
-                    let mut weights = [F::load::<D>(keys[0], 0); P];
+            let (mut q, mut first) = (Rows::new(rows), 0);
+            while first < self.pairs {
+                let end = Rows::<M>::piece_end::<D>(first, self.pairs);
+                q.prepare::<D>(first, end);
+                for line in (first..end).step_by(LINE / F::SIZE) {
                     for i in 0..P {
-                        weights[i] = F::load::<D>(keys[i], k);
+                        D::prefetch(next[i].wrapping_add(line * F::SIZE).cast());
                     }
-                    for r in 0..M {
+                    for k in line..(line + LINE / F::SIZE).min(end) {
+                        let mut weights = [F::load::<D>(keys[0], 0); P];
                         for i in 0..P {
-                            sums[r][i] = D::dot(sums[r][i], weights[i], rows[r].add(k));
+                            weights[i] = F::load::<D>(keys[i], k);
+                        }
+                        for r in 0..M {
+                            for i in 0..P {
+                                sums[r][i] = q.dot::<D>(sums[r][i], weights[i], r, first, k);
+                            }
                         }
                     }
                 }
+                first = end;
             }
             for r in 0..M {
                 let out = self.out.slice((row + r) * TILE + panel * PANEL, P * PANEL);
@@ -86,23 +93,32 @@ impl<F: Form> Tiled for HeadScores<'_, F> {
         let q = &self.q[..(first(P - 1) + M) * self.pairs];
         // SAFETY: `q` holds the rows of all heads; each panel holds `pairs` vectors, and its values or more of them follow.
         unsafe {
-            let rows: [*const u32; P] = std::array::from_fn(|i| q.as_ptr().add(first(i) * self.pairs));
+            let row = |i: usize, r: usize| q.as_ptr().wrapping_add((first(i) + r) * self.pairs);
+            let mut q: [Rows<M>; P] = std::array::from_fn(|i| Rows::new(std::array::from_fn(|r| row(i, r))));
             let at = |of: *const u8, i: usize| of.wrapping_add((head + i) * self.stride);
             let keys: [*const u8; P] = std::array::from_fn(|i| at(self.keys, i));
             let next: [*const u8; P] = std::array::from_fn(|i| at(self.next, i));
             let mut sums = [[D::zero(); P]; M];
-            for line in (0..self.pairs).step_by(LINE / F::SIZE) {
-                for i in 0..P {
-                    D::prefetch(next[i].wrapping_add(line * F::SIZE).cast());
+            let mut first_pair = 0;
+            while first_pair < self.pairs {
+                let end = Rows::<M>::piece_end::<D>(first_pair, self.pairs);
+                for q in &mut q {
+                    q.prepare::<D>(first_pair, end);
                 }
-                for k in line..(line + LINE / F::SIZE).min(self.pairs) {
+                for line in (first_pair..end).step_by(LINE / F::SIZE) {
                     for i in 0..P {
-                        let weights = F::load::<D>(keys[i], k);
-                        for r in 0..M {
-                            sums[r][i] = D::dot(sums[r][i], weights, rows[i].add(r * self.pairs + k));
+                        D::prefetch(next[i].wrapping_add(line * F::SIZE).cast());
+                    }
+                    for k in line..(line + LINE / F::SIZE).min(end) {
+                        for i in 0..P {
+                            let weights = F::load::<D>(keys[i], k);
+                            for r in 0..M {
+                                sums[r][i] = q[i].dot::<D>(sums[r][i], weights, r, first_pair, k);
+                            }
                         }
                     }
                 }
+                first_pair = end;
             }
             for r in 0..M {
                 for i in 0..P {
@@ -181,8 +197,13 @@ impl<F: Form, U: Fn(usize) -> usize> Tiled for Values<'_, F, U> {
                     sums[r][i] = D::mul(D::load_sums(out[r].add(i * PANEL)), shrink);
                 }
             }
-            let mut pair = self.pairs.start;
+            let (mut weights, mut pair) = (Rows::new(rows), self.pairs.start);
+            let (mut first, mut piece_end) = (pair, pair);
             while pair < last {
+                if pair == piece_end {
+                    (first, piece_end) = (pair, Rows::<M>::piece_end::<D>(pair, last));
+                    weights.prepare::<D>(first, piece_end);
+                }
                 let end = (pair + PANEL_PAIRS).min(last);
                 let (from, next) = (self.values[pair / PANEL_PAIRS], self.next[pair / PANEL_PAIRS]);
                 for k in 0..end - pair {
@@ -196,7 +217,7 @@ impl<F: Form, U: Fn(usize) -> usize> Tiled for Values<'_, F, U> {
                     }
                     for r in 0..M {
                         for i in 0..P {
-                            sums[r][i] = D::dot(sums[r][i], values[i], rows[r].add(pair + k));
+                            sums[r][i] = weights.dot::<D>(sums[r][i], values[i], r, first, pair + k);
                         }
                     }
                 }
