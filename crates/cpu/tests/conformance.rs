@@ -75,7 +75,7 @@ fn bf16_products_on_changing_instruction_sets() {
     conformance::run_with(BF16_PRODUCTS, Support::default(), || {
         calls += 1;
         // What is not a product differs between portable code and AVX2, so not with `Isa::Portable`.
-        bf16_backend(2, [Isa::detect(), Isa::detect().min(Isa::Avx2)][calls % 2])
+        bf16_backend(2, Isa::detect().min([Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16][calls % 3]))
     });
 }
 
@@ -91,8 +91,8 @@ fn quantized_layers_are_those_of_the_reference() {
         let mut calls = 0;
         conformance::run_quantized(quant, || {
             calls += 1;
-            let isa = [Isa::detect(), Isa::detect().min(Isa::Avx2), Isa::Portable][calls % 3];
-            bf16_backend(1 + calls % 3, isa)
+            let isa = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16][calls % 4];
+            bf16_backend(1 + calls % 3, Isa::detect().min(isa))
         });
         conformance::run_quantized(quant, || bf16_backend(2, Isa::detect()));
     }
