@@ -32,7 +32,7 @@ pub enum Isa {
 
 impl Isa {
     /// The fastest that this machine has. Not always the last of [`Self::available`]: some processors have dot products of
-    /// bf16 pairs that are slower than multiply-adds of floats. Both give the same bits.
+    /// bf16 pairs that are slower than multiply-adds of floats. Both give the same bits, subnormal numbers apart (see [`pairs`]).
     pub fn detect() -> Self {
         static FASTEST: OnceLock<Isa> = OnceLock::new();
         *FASTEST.get_or_init(|| match Self::widest() {
