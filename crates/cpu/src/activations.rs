@@ -14,7 +14,7 @@ use crate::pool::Pool;
 use crate::quantized::{ACT_QUADS, INT4_QUADS};
 use crate::simd::Isa;
 use crate::simd::bytes::ByteDot;
-use crate::simd::pairs::{PANEL, PairKernel, dispatch_pairs};
+use crate::simd::pairs::{PANEL, PairKernel, dispatch_bytes};
 
 /// Quantized activations `[rows, k]`.
 pub(crate) struct Bytes {
@@ -106,7 +106,7 @@ impl Bytes {
                     offsets: offsets.slice(first * groups, len * groups),
                     sums: sums.slice(first * small_groups, len * small_groups),
                 };
-                dispatch_pairs(isa, rows);
+                dispatch_bytes(isa, rows);
             }
         })?;
         Ok(())

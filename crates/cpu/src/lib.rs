@@ -14,9 +14,9 @@
 //!   pointer is made of them.
 //!
 //! Reading order: [`pool`] with `spread`; [`simd`] (what an instruction set must offer), [`element`], [`buffer`]; [`weights`] with
-//! `packed`, `quantized`, `activations` and [`prepacked`]; [`kv`] with `pages`, `store` and `populate`; [`ops`], in it `tiles`, `gemm`, `int_gemm`, `paged` for what
-//! runs fast; [`backend`] ties them to the trait; `peak` is what all of it is held against. A new instruction set is
-//! one more file in `simd` and one more arm in [`simd::dispatch`] and [`simd::pairs::dispatch_pairs`].
+//! `packed`, `quantized`, `activations` and [`prepacked`]; [`kv`] with `pages`, `store` and `populate`; [`ops`], in it `tiles`, `gemm`, `int_gemm`, `sink`, `paged` for
+//! what runs fast; [`backend`] ties them to the trait; `peak` is what all of it is held against. A new instruction set is
+//! one more file in `simd` and one more arm in [`simd::dispatch`] and [`simd::pairs::dispatch_bytes`].
 // Register tiles are small matrices; `acc[r][m] += w[r] * x[m]` reads best with its indices.
 #![allow(clippy::needless_range_loop)]
 

@@ -8,14 +8,15 @@ use std::ops::Range;
 
 use quire_core::ExecError;
 
-use super::gemm::{Places, Sink, give};
+use super::gemm::Places;
+use super::sink::{Sink, give};
 use super::tiles::{Ahead, Cut, MEMORY_BOUND, NARROW, STREAM_AHEAD, Tiled, Turn, each_panel, group_rows};
 use crate::buffer::Shared;
 use crate::pool::Pool;
 use crate::quantized::{ACT_QUADS, ByteRows, Bytes, Codes, INT4_QUADS, INT4_VECTORS, Quantized};
 use crate::simd::Isa;
 use crate::simd::bytes::ByteDot;
-use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_pairs};
+use crate::simd::pairs::{PANEL, PairDot, PairKernel, dispatch_bytes};
 
 /// Up to so many rows the sums of nibbles are too few to hide the latency of a dot product.
 const FEW: usize = 4;
@@ -41,7 +42,7 @@ impl IntGemm<'_> {
         scratch: &mut [Panels],
         panels: usize,
         places: Places,
-        to: impl Sink,
+        to: Sink<'_>,
     ) -> Result<(), ExecError> {
         self.reserve(scratch, self.tokens);
         let scratch = Shared::new(scratch);
@@ -79,26 +80,26 @@ impl IntGemm<'_> {
         rows: Range<usize>,
         panels: Range<usize>,
         places: Places,
-        to: impl Sink,
+        to: Sink<'_>,
     ) {
         let expanded = Shared::new(expanded);
         // SAFETY: the caller's.
-        unsafe { dispatch_pairs(isa, Piece { gemm: self, rows, panels, places, to, expanded }) };
+        unsafe { dispatch_bytes(isa, Piece { gemm: self, rows, panels, places, to, expanded }) };
     }
 }
 
 /// Some panels for some rows.
-struct Piece<'a, T> {
+struct Piece<'a> {
     gemm: IntGemm<'a>,
     rows: Range<usize>,
     panels: Range<usize>,
     places: Places,
-    to: T,
+    to: Sink<'a>,
     /// Where int4 panels are expanded to.
     expanded: Shared<'a, u32>,
 }
 
-impl<T: Sink> PairKernel for Piece<'_, T> {
+impl PairKernel for Piece<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -118,7 +119,7 @@ impl<T: Sink> PairKernel for Piece<'_, T> {
     }
 }
 
-impl<T: Sink> Piece<'_, T> {
+impl Piece<'_> {
     /// Panel `p + i` as bytes, expanded if need be: once for all tiles of the same panels.
     #[inline(always)]
     unsafe fn bytes<D: ByteDot>(&self, p: usize, i: usize, turn: Turn) -> *const u32 {
@@ -186,7 +187,7 @@ unsafe fn expand<D: ByteDot>(panel: &[u32], steps_at: usize, to: &mut [u32]) {
     }
 }
 
-impl<T: Sink> Tiled for Piece<'_, T> {
+impl Tiled for Piece<'_> {
     /// Sums of integers lie beside those of floats.
     const SHARE: (usize, usize) = (2, 3);
 
@@ -276,9 +277,9 @@ unsafe fn column<D: ByteDot, const M: usize>(panel: *const u32, quads: usize, x:
 }
 
 /// The product with int4 as it is, for so few tokens that memory is the limit.
-struct Nibbles<'a, 'b, T>(&'b Piece<'a, T>);
+struct Nibbles<'a>(&'a Piece<'a>);
 
-impl<T: Sink> Tiled for Nibbles<'_, '_, T> {
+impl Tiled for Nibbles<'_> {
     /// Of one panel at a time, beside sums of integers and those of one group.
     const SHARE: (usize, usize) = (2, 3);
 

@@ -9,9 +9,10 @@ use half::{bf16, f16};
 use quire_backend::{BackendError, LogitRow};
 
 use super::dot::dot_tile;
-use super::gemm::{Gemm, Places, ToRows};
+use super::gemm::{Gemm, Places};
 use super::grain;
 use super::int_gemm::{IntGemm, Panels};
+use super::sink::{Sink, ToRows};
 use crate::buffer::{CpuBuf, SharedRows};
 use crate::element::Element;
 use crate::packed::Rounded;
@@ -114,7 +115,7 @@ pub(crate) fn linear(
         Matrix::Quantized(quantized) => {
             inputs.bytes.quantize(pool, isa, x, k)?;
             let gemm = IntGemm { weight: quantized, x: &inputs.bytes, tokens };
-            let to = ToRows { bias, out, n };
+            let to = Sink::Rows(ToRows { bias, out, n });
             return Ok(gemm.run(pool, isa, &mut inputs.panels, n.div_ceil(PANEL), Places::IN_ORDER, to)?);
         }
         Matrix::F32(_) | Matrix::F16(_) | Matrix::Bf16(_) => {}

@@ -2,11 +2,12 @@
 
 use quire_backend::{Activation, BackendError, MlpShape};
 
-use super::gemm::{Gemm, Hidden, Places, ToGated};
+use super::gemm::{Gemm, Places};
 use super::grain;
 use super::int_gemm::IntGemm;
 use super::linear::{Input, Inputs, Rows, linear, linear_rows};
 use super::lora::{CpuLora, LoraRows, add_lora, shrink};
+use super::sink::{Hidden, Sink, ToGated};
 use crate::buffer::{CpuBuf, SharedRows};
 use crate::pool::Pool;
 use crate::simd::pairs::{PANEL, PairDot, exp2};
@@ -81,7 +82,14 @@ pub(crate) fn mlp(
             let hidden = Hidden::Rows(scratch.shared());
             let to = ToGated { bias, lora: expand.as_ref(), activation, out: hidden, n: intermediate };
             let panels = intermediate / PANEL;
-            first.run(pool, isa, &mut first_inputs.panels, 2 * panels, Places::gate_and_up(panels), to)?;
+            first.run(
+                pool,
+                isa,
+                &mut first_inputs.panels,
+                2 * panels,
+                Places::gate_and_up(panels),
+                Sink::Gated(to),
+            )?;
             linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), second_inputs, out)?;
             lora.down.map_or(Ok(()), |down| add_lora(pool, isa, down, scratch, lora.rows, out))
         }

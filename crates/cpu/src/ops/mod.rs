@@ -14,6 +14,7 @@ pub mod norm;
 pub(crate) mod paged;
 pub mod rope;
 pub mod sample;
+mod sink;
 pub(crate) mod soft_cap;
 pub(crate) mod tiles;
 mod topk;

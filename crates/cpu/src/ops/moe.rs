@@ -9,11 +9,12 @@ use std::ops::Range;
 use quire_backend::{Activation, BackendError};
 use quire_core::ExecError;
 
-use super::gemm::{Gemm, Hidden, Places, Sink, ToGated, ToRows};
+use super::gemm::{Gemm, Places};
 use super::grain;
 use super::int_gemm::IntGemm;
 use super::linear::{Input, Inputs, Rows, linear, linear_rows};
 use super::mlp::Activate;
+use super::sink::{Hidden, Sink, ToGated, ToRows};
 use super::tiles::NARROW;
 use crate::buffer::{CpuBuf, Shared, SharedRows};
 use crate::pool::Pool;
@@ -184,7 +185,7 @@ impl Experts<'_> {
         out: SharedRows<'_>,
     ) -> Result<(), BackendError> {
         let n = self.rows / 2;
-        let to = ToGated { bias: None, lora: None, activation, out: Hidden::Rows(out), n };
+        let to = Sink::Gated(ToGated { bias: None, lora: None, activation, out: Hidden::Rows(out), n });
         if self.panels(pool, isa, inputs, routing, Places::gate_and_up(n / PANEL), to)? {
             return Ok(());
         }
@@ -217,7 +218,8 @@ impl Experts<'_> {
         out: SharedRows<'_>,
     ) -> Result<(), BackendError> {
         let n = self.rows;
-        if self.panels(pool, isa, inputs, routing, Places::IN_ORDER, ToRows { bias: None, out, n })? {
+        let to = Sink::Rows(ToRows { bias: None, out, n });
+        if self.panels(pool, isa, inputs, routing, Places::IN_ORDER, to)? {
             return Ok(());
         }
         let work = PIECE * self.weight.in_features;
@@ -239,7 +241,7 @@ impl Experts<'_> {
         inputs: &mut Inputs,
         routing: &Routing,
         places: Places,
-        to: impl Sink,
+        to: Sink<'_>,
     ) -> Result<bool, BackendError> {
         let (k, panels) = (self.weight.in_features, self.rows / PANEL);
         let (units, work) = (panels.div_ceil(NARROW), NARROW * PANEL * k);

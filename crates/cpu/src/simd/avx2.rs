@@ -16,13 +16,18 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     unsafe { kernel.run::<Avx2>() }
 }
 
-/// # Safety
-/// As [`run`].
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn run_pairs<K: PairKernel>(kernel: K) -> K::Output {
-    // SAFETY: the caller's.
-    unsafe { kernel.run::<Emulated<Avx2>>() }
+/// A kernel as a function that enables the features.
+pub(super) trait OnAvx2: PairKernel + Sized {
+    /// # Safety
+    /// As [`run`].
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn on_avx2(self) -> Self::Output {
+        // SAFETY: the caller's.
+        unsafe { self.run::<Emulated<Avx2>>() }
+    }
 }
+
+impl<K: PairKernel> OnAvx2 for K {}
 
 // SAFETY: each method needs only the features that `run` enables and valid pointers, which the trait demands; all loads
 // and stores are the unaligned forms.

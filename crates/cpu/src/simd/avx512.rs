@@ -11,47 +11,38 @@ use super::pairs::{PANEL, PairDot, PairKernel};
 #[derive(Clone, Copy)]
 pub(super) struct Avx512<const BF16: bool>;
 
-/// # Safety
-/// The machine has the features, and whatever the kernel asks for.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
-pub(super) unsafe fn run_bf16<K: PairKernel>(kernel: K) -> K::Output {
-    // SAFETY: the caller's.
-    unsafe { kernel.run::<Avx512<true>>() }
+/// A kernel as functions that enable the features, and stay functions: see [`PairDot::apart`].
+pub(super) trait OnAvx512: PairKernel + Sized {
+    /// # Safety
+    /// The machine has the features, and whatever the kernel asks for.
+    #[inline(never)]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+    unsafe fn on_avx512_bf16(self) -> Self::Output {
+        // SAFETY: the caller's.
+        unsafe { self.run::<Avx512<true>>() }
+    }
+
+    /// # Safety
+    /// As [`Self::on_avx512_bf16`].
+    #[inline(never)]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn on_avx512(self) -> Self::Output {
+        // SAFETY: the caller's.
+        unsafe { self.run::<Avx512<false>>() }
+    }
 }
 
-/// # Safety
-/// As [`run_bf16`].
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) unsafe fn run<K: PairKernel>(kernel: K) -> K::Output {
-    // SAFETY: the caller's.
-    unsafe { kernel.run::<Avx512<false>>() }
-}
-
-/// # Safety
-/// As [`run_bf16`].
-#[inline(never)]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
-unsafe fn run_apart_bf16<K: PairKernel>(kernel: K) -> K::Output {
-    // SAFETY: the caller's.
-    unsafe { kernel.run::<Avx512<true>>() }
-}
-
-/// # Safety
-/// As [`run`].
-#[inline(never)]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn run_apart<K: PairKernel>(kernel: K) -> K::Output {
-    // SAFETY: the caller's.
-    unsafe { kernel.run::<Avx512<false>>() }
-}
+impl<K: PairKernel> OnAvx512 for K {}
 
 /// Whether `vdpbf16ps` multiplies more pairs in a time than two multiply-adds of floats. It takes a cycle or less on some
-/// processors, and more than two on others, which have it for a unit beside it that does matrices. Measured in some 50 us.
+/// processors, and more than two on others, which have it for a unit beside it that does matrices. Measured in some 300 us:
+/// the best of rounds enough that the machine is not busy with something else in all of them.
 pub(super) fn bf16_is_faster() -> bool {
+    const ROUNDS: usize = 32;
     // SAFETY: asked only where the machine has both.
-    let measure = || unsafe { [run_bf16(Chains), run(Chains)] };
+    let measure = || unsafe { [Chains.on_avx512_bf16(), Chains.on_avx512()] };
     let least = |a: [f64; 2], b: [f64; 2]| [a[0].min(b[0]), a[1].min(b[1])];
-    let [bf16, floats] = (0..4).map(|_| measure()).fold([f64::INFINITY; 2], least);
+    let [bf16, floats] = (0..ROUNDS).map(|_| measure()).fold([f64::INFINITY; 2], least);
     bf16 < floats
 }
 
@@ -115,8 +106,8 @@ unsafe fn round_high(x: __m512) -> __m512i {
     }
 }
 
-// SAFETY: each method needs only the features that `run` enables, `run_bf16` where `BF16`, and valid pointers, which the
-// trait demands.
+// SAFETY: each method needs only the features that `on_avx512` enables, `on_avx512_bf16` where `BF16`, and valid
+// pointers, which the trait demands.
 unsafe impl<const BF16: bool> PairDot for Avx512<BF16> {
     const TILE_SUMS: usize = 24;
     const SPLITS: bool = !BF16;
@@ -364,6 +355,6 @@ unsafe impl<const BF16: bool> PairDot for Avx512<BF16> {
     #[inline(always)]
     unsafe fn apart<K: PairKernel>(kernel: K) -> K::Output {
         // SAFETY: as above.
-        unsafe { if BF16 { run_apart_bf16(kernel) } else { run_apart(kernel) } }
+        unsafe { if BF16 { kernel.on_avx512_bf16() } else { kernel.on_avx512() } }
     }
 }

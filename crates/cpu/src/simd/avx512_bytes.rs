@@ -5,7 +5,8 @@ use std::arch::x86_64::*;
 use super::avx512::Avx512;
 use super::bytes::{ByteDot, EVEN_BYTES, LOW_NIBBLES, MAGNITUDE};
 
-// SAFETY: each method needs only the features that `avx512::run` enables, `run_bf16` where `BF16`, and valid pointers.
+// SAFETY: each method needs only the features that `on_avx512` enables, `on_avx512_bf16` where `BF16`, and valid
+// pointers.
 unsafe impl<const BF16: bool> ByteDot for Avx512<BF16> {
     #[inline(always)]
     unsafe fn splat_int(x: i32) -> __m512i {

@@ -9,7 +9,7 @@ use super::bytes::ByteDot;
 use super::portable::Portable;
 use super::{Isa, Simd};
 #[cfg(target_arch = "x86_64")]
-use super::{avx2, avx512};
+use super::{avx2::OnAvx2, avx512::OnAvx512};
 use crate::packed::round_pairs;
 
 /// Lanes: output channels that lie side by side in packed weights.
@@ -121,15 +121,42 @@ pub unsafe fn dispatch_pairs<K: PairKernel>(isa: Isa, kernel: K) -> K::Output {
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => avx512::run_bf16(kernel),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::run(kernel),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::run_pairs(kernel),
-            _ => kernel.run::<Emulated<Portable>>(),
+            Isa::Avx512Bf16 => kernel.on_avx512_bf16(),
+            _ => dispatch_bytes(isa, kernel),
         }
     }
 }
+
+/// As [`dispatch_pairs`], for kernels that multiply no pairs: they are not compiled for [`Isa::Avx512Bf16`], which has
+/// nothing for them that [`Isa::Avx512`] has not.
+///
+/// # Safety
+/// As for [`dispatch_pairs`].
+pub unsafe fn dispatch_bytes<K: PairKernel>(isa: Isa, kernel: K) -> K::Output {
+    // SAFETY: the caller's.
+    unsafe {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Avx512Bf16 => kernel.on_avx512(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => kernel.on_avx2(),
+            _ => kernel.on_portable(),
+        }
+    }
+}
+
+/// A kernel as a function. This and its like for other instruction sets are methods of the kernel, not functions that take
+/// one: the compiler puts methods with the type that they are of, so that kernels of several files are built side by side.
+trait OnPortable: PairKernel + Sized {
+    /// # Safety
+    /// Whatever the kernel asks for.
+    unsafe fn on_portable(self) -> Self::Output {
+        // SAFETY: the caller's.
+        unsafe { self.run::<Emulated<Portable>>() }
+    }
+}
+
+impl<K: PairKernel> OnPortable for K {}
 
 /// The same sums without the instruction, for tests and for machines that lack it.
 #[derive(Clone, Copy)]
