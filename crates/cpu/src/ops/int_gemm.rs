@@ -244,8 +244,8 @@ impl Tiled for Piece<'_> {
     }
 }
 
-/// Adds the products of quads `k..k + N`. Several at once, because where a row lies is then found once for all of them:
-/// else that takes as many instructions as the products (40 in all for 16 of them).
+/// Adds the products of quads `k..k + N`. Several at once, as where eight rows lie is then found once for all of them:
+/// that takes 7 additions, most of which wait for the one before, beside 16 products.
 ///
 /// # Safety
 /// The panels hold these quads, and so does each row of `x`.

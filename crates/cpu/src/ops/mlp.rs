@@ -79,17 +79,10 @@ pub(crate) fn mlp(
             )?;
             let first = IntGemm { weight: up, x: &first_inputs.bytes, tokens };
             let expand = lora.up.map(|up| shrink(pool, isa, up, x, lora.rows)?.in_panels()).transpose()?;
-            let hidden = Hidden::Rows(scratch.shared());
-            let to = ToGated { bias, lora: expand.as_ref(), activation, out: hidden, n: intermediate };
-            let panels = intermediate / PANEL;
-            first.run(
-                pool,
-                isa,
-                &mut first_inputs.panels,
-                2 * panels,
-                Places::gate_and_up(panels),
-                Sink::Gated(to),
-            )?;
+            let (lora_rows, hidden) = (expand.as_ref(), Hidden::Rows(scratch.shared()));
+            let to = Sink::Gated(ToGated { bias, lora: lora_rows, activation, out: hidden, n: intermediate });
+            let (panels, places) = (intermediate / PANEL, Places::gate_and_up(intermediate / PANEL));
+            first.run(pool, isa, &mut first_inputs.panels, 2 * panels, places, to)?;
             linear(pool, isa, down, Input::new(scratch, Rows::First(tokens)), second_inputs, out)?;
             lora.down.map_or(Ok(()), |down| add_lora(pool, isa, down, scratch, lora.rows, out))
         }
